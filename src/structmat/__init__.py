@@ -1,0 +1,48 @@
+"""structmat: structured linear maps in neural networks.
+
+A structured matrix is a linear arithmetic circuit with learned constants. ``import structmat as sm`` gives the short
+names below and every family (``sm.LowRank``, ``sm.Monarch``, ...). Names are loaded when first used, so that importing
+the package is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from structmat import nn as nn
+    from structmat.errors import StructmatError as StructmatError
+    from structmat.matrix import StructuredMatrix as StructuredMatrix
+    from structmat.matrix import matmul as matmul
+    from structmat.projection.project import project as project
+    from structmat.structure import Structure as Structure
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "StructmatError": "structmat.errors",
+    "Structure": "structmat.structure",
+    "StructuredMatrix": "structmat.matrix",
+    "matmul": "structmat.matrix",
+    "families": "structmat.structures",
+    "project": "structmat.projection.project",
+}
+_MODULES = ("nn", "program", "structures", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if not name.startswith("_"):
+        structures = importlib.import_module("structmat.structures")
+        if name in structures.families():
+            return structures.families()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    structures = importlib.import_module("structmat.structures")
+    return sorted({*_HOME, *_MODULES, *structures.families(), "__version__"})

@@ -1,0 +1,199 @@
+"""A structured matrix as a value: structure, shape and tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from structmat.errors import ShapeError
+from structmat.program import Cost, Program, apply, build, cost, transpose
+from structmat.structure import Shape, Structure, check_shape, resolve, specs
+
+
+class StructuredMatrix:
+    """A member of a family, of shape ``(out_features, in_features)``; immutable.
+
+    ``S @ x`` and ``x @ S`` multiply as ``torch.matmul``; ``S.T`` is the transpose, reading the same tensors.
+
+    Args:
+        structure: the family; fractions are resolved for the shape.
+        shape: of the matrix (before transposition).
+        tensors: by the structure's own names, learned and fixed.
+        transposed: whether this value stands for the transpose.
+
+    Raises:
+        ShapeError: the structure refuses the shape, or a tensor is missing, unknown or of the wrong shape.
+    """
+
+    __slots__ = ("_shape", "_transposed", "structure", "tensors")
+
+    structure: Structure
+    tensors: Mapping[str, Tensor]
+
+    def __init__(
+        self, structure: Structure, shape: Shape, tensors: Mapping[str, Tensor], *, transposed: bool = False
+    ) -> None:
+        self._shape = check_shape(shape)
+        self.structure = resolve(structure, self._shape)
+        expected = specs(self.structure, self._shape)
+        if set(tensors) != set(expected):
+            raise ShapeError(f"{self.structure} has the tensors {sorted(expected)}; got {sorted(tensors)}.")
+        for name, spec in expected.items():
+            if tuple(tensors[name].shape) != spec.shape:
+                raise ShapeError(
+                    f"{name} of {self.structure} at shape {self._shape} has shape {spec.shape}; "
+                    f"got {tuple(tensors[name].shape)}."
+                )
+        self.tensors = MappingProxyType(dict(tensors))
+        self._transposed = transposed
+
+    @classmethod
+    def random(
+        cls,
+        structure: Structure,
+        shape: Shape,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A member drawn by the family's own initialisation: the output variance of a dense layer's."""
+        return cls(structure, shape, draw(structure, shape, generator=generator, dtype=dtype, device=device))
+
+    @property
+    def shape(self) -> Shape:
+        """``(out_features, in_features)``."""
+        return (self._shape[1], self._shape[0]) if self._transposed else self._shape
+
+    @property
+    def T(self) -> StructuredMatrix:
+        """The transpose (not conjugated). ``S.T.T`` has the program of ``S``."""
+        return StructuredMatrix(self.structure, self._shape, self.tensors, transposed=not self._transposed)
+
+    @property
+    def program(self) -> Program:
+        """The linear circuit that runs, at block granularity."""
+        program = build(self.structure, self._shape)
+        return transpose(program) if self._transposed else program
+
+    @property
+    def cost(self) -> Cost:
+        """Operations and depth of one product with a vector."""
+        return cost(self.program, complex_weights=self.dtype.is_complex)
+
+    @property
+    def num_parameters(self) -> int:
+        """Learned numbers; a complex one counts as two, indices do not count."""
+        learned = [self.tensors[name] for name, spec in specs(self.structure, self._shape).items() if spec.learned]
+        return sum(t.numel() * (2 if t.is_complex() else 1) for t in learned)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications plus additions of one product with a vector, in real arithmetic."""
+        return self.cost.flops
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one product with a vector."""
+        return self.cost.macs
+
+    @property
+    def depth(self) -> int:
+        """Levels of gates ``alpha * g + beta * h`` in the circuit."""
+        return self.cost.depth
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtypes = [t.dtype for t in self.tensors.values() if t.is_floating_point() or t.is_complex()]
+        return dtypes[0] if dtypes else torch.get_default_dtype()
+
+    @property
+    def device(self) -> torch.device:
+        for tensor in self.tensors.values():
+            return tensor.device
+        return torch.device("cpu")
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> StructuredMatrix:
+        """A copy with the learned tensors in another dtype, or all tensors on another device."""
+        moved = {
+            name: t.to(device=device, dtype=dtype if t.is_floating_point() or t.is_complex() else None)
+            for name, t in self.tensors.items()
+        }
+        return StructuredMatrix(self.structure, self._shape, moved, transposed=self._transposed)
+
+    def to_dense(self) -> Tensor:
+        """The matrix written out, (out_features, in_features)."""
+        out_features, in_features = self.shape
+        # Multiply the smaller identity: n products of the matrix or m of its transpose.
+        if in_features <= out_features:
+            eye = torch.eye(in_features, dtype=self.dtype, device=self.device)
+            return apply(self.program, self.tensors, eye).T
+        eye = torch.eye(out_features, dtype=self.dtype, device=self.device)
+        return apply(transpose(self.program), self.tensors, eye)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return matmul(self, x)
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        """``x @ S``: rows times the matrix, ``x`` of shape (..., out_features)."""
+        if not isinstance(x, Tensor):
+            return NotImplemented
+        return apply(transpose(self.program), self.tensors, x)
+
+    def __repr__(self) -> str:
+        share = self.num_parameters / (self.shape[0] * self.shape[1])
+        return (
+            f"StructuredMatrix({self.structure}{'.T' if self._transposed else ''}, shape={self.shape}, "
+            f"dtype={self.dtype}, {self.num_parameters} parameters = {share:.1%} of dense)"
+        )
+
+
+def matmul(matrix: StructuredMatrix, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``matrix @ x`` as ``torch.matmul``: ``x`` of shape (in,) or (..., in, columns).
+
+    Args:
+        matrix: the left operand, (out_features, in_features).
+        x: a vector or (a batch of) matrices whose columns are multiplied.
+        out: where to write the result, of its exact shape.
+
+    Raises:
+        ShapeError: the axis that is contracted, or ``out``, does not have the right size.
+    """
+    if x.dim() == 0 or x.shape[-1 if x.dim() == 1 else -2] != matrix.shape[1]:
+        raise ShapeError(
+            f"A matrix of shape {matrix.shape} multiplies vectors ({matrix.shape[1]},) or columns "
+            f"(..., {matrix.shape[1]}, k); got shape {tuple(x.shape)}."
+        )
+    vector = x.dim() == 1
+    rows = apply(matrix.program, matrix.tensors, x if vector else x.transpose(-1, -2))
+    result = rows if vector else rows.transpose(-1, -2)
+    if out is None:
+        return result
+    if out.shape != result.shape:
+        raise ShapeError(f"out has shape {tuple(out.shape)}; the result has shape {tuple(result.shape)}.")
+    return out.copy_(result)
+
+
+def draw(
+    structure: Structure,
+    shape: Shape,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Fresh tensors of a structure; drawn on the CPU, so that a seed means the same matrix on every device."""
+    dtype = dtype or torch.get_default_dtype()
+    where = torch.device(device) if device is not None else torch.get_default_device()
+    tensors = {}
+    for name, spec in specs(structure, shape).items():
+        kind = spec.dtype or dtype
+        if where.type == "meta":
+            tensors[name] = torch.empty(spec.shape, dtype=kind, device=where)
+        else:
+            tensors[name] = spec.init.draw(spec.shape, generator=generator, dtype=kind, device=where)
+    return tensors

@@ -1,0 +1,190 @@
+"""The linear layer whose weight is a structured matrix."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from structmat.matrix import StructuredMatrix, draw
+from structmat.program import Contraction, Program, apply, build, cost, form, fuse, stages, table
+from structmat.projection.project import DEFAULT_SWEEPS, project
+from structmat.structure import Structure, resolve, specs
+
+
+class StructuredLinear(nn.Module):
+    """``y = S x + b`` with ``S`` a member of ``structure``; called as ``nn.Linear``.
+
+    The tensors are ordinary parameters and buffers under the structure's own names. Complex weights are stored as
+    real parameters with a last axis of 2, so that optimizers and mixed precision treat them rightly.
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        bias: whether to add a learned vector (out_features,).
+        structure: the family; fractions are resolved for the shape.
+        device, dtype: of the parameters; ``meta`` and complex dtypes are allowed.
+        generator: source of randomness of the initialisation, which has the output variance of ``nn.Linear``'s.
+
+    Raises:
+        ShapeError: the structure refuses the shape.
+    """
+
+    in_features: int
+    out_features: int
+    structure: Structure
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        structure: Structure,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        shape = (out_features, in_features)
+        self.structure = resolve(structure, shape)
+        self._program = build(self.structure, shape)
+        dtype = dtype or torch.get_default_dtype()
+        self._complex = dtype.is_complex
+        self._names = tuple(specs(self.structure, shape))
+        drawn = draw(self.structure, shape, generator=generator, dtype=dtype, device=device)
+        for name, spec in specs(self.structure, shape).items():
+            if spec.learned:
+                self.register_parameter(name, nn.Parameter(self._stored(drawn[name])))
+            else:
+                self.register_buffer(name, drawn[name])
+        if bias:
+            bound = in_features**-0.5
+            where = drawn[self._names[0]].device if self._names else device
+            values = torch.empty(out_features, device=where, dtype=dtype)
+            if values.device.type != "meta":
+                real = torch.empty(self._stored(values).shape, dtype=self._stored(values).dtype)
+                values = self._loaded(real.uniform_(-bound, bound, generator=generator).to(values.device))
+            self.bias = nn.Parameter(self._stored(values))
+        else:
+            self.register_parameter("bias", None)
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        return torch.view_as_real(tensor).clone() if tensor.is_complex() else tensor
+
+    def _loaded(self, tensor: Tensor) -> Tensor:
+        return torch.view_as_complex(tensor) if self._complex and tensor.is_floating_point() else tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The structure's tensors by name, as the program reads them (gradients flow to the parameters)."""
+        return {name: self._loaded(getattr(self, name)) for name in self._names}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows (..., in_features) to (..., out_features)."""
+        tensors = self.tensors()
+        bias = None if self.bias is None else self._loaded(self.bias)
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+            bias = bias.to(dtype) if bias is not None and bias.is_floating_point() else bias
+        y = apply(self._program, tensors, x)
+        return y if bias is None else y + bias
+
+    @property
+    def matrix(self) -> StructuredMatrix:
+        """The weight as a value that shares the layer's parameters."""
+        return StructuredMatrix(self.structure, (self.out_features, self.in_features), self.tensors())
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        structure: Structure,
+        *,
+        second_moment: Tensor | None = None,
+        sweeps: int = DEFAULT_SWEEPS,
+        seed: int = 0,
+    ) -> Self:
+        """The layer whose weight is the projection of ``linear.weight`` on the structure; see :func:`project`."""
+        found = project(linear.weight, structure, second_moment=second_moment, sweeps=sweeps, seed=seed)
+        return cls.from_matrix(found.matrix, linear.bias)
+
+    @classmethod
+    def from_matrix(cls, matrix: StructuredMatrix, bias: Tensor | None = None) -> Self:
+        """The layer that owns a copy of a structured matrix and, if given, a bias (out_features,)."""
+        assert build(matrix.structure, matrix.shape) == matrix.program, "a transposed matrix is no member by itself"
+        out_features, in_features = matrix.shape
+        layer = cls(
+            in_features, out_features, bias is not None, structure=matrix.structure, device="meta", dtype=matrix.dtype
+        )
+        layer.to_empty(device=matrix.device)
+        with torch.no_grad():
+            for name, tensor in matrix.tensors.items():
+                getattr(layer, name).copy_(layer._stored(tensor.detach()))
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(layer._stored(bias.detach()))
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """The dense layer with the same weight and bias."""
+        with torch.no_grad():
+            weight = self.matrix.to_dense()
+            linear = nn.Linear(
+                self.in_features, self.out_features, self.bias is not None, device=weight.device, dtype=weight.dtype
+            )
+            linear.weight.copy_(weight)
+            if self.bias is not None:
+                linear.bias.copy_(self._loaded(self.bias))
+        return linear.train(self.training)
+
+    def freeze(self) -> FrozenLinear:
+        """The layer for deployment: adjacent stages merged where that runs faster, nothing left to train."""
+        with torch.no_grad():
+            program, tensors = fuse(self._program, self.tensors())
+            bias = None if self.bias is None else self._loaded(self.bias).detach().clone()
+        return FrozenLinear(program, {name: t.detach().clone() for name, t in tensors.items()}, bias)
+
+    def explain(self, batch: int = 1) -> str:
+        """What runs for ``batch`` rows: the program, the form of each stage, and the operations."""
+        lines = [table(self._program), ""]
+        for number, stage in enumerate(stages(self._program), 1):
+            lines.append(f"{number}. {stage}: reference backend, {form(stage).value}")
+        amount = cost(self._program, complex_weights=self._complex)
+        lines.append(f"{batch} rows: {batch * amount.flops} FLOPs, {batch * amount.macs} multiply-adds")
+        return "\n".join(lines)
+
+    def extra_repr(self) -> str:
+        count = sum(getattr(self, n).numel() for n, s in specs(self.structure, self.matrix.shape).items() if s.learned)
+        share = count / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"structure={self.structure}, {share:.1%} of dense"
+        )
+
+
+class FrozenLinear(nn.Module):
+    """A fused program with fixed tensors: what :meth:`StructuredLinear.freeze` returns. Rows as ``nn.Linear``."""
+
+    bias: Tensor | None
+
+    def __init__(self, program: Program, tensors: dict[str, Tensor], bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = program.in_features, program.out_features
+        self.program = program
+        self._names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows (..., in_features) to (..., out_features)."""
+        y = apply(self.program, {name: getattr(self, name) for name in self._names}, x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        patterns = [s.pattern if isinstance(s, Contraction) else str(s) for s in stages(self.program)]
+        return f"in_features={self.in_features}, out_features={self.out_features}, stages={patterns}"

@@ -1,0 +1,64 @@
+"""Linear circuits at block granularity: stages, combinators, one pass a file, and the reference backend."""
+
+from structmat.program.build import build
+from structmat.program.cost import Cost, cost
+from structmat.program.fuse import chainable, fuse, merge, merged_pattern
+from structmat.program.reference import apply, form
+from structmat.program.simplify import simplify
+from structmat.program.stages import (
+    Call,
+    Chain,
+    Complex,
+    Contraction,
+    Crop,
+    Diagonal,
+    Fourier,
+    Pad,
+    Permute,
+    Program,
+    Real,
+    Shuffle,
+    Sparse,
+    Stage,
+    Sum,
+    Windowed,
+    rename,
+    stages,
+    tensor_sizes,
+)
+from structmat.program.table import table
+from structmat.program.transpose import transpose
+
+__all__ = [
+    "Call",
+    "Chain",
+    "Complex",
+    "Contraction",
+    "Cost",
+    "Crop",
+    "Diagonal",
+    "Fourier",
+    "Pad",
+    "Permute",
+    "Program",
+    "Real",
+    "Shuffle",
+    "Sparse",
+    "Stage",
+    "Sum",
+    "Windowed",
+    "apply",
+    "build",
+    "chainable",
+    "cost",
+    "form",
+    "fuse",
+    "merge",
+    "merged_pattern",
+    "rename",
+    "simplify",
+    "stages",
+    "table",
+    "tensor_sizes",
+    "transpose",
+]

@@ -1,0 +1,133 @@
+"""Merging adjacent contractions. It multiplies weights, so it is for deployment, not for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+from torch import Tensor
+
+from structmat.program.simplify import simplify
+from structmat.program.stages import Chain, Contraction, Diagonal, Program, Stage, Sum
+
+Tensors = Mapping[str, Tensor]
+
+
+def chainable(first: Contraction, second: Contraction) -> int | None:
+    """The rank of the interface if the product of two contractions is one again, else None.
+
+    ``second`` is applied after ``first``: as a matrix product, the left factor. With patterns (a1, b1, c1, d1) of the
+    left and (a2, b2, c2, d2) of the right factor: a1 | a2, d2 | d1 and ``r = a1 c1 / a2 = b2 d2 / d1`` is an integer.
+    Source: Zheng, Gribonval et al., deformable butterfly factors.
+    """
+    a1, _, c1, d1 = second.pattern
+    a2, b2, _, d2 = first.pattern
+    if a2 % a1 or d1 % d2:
+        return None
+    rank = Fraction(a1 * c1, a2)
+    if rank != Fraction(b2 * d2, d1) or rank.denominator != 1 or rank < 1:
+        return None
+    return int(rank)
+
+
+def merged_pattern(first: Contraction, second: Contraction) -> tuple[int, int, int, int]:
+    """The pattern of the product of two chainable contractions."""
+    a1, b1, _, d1 = second.pattern
+    a2, _, c2, d2 = first.pattern
+    return (a1, b1 * d1 // d2, a2 * c2 // a1, d2)
+
+
+def merge(first: Contraction, second: Contraction, tensors: Tensors) -> Tensor:
+    """The weight (a, b, c, d) of the product of two chainable contractions, ``second`` applied after ``first``."""
+    rank = chainable(first, second)
+    assert rank is not None, f"{first} and {second} are not chainable"
+    a1, b1, _, d1 = second.pattern
+    a2, _, c2, d2 = first.pattern
+    outer, inner = a2 // a1, d1 // d2
+    # The interface has index (a1, outer, rank, inner, d2): the left factor's (a1; c1 = outer, rank; d1 = inner, d2)
+    # and the right factor's (a2 = a1, outer; b2 = rank, inner; d2).
+    left = full_weight(second, tensors).reshape(a1, b1, outer, rank, inner, d2)
+    right = full_weight(first, tensors).reshape(a1, outer, rank, inner, c2, d2)
+    # [a1, d2, outer, inner] x (b1 x rank) @ (rank x c2)
+    product = left.permute(0, 5, 2, 4, 1, 3) @ right.permute(0, 5, 1, 3, 2, 4)
+    # -> (a1, b1, inner, outer, c2, d2)
+    return product.permute(0, 4, 3, 2, 5, 1).reshape(merged_pattern(first, second))
+
+
+def full_weight(stage: Contraction, tensors: Tensors) -> Tensor:
+    """The stage's weight with shape (a, b, c, d), shared axes expanded."""
+    weight = tensors[stage.weight].reshape(stage.stored_shape)
+    if stage.transposed:
+        weight = weight.transpose(1, 2)
+    return weight.expand(stage.pattern)
+
+
+def fuse(program: Program, tensors: Tensors, *, growth: float = 2.0) -> tuple[Program, dict[str, Tensor]]:
+    """An equal program with adjacent contractions (and diagonals) merged, and its tensors.
+
+    Args:
+        program: what is to run.
+        tensors: its tensors by name.
+        growth: a run of contractions is merged while the multiplications of the merged one are at most ``growth``
+            times those of the run. Few fat stages run faster than many thin ones: with the default 2, four stages
+            of a butterfly become one of radix 16. With 1 no operation is added.
+
+    Returns:
+        The program and the tensors that it reads, all others dropped. Exact up to rounding.
+    """
+    made: dict[str, Tensor] = {}
+    result = _fuse(simplify(program), tensors, growth, made)
+    names = {name for stage in _stages(result) for name in (*stage.weights, *stage.indices)}
+    return result, {name: (made[name] if name in made else tensors[name]) for name in sorted(names)}
+
+
+def _stages(program: Program) -> tuple[Stage, ...]:
+    from structmat.program.stages import stages
+
+    return stages(program)
+
+
+def _fuse(program: Program, tensors: Tensors, growth: float, made: dict[str, Tensor]) -> Program:
+    if isinstance(program, Stage):
+        return program
+    if isinstance(program, Sum):
+        return Sum(tuple(_fuse(part, tensors, growth, made) for part in program.parts))
+    done: list[Program] = []
+    work: list[int] = []  # multiplications of the original run behind each entry of done
+    for step in program.steps:
+        step = _fuse(step, tensors, growth, made)
+        amount = step.multiplications if isinstance(step, Stage) else 0
+        while done:
+            joined = _join(done[-1], step, {**tensors, **made}, growth, work[-1] + amount, made)
+            if joined is None:
+                break
+            step, amount = joined, amount + work.pop()
+            done.pop()
+        done.append(step)
+        work.append(amount)
+    return Chain(tuple(done)) if len(done) > 1 else done[0]
+
+
+def _join(
+    first: Program, second: Program, tensors: Tensors, growth: float, run: int, made: dict[str, Tensor]
+) -> Contraction | None:
+    if isinstance(first, Contraction) and isinstance(second, Contraction):
+        if chainable(first, second) is None:
+            return None
+        a, b, c, d = merged_pattern(first, second)
+        if a * b * c * d > growth * run:
+            return None
+        weight = merge(first, second, tensors)
+    elif isinstance(first, Diagonal) and isinstance(second, Contraction) and not first.spectrum:
+        a, b, c, d = second.pattern
+        weight = full_weight(second, tensors) * tensors[first.weight].reshape(a, 1, c, d)
+    elif isinstance(first, Contraction) and isinstance(second, Diagonal) and not second.spectrum:
+        a, b, c, d = first.pattern
+        weight = full_weight(first, tensors) * tensors[second.weight].reshape(a, b, 1, d)
+    else:
+        return None
+    name = f"fused{len(made)}"
+    while name in tensors:
+        name += "_"
+    made[name] = weight.contiguous()
+    return Contraction(name, a, b, c, d)

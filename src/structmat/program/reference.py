@@ -1,0 +1,232 @@
+"""The reference backend: programs in PyTorch operations. It is the meaning of a program.
+
+Differentiable (twice), any device and dtype, compilable, exportable. The form of a contraction is chosen by its shape
+alone; :func:`form` says which, so that ``explain`` can show it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from structmat.errors import ShapeError
+from structmat.program.stages import (
+    Call,
+    Chain,
+    Complex,
+    Contraction,
+    Crop,
+    Diagonal,
+    Fourier,
+    Pad,
+    Permute,
+    Program,
+    Real,
+    Shuffle,
+    Sparse,
+    Stage,
+    Sum,
+    Windowed,
+)
+
+Tensors = Mapping[str, Tensor]
+
+
+class Form(enum.Enum):
+    """How the reference runs a stage."""
+
+    MATMUL = "one matrix product"
+    UNROLLED = "unrolled multiply-adds"
+    BATCHED = "batched matrix product"
+    GATHER = "gather and add"
+    MATERIALISED = "one product with the materialised matrix"
+    ELEMENTWISE = "elementwise"
+    TRANSFORM = "fast Fourier transform"
+    MOVE = "moves data only"
+    FUNCTION = "the given function"
+
+
+_UNROLLED_LIMIT = 4
+"""Contractions of at most 4 x 4 blocks run as multiply-adds: a batched product of so small blocks is all overhead."""
+
+_MATERIALISED_DENSITY = 1.0 / 64.0
+"""Denser sparse stages run as a dense product: gather and add is an order of magnitude slower a multiplication."""
+
+
+def form(stage: Stage) -> Form:
+    """The form in which the reference runs a stage."""
+    if isinstance(stage, Contraction):
+        if (stage.a == 1 or stage.shared_a) and (stage.d == 1 or stage.shared_d):
+            return Form.MATMUL
+        if stage.b <= _UNROLLED_LIMIT and stage.c <= _UNROLLED_LIMIT:
+            return Form.UNROLLED
+        return Form.BATCHED
+    if isinstance(stage, Sparse):
+        dense = stage.capacity > _MATERIALISED_DENSITY * stage.height * stage.width
+        return Form.MATERIALISED if dense else Form.GATHER
+    if isinstance(stage, Windowed):
+        return Form.MATERIALISED
+    if isinstance(stage, Diagonal):
+        return Form.ELEMENTWISE
+    if isinstance(stage, Fourier):
+        return Form.TRANSFORM
+    if isinstance(stage, Call):
+        return Form.FUNCTION
+    return Form.MOVE
+
+
+def apply(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
+    """Multiply rows: ``x`` (..., in_features) to (..., out_features), as ``torch.nn.functional.linear``.
+
+    Raises:
+        ShapeError: the last axis of ``x`` is not ``in_features``.
+    """
+    if x.dim() == 0 or x.shape[-1] != program.in_features:
+        raise ShapeError(
+            f"The input has shape {tuple(x.shape)}; its last axis must hold in_features={program.in_features} numbers."
+        )
+    if x.dim() == 2:
+        return _run(program, tensors, x)
+    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    return _run(program, tensors, rows).reshape(*x.shape[:-1], program.out_features)
+
+
+def _run(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
+    """Rows (batch, in) to rows (batch, out)."""
+    if isinstance(program, Chain):
+        for step in program.steps:
+            x = _run(step, tensors, x)
+        return x
+    if isinstance(program, Sum):
+        total = _run(program.parts[0], tensors, x)
+        for part in program.parts[1:]:
+            total = total + _run(part, tensors, x)
+        return total
+    if isinstance(program, Contraction):
+        return _contract(program, tensors[program.weight], x)
+    if isinstance(program, Diagonal):
+        weight = tensors[program.weight].reshape(program.size)
+        return x * (_fft(weight) if program.spectrum else weight)
+    if isinstance(program, Permute):
+        index = tensors[program.index]
+        return x.index_select(-1, torch.argsort(index) if program.inverse else index)
+    if isinstance(program, Shuffle):
+        axes = [0, *(axis + 1 for axis in program.axes)]
+        return x.reshape(x.shape[0], *program.sizes).permute(axes).reshape(x.shape[0], program.out_features)
+    if isinstance(program, Fourier):
+        return _ifft(x) if program.inverse else _fft(x)
+    if isinstance(program, Sparse):
+        return _sparse(program, tensors, x)
+    if isinstance(program, Windowed):
+        return _windowed(program, tensors, x)
+    if isinstance(program, Pad):
+        return F.pad(x, (0, program.padded - program.size))
+    if isinstance(program, Crop):
+        return x[:, : program.kept]
+    if isinstance(program, Real):
+        return x.real if x.is_complex() else x
+    if isinstance(program, Complex):
+        return x if x.is_complex() else torch.complex(_wide(x), torch.zeros_like(_wide(x)))
+    assert isinstance(program, Call), f"unknown stage {type(program).__name__}"
+    return _call(program, tensors, x)
+
+
+def _contract(stage: Contraction, weight: Tensor, x: Tensor) -> Tensor:
+    a, b, c, d = stage.pattern
+    weight = weight.reshape(stage.stored_shape)
+    if stage.transposed:
+        weight = weight.transpose(1, 2)  # (a or 1, b, c, d or 1)
+    kind = form(stage)
+    batch = x.shape[0]
+    if kind is Form.MATMUL:
+        matrix = weight[0, :, :, 0]
+        if a * d == 1:
+            return torch.matmul(x, matrix.T)
+        if d == 1:
+            return torch.matmul(x.reshape(batch, a, c), matrix.T).reshape(batch, a * b)
+        rows = torch.matmul(x.reshape(batch, a, c, d).transpose(2, 3), matrix.T)
+        return rows.transpose(2, 3).reshape(batch, a * b * d)
+    if kind is Form.UNROLLED:
+        parts = x.reshape(batch, a, c, d).unbind(2)
+        outputs = []
+        for i in range(b):
+            total = weight[:, i, 0] * parts[0]
+            for j in range(1, c):
+                total = total + weight[:, i, j] * parts[j]
+            outputs.append(total)
+        return torch.stack(outputs, 2).reshape(batch, a * b * d)
+    if d == 1:  # weight (a, b, c, 1), a not shared
+        blocks = x.reshape(batch, a, c).transpose(0, 1) @ weight[..., 0].transpose(1, 2)  # (a, batch, b)
+        return blocks.transpose(0, 1).reshape(batch, a * b)
+    x4 = x.reshape(batch, a, c, d)
+    if stage.shared_d:  # one product a group, the interleaved axis d joins the batch
+        rows = x4.permute(1, 0, 3, 2).reshape(a, batch * d, c) @ weight[..., 0].transpose(1, 2)
+        return rows.reshape(a, batch, d, b).permute(1, 0, 3, 2).reshape(batch, a * b * d)
+    if stage.shared_a or a == 1:
+        rows = x4.permute(3, 0, 1, 2).reshape(d, batch * a, c) @ weight[0].permute(2, 1, 0)
+        return rows.reshape(d, batch, a, b).permute(1, 2, 3, 0).reshape(batch, a * b * d)
+    rows = x4.permute(1, 3, 0, 2).reshape(a * d, batch, c) @ weight.permute(0, 3, 2, 1).reshape(a * d, c, b)
+    return rows.reshape(a, d, batch, b).permute(2, 0, 3, 1).reshape(batch, a * b * d)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision has no complex or Fourier arithmetic on the CPU: go through float32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _fft(x: Tensor) -> Tensor:
+    result: Tensor = torch.fft.fft(_wide(x), dim=-1)
+    return result
+
+
+def _ifft(x: Tensor) -> Tensor:
+    result: Tensor = torch.fft.ifft(_wide(x), dim=-1)
+    return result
+
+
+def _sparse(stage: Sparse, tensors: Tensors, x: Tensor) -> Tensor:
+    values, rows, columns = tensors[stage.values], tensors[stage.rows], tensors[stage.columns]
+    if form(stage) is Form.MATERIALISED:
+        return x @ _scatter(values, rows, columns, stage.height, stage.width).T
+    terms = values * x.index_select(1, columns)
+    return x.new_zeros(x.shape[0], stage.height, dtype=terms.dtype).index_add(1, rows, terms)
+
+
+def _scatter(values: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    flat = values.new_zeros(height * width).index_add(0, rows * width + columns, values)
+    return flat.reshape(height, width)
+
+
+def window_matrices(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """The two factors of a windowed stage as (height, terms) and (terms, width) matrices with zeros outside windows."""
+    windows = tensors[stage.windows]
+    left = _window_side(tensors[stage.left], windows[:, 0], windows[:, 1], stage.left_size, stage.height, stage.terms)
+    right = _window_side(tensors[stage.right], windows[:, 2], windows[:, 3], stage.right_size, stage.width, stage.terms)
+    return left.T, right
+
+
+def _window_side(content: Tensor, start: Tensor, width: Tensor, total: int, size: int, terms: int) -> Tensor:
+    term = torch.repeat_interleave(torch.arange(terms, device=width.device), width, output_size=total)
+    first = torch.cumsum(width, 0) - width
+    offset = torch.arange(total, device=width.device) - first[term]
+    return _scatter(content.reshape(total), term, (start[term] + offset) % size, terms, size)
+
+
+def _windowed(stage: Windowed, tensors: Tensors, x: Tensor) -> Tensor:
+    left, right = window_matrices(stage, tensors)
+    return (x @ left) @ right if stage.transposed else (x @ right.T) @ left.T
+
+
+def _call(stage: Call, tensors: Tensors, x: Tensor) -> Tensor:
+    weights = [tensors[name] for name, _ in stage.tensors]
+    if not stage.transposed:
+        return stage.function(x, *weights)
+    start = x.new_zeros(x.shape[0], stage.width)
+    pull = torch.func.vjp(lambda v: stage.function(v, *weights), start)[1]
+    # The vector-Jacobian product of PyTorch conjugates; the transpose does not.
+    result: Tensor = pull(x.conj() if x.is_complex() else x)[0]
+    return result.conj() if result.is_complex() else result

@@ -1,0 +1,82 @@
+"""Exact rewriting of programs that leaves the tensors alone."""
+
+from __future__ import annotations
+
+from structmat.program.stages import Chain, Complex, Crop, Fourier, Pad, Permute, Program, Real, Shuffle, Stage, Sum
+
+
+def simplify(program: Program) -> Program:
+    """An equal program with fewer stages: nested chains and sums flattened, neighbours that cancel or merge removed.
+
+    Rules: a permutation next to its inverse, two shuffles (merged into one where the sizes agree), a Fourier transform
+    next to its inverse, ``Pad`` after ``Pad``, ``Crop`` after ``Crop``, ``Crop`` after ``Pad``, a real part taken right
+    after values became complex, and every stage that is the identity. Idempotent; never adds work.
+    """
+    if isinstance(program, Stage):
+        return program
+    if isinstance(program, Sum):
+        parts: list[Program] = []
+        for part in map(simplify, program.parts):
+            parts.extend(part.parts if isinstance(part, Sum) else [part])
+        return Sum(tuple(parts)) if len(parts) > 1 else parts[0]
+    done: list[Program] = []
+    pending: list[Program] = [*reversed(program.steps)]
+    while pending:
+        step = pending.pop()
+        if isinstance(step, Chain):
+            pending.extend(reversed(step.steps))
+            continue
+        step = simplify(step)
+        if isinstance(step, Chain):
+            pending.extend(reversed(step.steps))
+            continue
+        if _is_identity(step):
+            continue
+        merged = _merge(done[-1], step) if done else None
+        if merged is None:
+            done.append(step)
+        else:  # what came of it may meet its new neighbour
+            done.pop()
+            pending.extend(reversed(merged))
+    if not done:
+        return Crop(program.in_features, program.out_features)
+    return Chain(tuple(done)) if len(done) > 1 else done[0]
+
+
+def _is_identity(step: Program) -> bool:
+    match step:
+        case Pad(size=size, padded=other) | Crop(size=size, kept=other):
+            return size == other
+        case Shuffle(axes=axes, sizes=sizes):
+            moved = [axis for axis in axes if sizes[axis] != 1]
+            return moved == sorted(moved)
+        case _:
+            return False
+
+
+def _merge(first: Program, second: Program) -> tuple[Program, ...] | None:
+    """What may stand for ``first`` followed by ``second``; None if nothing shorter is known."""
+    match first, second:
+        case Pad(size=size), Pad(padded=padded):
+            return (Pad(size, padded),)
+        case Crop(size=size), Crop(kept=kept):
+            return (Crop(size, kept),)
+        case Pad(size=size), Crop(kept=kept):
+            return (Pad(size, kept),) if kept >= size else (Crop(size, kept),)
+        case Permute(index=i, inverse=p), Permute(index=j, inverse=q) if i == j and p != q:
+            return ()
+        case Fourier(inverse=p), Fourier(inverse=q) if p != q:
+            return ()
+        case Complex(), Real():
+            return ()
+        case Shuffle(), Shuffle():
+            return _merge_shuffles(first, second)
+        case _:
+            return None
+
+
+def _merge_shuffles(first: Shuffle, second: Shuffle) -> tuple[Program, ...] | None:
+    between = tuple(first.sizes[axis] for axis in first.axes)
+    if between != second.sizes:
+        return None
+    return (Shuffle(first.sizes, tuple(first.axes[axis] for axis in second.axes)),)

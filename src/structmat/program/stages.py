@@ -1,0 +1,621 @@
+"""The stages of a program and the two combinators, as frozen dataclasses of names and shapes.
+
+Conventions: vectors are flattened row-major; a stage maps ``in_features`` numbers to ``out_features`` numbers.
+``multiplications`` and ``additions`` count scalar operations for one vector, in the arithmetic of the values that pass
+(the pass :func:`structmat.program.cost.cost` prices complex arithmetic). ``depth`` is the number of levels of gates
+``alpha * g + beta * h`` in the binary circuit.
+
+Every stage can be transposed, and the transpose uses the same tensors: ``stage.transpose().transpose() == stage``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+
+def binary_depth(terms: int) -> int:
+    """Levels of fan-in-2 gates that a weighted sum of ``terms`` values takes (a scaling alone is one gate)."""
+    return max(1, math.ceil(math.log2(terms))) if terms > 0 else 0
+
+
+class Stage(ABC):
+    """One linear map of a chain. Subclasses are frozen dataclasses and final."""
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int: ...
+
+    @abstractmethod
+    def transpose(self) -> Stage: ...
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, int]:
+        """The learned tensors that the stage reads: name and number of entries."""
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """The fixed integer tensors that the stage reads."""
+        return ()
+
+    @abstractmethod
+    def rename(self, name: Callable[[str], str]) -> Stage:
+        """The same stage reading tensors under other names."""
+
+    @property
+    @abstractmethod
+    def multiplications(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def additions(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def depth(self) -> int: ...
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Contraction(Stage):
+    """Kronecker-sparse factor: ``y[a, b, d] = sum over c of w[a, b, c, d] * x[a, c, d]``.
+
+    A matrix of shape (abd, acd) supported on ``I_a (x) 1_{b x c} (x) I_d``. The tensor is stored with shape
+    ``(a, b, c, d)``, the axes ``a`` and ``d`` having size 1 where they are shared, or in any shape with the same
+    entries in the same order; ``(a, c, b, d)`` where ``transposed``.
+    """
+
+    weight: str
+    a: int
+    b: int
+    c: int
+    d: int
+    shared_a: bool = False
+    shared_d: bool = False
+    transposed: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.a * self.c * self.d
+
+    @property
+    def out_features(self) -> int:
+        return self.a * self.b * self.d
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int, int]:
+        b, c = (self.c, self.b) if self.transposed else (self.b, self.c)
+        return (1 if self.shared_a else self.a, b, c, 1 if self.shared_d else self.d)
+
+    @property
+    def pattern(self) -> tuple[int, int, int, int]:
+        return (self.a, self.b, self.c, self.d)
+
+    def transpose(self) -> Contraction:
+        return replace(self, b=self.c, c=self.b, transposed=not self.transposed)
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return {self.weight: math.prod(self.stored_shape)}
+
+    def rename(self, name: Callable[[str], str]) -> Contraction:
+        return replace(self, weight=name(self.weight))
+
+    @property
+    def multiplications(self) -> int:
+        return self.a * self.b * self.c * self.d
+
+    @property
+    def additions(self) -> int:
+        return self.a * self.b * (self.c - 1) * self.d
+
+    @property
+    def depth(self) -> int:
+        return binary_depth(self.c)
+
+    def __str__(self) -> str:
+        shared = "".join(axis for axis, is_shared in (("a", self.shared_a), ("d", self.shared_d)) if is_shared)
+        note = f" shared over {', '.join(shared)}" if shared else ""
+        return f"Contraction ({self.a}, {self.b}, {self.c}, {self.d}){note}"
+
+
+@dataclass(frozen=True)
+class Diagonal(Stage):
+    """``y = w * x``. Where ``spectrum`` is set the multiplier is the discrete Fourier transform of ``w``."""
+
+    weight: str
+    size: int
+    spectrum: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.size
+
+    def transpose(self) -> Diagonal:
+        return self
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return {self.weight: self.size}
+
+    def rename(self, name: Callable[[str], str]) -> Diagonal:
+        return replace(self, weight=name(self.weight))
+
+    @property
+    def multiplications(self) -> int:
+        return self.size
+
+    @property
+    def additions(self) -> int:
+        return 0
+
+    @property
+    def depth(self) -> int:
+        return 1
+
+    def __str__(self) -> str:
+        return "Diagonal of the transformed weight" if self.spectrum else "Diagonal"
+
+
+class _Unweighted(Stage):
+    """What the stages without learned tensors share."""
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return {}
+
+    def rename(self, name: Callable[[str], str]) -> Stage:
+        return self
+
+    @property
+    def multiplications(self) -> int:
+        return 0
+
+    @property
+    def additions(self) -> int:
+        return 0
+
+    @property
+    def depth(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Permute(_Unweighted):
+    """``y[i] = x[p[i]]`` with ``p`` an integer tensor; the transpose is the inverse permutation."""
+
+    index: str
+    size: int
+    inverse: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.size
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        return (self.index,)
+
+    def transpose(self) -> Permute:
+        return replace(self, inverse=not self.inverse)
+
+    def rename(self, name: Callable[[str], str]) -> Permute:
+        return replace(self, index=name(self.index))
+
+    def __str__(self) -> str:
+        return "Permute by the inverse index" if self.inverse else "Permute"
+
+
+@dataclass(frozen=True)
+class Shuffle(_Unweighted):
+    """A permutation of axes: view the vector as an array of ``sizes``, permute its ``axes``, flatten."""
+
+    sizes: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert sorted(self.axes) == list(range(len(self.sizes))), self
+
+    @property
+    def in_features(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def out_features(self) -> int:
+        return math.prod(self.sizes)
+
+    def transpose(self) -> Shuffle:
+        inverse = tuple(self.axes.index(i) for i in range(len(self.axes)))
+        return Shuffle(tuple(self.sizes[i] for i in self.axes), inverse)
+
+    def __str__(self) -> str:
+        return f"Shuffle {self.sizes} -> {tuple(self.sizes[i] for i in self.axes)}"
+
+
+@dataclass(frozen=True)
+class Fourier(_Unweighted):
+    """The discrete Fourier transform ``F[k, j] = exp(-2 pi i j k / n)``, or its inverse (which carries the 1/n).
+
+    Both are symmetric matrices, hence their own transposes. Cost model: the usual ``5 n log2 n`` real operations of a
+    complex transform, two fifths of them multiplications.
+    """
+
+    size: int
+    inverse: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.size
+
+    def transpose(self) -> Fourier:
+        return self
+
+    @property
+    def multiplications(self) -> int:
+        return round(2 * self.size * math.log2(self.size))
+
+    @property
+    def additions(self) -> int:
+        return round(3 * self.size * math.log2(self.size))
+
+    @property
+    def depth(self) -> int:
+        return 2 * binary_depth(self.size)
+
+    def __str__(self) -> str:
+        return "Inverse Fourier" if self.inverse else "Fourier"
+
+
+@dataclass(frozen=True)
+class Sparse(Stage):
+    """``y[rows[k]] += values[k] * x[columns[k]]`` for a fixed number of entries, the indices in integer tensors."""
+
+    values: str
+    rows: str
+    columns: str
+    height: int
+    width: int
+    capacity: int
+
+    @property
+    def in_features(self) -> int:
+        return self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.height
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        return (self.rows, self.columns)
+
+    def transpose(self) -> Sparse:
+        return replace(self, rows=self.columns, columns=self.rows, height=self.width, width=self.height)
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return {self.values: self.capacity}
+
+    def rename(self, name: Callable[[str], str]) -> Sparse:
+        return replace(self, values=name(self.values), rows=name(self.rows), columns=name(self.columns))
+
+    @property
+    def multiplications(self) -> int:
+        return self.capacity
+
+    @property
+    def additions(self) -> int:
+        """Exact when every row has an entry; an empty row makes it one more."""
+        return max(0, self.capacity - self.height)
+
+    @property
+    def depth(self) -> int:
+        """For entries spread evenly over the rows: which rows hold them is in the tensors."""
+        return binary_depth(max(1, math.ceil(self.capacity / self.height)))
+
+    def __str__(self) -> str:
+        return f"Sparse with {self.capacity} entries"
+
+
+@dataclass(frozen=True)
+class Windowed(Stage):
+    """A sum of windowed rank-one terms (generalized block low rank).
+
+    Term ``k`` reads ``z = sum_j right[j] * x[column_j]`` over a cyclic interval of columns and adds ``left[i] * z`` to
+    a cyclic interval of rows. ``windows`` is an integer tensor (terms, 4) of row location, row width, column location
+    and column width; ``left`` and ``right`` hold the contents one term after the other, ``left_size`` and
+    ``right_size`` numbers in all (the sums of the widths, which is what makes the capacity static).
+    Source: Lee and Kim, "Differentiable Learning of Generalized Structured Matrices" (ICLR 2024).
+    """
+
+    left: str
+    right: str
+    windows: str
+    height: int
+    width: int
+    terms: int
+    left_size: int
+    right_size: int
+    transposed: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.height if self.transposed else self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.width if self.transposed else self.height
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        return (self.windows,)
+
+    def transpose(self) -> Windowed:
+        return replace(self, transposed=not self.transposed)
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return {self.left: self.left_size, self.right: self.right_size}
+
+    def rename(self, name: Callable[[str], str]) -> Windowed:
+        return replace(self, left=name(self.left), right=name(self.right), windows=name(self.windows))
+
+    @property
+    def multiplications(self) -> int:
+        return self.left_size + self.right_size
+
+    @property
+    def additions(self) -> int:
+        read, written = (self.left_size, self.right_size) if self.transposed else (self.right_size, self.left_size)
+        return max(0, read - self.terms) + max(0, written - self.out_features)
+
+    @property
+    def depth(self) -> int:
+        read = self.left_size if self.transposed else self.right_size
+        return binary_depth(max(1, math.ceil(read / max(1, self.terms)))) + binary_depth(max(1, self.terms))
+
+    def __str__(self) -> str:
+        return f"Windowed with {self.terms} terms{', transposed' if self.transposed else ''}"
+
+
+@dataclass(frozen=True)
+class Pad(_Unweighted):
+    """Appends zeros."""
+
+    size: int
+    padded: int
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.padded
+
+    def transpose(self) -> Crop:
+        return Crop(self.padded, self.size)
+
+    def __str__(self) -> str:
+        return "Pad"
+
+
+@dataclass(frozen=True)
+class Crop(_Unweighted):
+    """Keeps the first ``kept`` numbers."""
+
+    size: int
+    kept: int
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.kept
+
+    def transpose(self) -> Pad:
+        return Pad(self.kept, self.size)
+
+    def __str__(self) -> str:
+        return "Crop"
+
+
+@dataclass(frozen=True)
+class Real(_Unweighted):
+    """The real part of complex values. Its transpose over the reals is :class:`Complex`."""
+
+    size: int
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.size
+
+    def transpose(self) -> Complex:
+        return Complex(self.size)
+
+    def __str__(self) -> str:
+        return "Real part"
+
+
+@dataclass(frozen=True)
+class Complex(_Unweighted):
+    """Real values taken as complex ones: what precedes a complex section of an otherwise real chain."""
+
+    size: int
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.size
+
+    def transpose(self) -> Real:
+        return Real(self.size)
+
+    def __str__(self) -> str:
+        return "As complex"
+
+
+@dataclass(frozen=True)
+class Call(Stage):
+    """Any linear PyTorch function ``function(x, *tensors)`` of rows ``x`` (batch, width), with a stated cost.
+
+    ``function`` is a module-level function (so that equal stages compare equal). The transpose is its vector-Jacobian
+    product. It has no native kernel: this is how an idea works on its first day.
+    """
+
+    function: Callable[..., torch.Tensor]
+    tensors: tuple[tuple[str, int], ...]
+    height: int
+    width: int
+    forward_multiplications: int
+    forward_additions: int
+    forward_depth: int
+    transposed: bool = False
+
+    @property
+    def in_features(self) -> int:
+        return self.height if self.transposed else self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.width if self.transposed else self.height
+
+    def transpose(self) -> Call:
+        return replace(self, transposed=not self.transposed)
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return dict(self.tensors)
+
+    def rename(self, name: Callable[[str], str]) -> Call:
+        return replace(self, tensors=tuple((name(n), size) for n, size in self.tensors))
+
+    @property
+    def multiplications(self) -> int:
+        return self.forward_multiplications
+
+    @property
+    def additions(self) -> int:
+        """By the transposition principle the transpose of a p x q circuit takes p - q additions more."""
+        change = self.height - self.width if self.transposed else 0
+        return max(0, self.forward_additions + change)
+
+    @property
+    def depth(self) -> int:
+        return self.forward_depth
+
+    def __str__(self) -> str:
+        return f"Call {self.function.__name__}{', transposed' if self.transposed else ''}"
+
+
+# --------------------------------------------------------------------------------------------------- combinators
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Programs one after the other, first applied first. Never empty: the identity is a chain of one ``Crop``."""
+
+    steps: tuple[Program, ...]
+
+    def __post_init__(self) -> None:
+        assert self.steps, "a chain has at least one step"
+        for first, second in zip(self.steps, self.steps[1:], strict=False):
+            assert first.out_features == second.in_features, f"{first} does not feed {second}"
+
+    @property
+    def in_features(self) -> int:
+        return self.steps[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.steps[-1].out_features
+
+    def __str__(self) -> str:
+        from structmat.program.table import table
+
+        return table(self)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Programs of the same shape side by side, their outputs added."""
+
+    parts: tuple[Program, ...]
+
+    def __post_init__(self) -> None:
+        assert self.parts, "a sum has at least one part"
+        assert len({(p.in_features, p.out_features) for p in self.parts}) == 1, self.parts
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.parts[0].out_features
+
+    def __str__(self) -> str:
+        from structmat.program.table import table
+
+        return table(self)
+
+
+Program = Stage | Chain | Sum
+
+
+def stages(program: Program) -> tuple[Stage, ...]:
+    """All stages of a program, in order of application."""
+    if isinstance(program, Stage):
+        return (program,)
+    inner = program.steps if isinstance(program, Chain) else program.parts
+    return tuple(stage for part in inner for stage in stages(part))
+
+
+def rename(program: Program, name: Callable[[str], str]) -> Program:
+    """The same program reading its tensors under other names."""
+    if isinstance(program, Stage):
+        return program.rename(name)
+    if isinstance(program, Chain):
+        return Chain(tuple(rename(step, name) for step in program.steps))
+    return Sum(tuple(rename(part, name) for part in program.parts))
+
+
+def tensor_sizes(program: Program) -> dict[str, int]:
+    """Number of entries of every learned tensor that the program reads, each once."""
+    sizes: dict[str, int] = {}
+    for stage in stages(program):
+        for name, size in stage.weights.items():
+            assert sizes.setdefault(name, size) == size, f"{name} is read with two sizes"
+    return sizes

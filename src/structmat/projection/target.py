@@ -1,0 +1,151 @@
+"""What is to be approximated, and what a family answers."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from structmat.structure import Shape
+
+_RELATIVE_RANK_TOLERANCE = 1e-12
+"""Eigenvalues of a second moment below this share of the largest are rounding: inputs that never occur."""
+
+
+class Certificate(enum.Enum):
+    """What is known about the distance of a projection from the best member of its family."""
+
+    OPTIMAL = "optimal"
+    """No member is nearer in the norm of the target: a theorem."""
+
+    BOUND = "bound"
+    """No member is nearer than ``lower_bound``, which is proved."""
+
+    NONE = "none"
+    """A descent that ended; nothing is known but that it is no worse than its start."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A family's answer to a target.
+
+    Args:
+        tensors: by name, in the dtype of the target's weight.
+        certificate: what is known about optimality.
+        lower_bound: no member of the family has a smaller error in the target's norm (absolute; for a padded target,
+            before padding), 0 if nothing is known.
+        method: how it was found, in a few words.
+    """
+
+    tensors: Mapping[str, Tensor]
+    certificate: Certificate
+    lower_bound: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A matrix to approximate in the norm ``||(W - S) C^(1/2)||_F`` (Frobenius where ``second_moment`` is None).
+
+    Args:
+        weight: (out, in), float64 or complex128, padded with zeros to the family's native shape.
+        second_moment: (in, in) symmetric positive semidefinite, or None for the identity. Zero rows and columns stand
+            for padding: what a member does there is free.
+        shape: the shape before padding. Rows from ``shape[0]`` on are not part of the problem.
+        sweeps: how many sweeps of an iterative fit may be spent. 0 asks for the closed-form start alone.
+        seed: for fits with random starts; equal seeds give equal results.
+    """
+
+    weight: Tensor
+    second_moment: Tensor | None
+    shape: Shape
+    sweeps: int = 20
+    seed: int = 0
+
+    @property
+    def native(self) -> Shape:
+        return (self.weight.shape[0], self.weight.shape[1])
+
+    @property
+    def is_padded(self) -> bool:
+        return self.native != self.shape
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def replace_weight(self, weight: Tensor) -> Target:
+        """The same norm and options for another matrix; what was computed from the second moment is kept."""
+        other = replace(self, weight=weight)
+        for name in ("_eigen", "root", "inverse_root"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
+    def unweighted(self) -> Target:
+        return replace(self, second_moment=None)
+
+    def padded(self, native: Shape) -> Target:
+        """The target embedded in a larger shape. In the weighted norm padded columns have moment zero."""
+        if native == self.native:
+            return self
+        rows, columns = self.native
+        weight = self.weight.new_zeros(native)
+        weight[:rows, :columns] = self.weight
+        moment = self.second_moment
+        if moment is not None:
+            larger = moment.new_zeros(native[1], native[1])
+            larger[:columns, :columns] = moment
+            moment = larger
+        return replace(self, weight=weight, second_moment=moment)
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (rounding removed) and eigenvectors of the second moment."""
+        assert self.second_moment is not None
+        values, vectors = torch.linalg.eigh(self.second_moment)
+        floor = values.max().clamp(min=0.0) * _RELATIVE_RANK_TOLERANCE
+        return torch.where(values > floor, values, torch.zeros_like(values)), vectors
+
+    @cached_property
+    def root(self) -> Tensor | None:
+        """``C^(1/2)``, symmetric, or None for the identity."""
+        if self.second_moment is None:
+            return None
+        values, vectors = self._eigen
+        return (vectors * values.sqrt()) @ vectors.mH
+
+    @cached_property
+    def inverse_root(self) -> Tensor | None:
+        """The pseudo-inverse of ``C^(1/2)``: zero on inputs that never occur. None for the identity."""
+        if self.second_moment is None:
+            return None
+        values, vectors = self._eigen
+        inverse = torch.where(values > 0, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), values)
+        return (vectors * inverse) @ vectors.mH
+
+    @cached_property
+    def whitened(self) -> Tensor:
+        """``W C^(1/2)``: the matrix whose plain Frobenius distances are the target's norm."""
+        return self.weight if self.root is None else self.weight @ self.root
+
+    @cached_property
+    def whitened_svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Thin SVD ``(U, s, Vh)`` of :attr:`whitened`; shared by every fit of this target that needs it."""
+        u, s, vh = torch.linalg.svd(self.whitened, full_matrices=False)
+        return u, s, vh
+
+    def error(self, dense: Tensor) -> float:
+        """The distance of a member, given as a dense matrix of the native or the unpadded shape; padding is free."""
+        rows, columns = self.shape
+        difference = self.weight[:rows, :columns] - dense[:rows, :columns].to(self.weight)
+        if self.root is not None:
+            difference = difference @ self.root[:columns, :columns]
+        return float(torch.linalg.norm(difference))
+
+    def norm(self) -> float:
+        """The size of the target in its own norm."""
+        return self.error(torch.zeros_like(self.weight))
