@@ -118,11 +118,11 @@ def fit(structure: Structure, target: Target) -> Fit:
     """Fit a resolved structure to a target of any shape, padding where the family needs it.
 
     In a weighted norm a fit that is not optimal is held against the unweighted one, so that knowing the inputs is
-    never worse than not knowing them.
+    never worse than not knowing them (not with 0 sweeps, where the cheap start alone is asked for).
     """
     padded = target.padded(structure.native_shape(target.shape))
     found = structure.project(padded)
-    if padded.second_moment is not None and found.certificate is not Certificate.OPTIMAL:
+    if padded.second_moment is not None and padded.sweeps and found.certificate is not Certificate.OPTIMAL:
         plain = structure.project(padded.unweighted())
         if _error(structure, plain, target) < _error(structure, found, target):
             found = Fit(plain.tensors, found.certificate, found.lower_bound, plain.method)

@@ -79,13 +79,24 @@ class Target:
 
     def replace_weight(self, weight: Tensor) -> Target:
         """The same norm and options for another matrix; what was computed from the second moment is kept."""
-        other = replace(self, weight=weight)
+        return self._keeping_norm(replace(self, weight=weight))
+
+    def replace_sweeps(self, sweeps: int) -> Target:
+        """The same problem with another number of sweeps; what was computed from the second moment is kept."""
+        return self._keeping_norm(replace(self, sweeps=sweeps))
+
+    def _keeping_norm(self, other: Target) -> Target:
         for name in ("_eigen", "root", "inverse_root"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
 
     def unweighted(self) -> Target:
+        """The same matrix in the Frobenius norm. Always the same object, so that its decomposition is shared."""
+        return self if self.second_moment is None else self._unweighted
+
+    @cached_property
+    def _unweighted(self) -> Target:
         return replace(self, second_moment=None)
 
     def padded(self, native: Shape) -> Target:
@@ -145,6 +156,12 @@ class Target:
         if self.root is not None:
             difference = difference @ self.root[:columns, :columns]
         return float(torch.linalg.norm(difference))
+
+    def squared(self, difference: Tensor) -> float:
+        """``||difference C^(1/2)||_F^2`` for a difference of the native shape, without taking the root of ``C``."""
+        if self.second_moment is None:
+            return float(torch.linalg.norm(difference) ** 2)
+        return float(((difference @ self.second_moment) * difference.conj()).real.sum().clamp(min=0.0))
 
     def norm(self) -> float:
         """The size of the target in its own norm."""
