@@ -140,7 +140,8 @@ def _solve(system: Tensor, right: Tensor, known: Tensor, ridge: float, inside: T
         shift = torch.where(inside, ridge, 1.0).to(system)
         factor, info = torch.linalg.cholesky_ex(system + torch.diag_embed(shift))
         if not bool(info.any()):
-            return torch.cholesky_solve((right + ridge * known)[..., None], factor)[..., 0]
+            solution: Tensor = torch.cholesky_solve((right + ridge * known)[..., None], factor)
+            return solution[..., 0]
         ridge *= 10.0
     return known
 
@@ -164,4 +165,4 @@ def lower_bound(target: Target, nonzeros: int) -> float:
     costs = (target.weight.abs().square() * diagonal).reshape(-1)
     left_out = costs.numel() - nonzeros
     tail = float(torch.topk(costs, left_out, largest=False, sorted=False).values.sum()) if left_out else 0.0
-    return (max(alpha, 0.0) * tail) ** 0.5
+    return float((max(alpha, 0.0) * tail) ** 0.5)

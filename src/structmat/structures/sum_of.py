@@ -38,7 +38,8 @@ class Sum(Structure):
 
     def __init__(self, *terms: Structure, parts: tuple[Structure, ...] = ()) -> None:
         object.__setattr__(self, "parts", (*terms, *parts))
-        wrong = [part for part in self.parts if not isinstance(part, Structure)]
+        given: tuple[object, ...] = self.parts
+        wrong = [part for part in given if not isinstance(part, Structure)]
         if wrong or not self.parts:
             raise StructureError(
                 f"A Sum has at least one part, all of them structures; got {wrong or 'none'}. "
@@ -87,9 +88,7 @@ class Sum(Structure):
         for share in (8, 4, 2):  # the share of the second part is 1/8, 1/4, 1/2
             for second in (Sparse, BlockDiagonal):
                 for part in second.configurations(shape, budget // share):
-                    rank = largest_fitting(
-                        lambda r: r * sum(shape), budget - count_parameters(part, shape), min(shape)
-                    )
+                    rank = largest_fitting(lambda r: r * sum(shape), budget - count_parameters(part, shape), min(shape))
                     found = cls(LowRank(rank), part) if rank else None
                     if found is not None and found not in seen:
                         seen.add(found)
@@ -98,7 +97,7 @@ class Sum(Structure):
             yield cls(LowRank(1), Sparse(nonzeros=1))
 
 
-def SparsePlusLowRank(rank: int | float = 2, density: float = 0.1) -> Sum:  # noqa: N802 - reads as a family
+def SparsePlusLowRank(rank: int | float = 2, density: float = 0.1) -> Sum:
     """``Sum(LowRank(rank), Sparse(density=density))``: what robust principal component analysis looks for.
 
     Fitted by alternation; the recovery guarantees of convex robust principal component analysis are not claimed.
