@@ -42,6 +42,7 @@ def project(
     second_moment: Tensor | None = None,
     sweeps: int = DEFAULT_SWEEPS,
     seed: int = 0,
+    output_moment: Tensor | None = None,
 ) -> Projection:
     """The member of ``structure`` nearest to ``matrix``, in closed form or by a fit that never gets worse.
 
@@ -52,6 +53,8 @@ def project(
             handled exactly). The error is then that of the outputs on such inputs.
         sweeps: how many sweeps an iterative fit may spend; closed forms ignore it.
         seed: for fits with random starts.
+        output_moment: (out_features, out_features), ``E[g g^H]`` of the loss's gradients at the outputs, positive
+            semidefinite. The error then also weighs the outputs; families that can't use it are fitted without it.
 
     Returns:
         The matrix with its relative error, lower bound and certificate. "Optimal" is only claimed where it is a
@@ -61,14 +64,19 @@ def project(
         ShapeError: the structure refuses the shape, or the second moment has another one.
         DataError: an entry is NaN or infinite, or the second moment is not positive semidefinite.
     """
-    target = make_target(matrix, second_moment, sweeps=sweeps, seed=seed)
+    target = make_target(matrix, second_moment, sweeps=sweeps, seed=seed, output_moment=output_moment)
     return project_target(target, structure, dtype=matrix.dtype, device=matrix.device)
 
 
 def make_target(
-    matrix: Tensor, second_moment: Tensor | None = None, *, sweeps: int = DEFAULT_SWEEPS, seed: int = 0
+    matrix: Tensor,
+    second_moment: Tensor | None = None,
+    *,
+    sweeps: int = DEFAULT_SWEEPS,
+    seed: int = 0,
+    output_moment: Tensor | None = None,
 ) -> Target:
-    """Validate a matrix and its weight and bring them to float64 on the CPU."""
+    """Validate a matrix and its weights and bring them to float64 on the CPU; errors as :func:`project`."""
     if matrix.dim() != 2:
         raise ShapeError(f"A matrix has two axes (out_features, in_features); got shape {tuple(matrix.shape)}.")
     if not (matrix.is_floating_point() or matrix.is_complex()):
@@ -79,23 +87,27 @@ def make_target(
     if bad:
         raise DataError(f"The matrix of shape {tuple(matrix.shape)} has {bad} entries that are NaN or infinite.")
     shape = (weight.shape[0], weight.shape[1])
-    if second_moment is None:
-        return Target(weight, None, shape, sweeps, seed)
-    if tuple(second_moment.shape) != (shape[1], shape[1]):
-        raise ShapeError(
-            f"The second moment of the inputs of a matrix of shape {shape} has shape {(shape[1], shape[1])}; "
-            f"got {tuple(second_moment.shape)}."
-        )
-    moment = second_moment.detach().to(device="cpu", dtype=wide)
+    inputs = (
+        None if second_moment is None else _check_moment(second_moment, shape[1], wide, "second moment of the inputs")
+    )
+    outputs = None if output_moment is None else _check_moment(output_moment, shape[0], wide, "moment of the outputs")
+    return Target(weight, inputs, shape, sweeps, seed, outputs)
+
+
+def _check_moment(moment: Tensor, size: int, dtype: torch.dtype, name: str) -> Tensor:
+    if tuple(moment.shape) != (size, size):
+        raise ShapeError(f"The {name} must have shape {(size, size)}; got {tuple(moment.shape)}.")
+    moment = moment.detach().to(device="cpu", dtype=dtype)
     if not bool(torch.isfinite(moment).all()):
-        raise DataError("The second moment has entries that are NaN or infinite: look at the calibration inputs.")
+        raise DataError(f"The {name} has entries that are NaN or infinite: look at the calibration data.")
     moment = (moment + moment.mH) / 2
-    smallest, largest = (float(v) for v in torch.linalg.eigvalsh(moment)[[0, -1]])
+    values = torch.linalg.eigvalsh(moment)
+    smallest, largest = float(values[0]), float(values[-1])
     if smallest < -1e-6 * max(largest, 0.0) or largest < 0:
         raise DataError(
-            f"The second moment is not positive semidefinite: its eigenvalues are {smallest:.3g} to {largest:.3g}."
+            f"The {name} is not positive semidefinite: its eigenvalues are {smallest:.3g} to {largest:.3g}."
         )
-    return Target(weight, moment, shape, sweeps, seed)
+    return moment
 
 
 def project_target(target: Target, structure: Structure, *, dtype: torch.dtype, device: torch.device) -> Projection:
@@ -117,12 +129,16 @@ def project_target(target: Target, structure: Structure, *, dtype: torch.dtype, 
 def fit(structure: Structure, target: Target) -> Fit:
     """Fit a resolved structure to a target of any shape, padding where the family needs it.
 
-    In a weighted norm a fit that is not optimal is held against the unweighted one, so that knowing the inputs is
-    never worse than not knowing them.
+    In a weighted norm a fit that is not optimal is held against the unweighted one (where sweeps may be spent), so that
+    knowing the inputs is never worse than not knowing them.
     """
     padded = target.padded(structure.native_shape(target.shape))
+    if not structure.uses_output_moment:
+        padded = padded.without_output()
     found = structure.project(padded)
-    if padded.second_moment is not None and found.certificate is not Certificate.OPTIMAL:
+    if target.output_moment is not None and not structure.uses_output_moment:
+        found = Fit(found.tensors, Certificate.NONE, 0.0, found.method)  # what is known holds in another norm
+    if padded.second_moment is not None and target.sweeps > 0 and found.certificate is not Certificate.OPTIMAL:
         plain = structure.project(padded.unweighted())
         if _error(structure, plain, target) < _error(structure, found, target):
             found = Fit(plain.tensors, found.certificate, found.lower_bound, plain.method)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 from structmat.program import Chain, Contraction, Program
 from structmat.projection.low_rank import truncate
@@ -34,6 +34,8 @@ class LowRank(Structure):
     """
 
     rank: int | float
+
+    uses_output_moment: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_size(self, "rank", self.rank)
