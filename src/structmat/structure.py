@@ -98,6 +98,9 @@ class Structure(ABC):
     closed_under_scaling: ClassVar[bool] = True
     """False for families such as orthogonal matrices: ``2 * S`` is not a member. Their initial gain is 1."""
 
+    weighs_outputs: ClassVar[bool] = False
+    """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
+
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         """Names, shapes and initialisation of the tensors; the output has the variance of a dense layer's."""
