@@ -108,8 +108,8 @@ class Structure(ABC):
     closed_under_scaling: ClassVar[bool] = True
     """False for families such as orthogonal matrices: ``2 * S`` is not a member. Their initial gain is 1."""
 
-    uses_output_moment: ClassVar[bool] = False
-    """True if :meth:`project` honours ``target.output_moment``; other families are given targets without it."""
+    weighs_outputs: ClassVar[bool] = False
+    """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
 
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:

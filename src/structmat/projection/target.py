@@ -49,11 +49,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Target:
-    """A matrix to approximate in the norm ``||G^(1/2) (W - S) C^(1/2)||_F``, where C and G may be the identity.
+    """A matrix to approximate in the norm ``||B^(1/2) (W - S) C^(1/2)||_F``, with the identity for a moment of None.
 
-    With C the second moment of the inputs it is the error of the outputs; with G that of the loss's gradients at the
-    outputs as well, its square is the second-order change of the loss under the Kronecker-factored curvature
-    (Martens and Grosse 2015).
+    A family sees an ``output_moment`` only if it declares that it weighs outputs; otherwise its fit for the identity is
+    refined afterwards (:mod:`structmat.projection.refine_outputs`).
 
     Args:
         weight: (out, in), float64 or complex128, padded with zeros to the family's native shape.
@@ -62,8 +61,9 @@ class Target:
         shape: the shape before padding. Rows from ``shape[0]`` on are not part of the problem.
         sweeps: how many sweeps of an iterative fit may be spent. 0 asks for the closed-form start alone.
         seed: for fits with random starts; equal seeds give equal results.
-        output_moment: (out, out) symmetric positive semidefinite ``G``, or None for the identity. Only given to
-            families that say they use it.
+        output_moment: (out, out) symmetric positive semidefinite ``B``, such as the second moment of a loss's gradients
+            in the outputs (the squared norm is then the Kronecker-factored quadratic model of the loss: Martens and
+            Grosse 2015), or None for the identity.
     """
 
     weight: Tensor
@@ -87,7 +87,7 @@ class Target:
     def replace_weight(self, weight: Tensor) -> Target:
         """The same norm and options for another matrix; what was computed from the second moment is kept."""
         other = replace(self, weight=weight)
-        for name in ("_eigen", "_output_eigen", "root", "inverse_root", "output_root", "inverse_output_root"):
+        for name in ("_eigen", "root", "inverse_root", "_output_eigen", "output_root", "inverse_output_root"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
@@ -95,17 +95,17 @@ class Target:
     def unweighted(self) -> Target:
         return replace(self, second_moment=None, output_moment=None)
 
-    def without_output(self) -> Target:
-        """The same target in the norm of the inputs alone."""
+    def without_output_moment(self) -> Target:
+        """The same target with all outputs weighing the same."""
         if self.output_moment is None:
             return self
-        if "input_only" not in self._derived:
+        if "inputs" not in self._derived:
             other = replace(self, output_moment=None)
             for name in ("_eigen", "root", "inverse_root"):
                 if name in self.__dict__:
                     other.__dict__[name] = self.__dict__[name]
-            self._derived["input_only"] = other
-        return self._derived["input_only"]
+            self._derived["inputs"] = other
+        return self._derived["inputs"]
 
     def padded(self, native: Shape) -> Target:
         """The target embedded in a larger shape. In a weighted norm what is padded has moment zero."""
@@ -114,50 +114,56 @@ class Target:
         if native not in self._derived:
             weight = self.weight.new_zeros(native)
             weight[: self.native[0], : self.native[1]] = self.weight
-            moments = (_embed(self.second_moment, native[1]), _embed(self.output_moment, native[0]))
-            self._derived[native] = replace(self, weight=weight, second_moment=moments[0], output_moment=moments[1])
+            inputs, outputs = _embed(self.second_moment, native[1]), _embed(self.output_moment, native[0])
+            self._derived[native] = replace(self, weight=weight, second_moment=inputs, output_moment=outputs)
         return self._derived[native]
 
     @cached_property
     def _derived(self) -> dict[Shape | str, Target]:
-        """Targets made from this one, kept so that fits of the same shape share their decompositions."""
+        """Targets made from this one, kept so that fits of one shape share their decompositions."""
         return {}
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (rounding removed) and eigenvectors of the second moment."""
         assert self.second_moment is not None
         return _eigen(self.second_moment)
 
     @cached_property
-    def _output_eigen(self) -> tuple[Tensor, Tensor]:
-        assert self.output_moment is not None
-        return _eigen(self.output_moment)
-
-    @cached_property
     def root(self) -> Tensor | None:
         """``C^(1/2)``, symmetric, or None for the identity."""
-        return None if self.second_moment is None else _power(self._eigen, 0.5)
+        if self.second_moment is None:
+            return None
+        return _root(*self._eigen)
 
     @cached_property
     def inverse_root(self) -> Tensor | None:
         """The pseudo-inverse of ``C^(1/2)``: zero on inputs that never occur. None for the identity."""
-        return None if self.second_moment is None else _power(self._eigen, -0.5)
+        if self.second_moment is None:
+            return None
+        return _inverse_root(*self._eigen)
+
+    @cached_property
+    def _output_eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (rounding removed) and eigenvectors of the output moment."""
+        assert self.output_moment is not None
+        return _eigen(self.output_moment)
 
     @cached_property
     def output_root(self) -> Tensor | None:
-        """``G^(1/2)``, symmetric, or None for the identity."""
-        return None if self.output_moment is None else _power(self._output_eigen, 0.5)
+        """``B^(1/2)``, symmetric, or None for the identity."""
+        return None if self.output_moment is None else _root(*self._output_eigen)
 
     @cached_property
     def inverse_output_root(self) -> Tensor | None:
-        """The pseudo-inverse of ``G^(1/2)``, or None for the identity."""
-        return None if self.output_moment is None else _power(self._output_eigen, -0.5)
+        """The pseudo-inverse of ``B^(1/2)``: zero on outputs that do not count. None for the identity."""
+        return None if self.output_moment is None else _inverse_root(*self._output_eigen)
 
     @cached_property
     def whitened(self) -> Tensor:
-        """``G^(1/2) W C^(1/2)``: the matrix whose plain Frobenius distances are the target's norm."""
-        right = self.weight if self.root is None else self.weight @ self.root
-        return right if self.output_root is None else self.output_root @ right
+        """``B^(1/2) W C^(1/2)``: the matrix whose plain Frobenius distances are the target's norm."""
+        whitened = self.weight if self.root is None else self.weight @ self.root
+        return whitened if self.output_root is None else self.output_root @ whitened
 
     @cached_property
     def whitened_svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,13 +195,15 @@ def _embed(moment: Tensor | None, size: int) -> Tensor | None:
 
 
 def _eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (rounding removed) and eigenvectors."""
     values, vectors = torch.linalg.eigh(moment)
     floor = values.max().clamp(min=0.0) * _RELATIVE_RANK_TOLERANCE
     return torch.where(values > floor, values, torch.zeros_like(values)), vectors
 
 
-def _power(eigen: tuple[Tensor, Tensor], exponent: float) -> Tensor:
-    values, vectors = eigen
-    powers = torch.where(values > 0, values.clamp(min=torch.finfo(values.dtype).tiny) ** exponent, values)
-    return (vectors * powers) @ vectors.mH
+def _root(values: Tensor, vectors: Tensor) -> Tensor:
+    return (vectors * values.sqrt()) @ vectors.mH
+
+
+def _inverse_root(values: Tensor, vectors: Tensor) -> Tensor:
+    inverse = torch.where(values > 0, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), values)
+    return (vectors * inverse) @ vectors.mH

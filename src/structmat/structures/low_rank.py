@@ -33,9 +33,9 @@ class LowRank(Structure):
         rank: an integer of at least 1, or a fraction of the dense parameter count.
     """
 
-    rank: int | float
+    weighs_outputs: ClassVar[bool] = True
 
-    uses_output_moment: ClassVar[bool] = True
+    rank: int | float
 
     def __post_init__(self) -> None:
         check_size(self, "rank", self.rank)

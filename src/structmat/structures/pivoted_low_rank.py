@@ -43,7 +43,7 @@ class PivotedLowRank(Structure):
 
     rank: int | float
 
-    uses_output_moment: ClassVar[bool] = True
+    weighs_outputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_size(self, "rank", self.rank)
