@@ -132,9 +132,9 @@ def project_target(target: Target, structure: Structure, *, dtype: torch.dtype, 
 def fit(structure: Structure, target: Target) -> Fit:
     """Fit a resolved structure to a target of any shape, padding where the family needs it.
 
-    In a weighted norm a fit that is not optimal is held against the unweighted one (where sweeps may be spent), so that
-    knowing the inputs is never worse than not knowing them. An output moment is given to families that weigh outputs; the fit of another is
-    refined from outside.
+    In a weighted norm a fit that is not optimal is held against the unweighted one (where sweeps may be spent), so
+    that knowing the inputs is never worse than not knowing them. An output moment is given to families that weigh
+    outputs; the fit of another is refined from outside.
     """
     if target.output_moment is not None and not structure.weighs_outputs:
         return refine_outputs(structure, fit(structure, target.without_output_moment()), target)
