@@ -65,7 +65,7 @@ def _even_rows(count: int, height: int) -> Tensor:
 class Sparse(Structure):
     """A fixed number of nonzeros: ``values`` (nonzeros,), with fixed ``rows`` and ``columns`` (nonzeros,) of int64.
 
-    ``nonzeros`` parameters (indices are not counted) and multiply-adds. The support stays where initialisation or
+    ``nonzeros`` parameters and multiply-adds; stored are as many indices twice. The support stays where initialisation or
     projection put it. Projection: the largest entries, optimal in the Frobenius norm; in an activation-weighted norm
     (where the problem is NP-hard in general) thresholding by the inputs' sizes, exact least squares on the support and
     monotone rounds of iterative hard thresholding, with a lower bound.
@@ -133,6 +133,6 @@ class Sparse(Structure):
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        count = largest_fitting(lambda k: k, budget, shape[0] * shape[1])
+        count = largest_fitting(lambda k: 3 * k, budget, shape[0] * shape[1])
         if count:
             yield cls(nonzeros=count)

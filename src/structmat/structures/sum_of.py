@@ -13,7 +13,7 @@ from structmat.program import Program, build, rename
 from structmat.program import Sum as SumProgram
 from structmat.projection.alternate import fit_sum, rank_bound
 from structmat.projection.target import Certificate, Fit, Target
-from structmat.structure import ParameterSpec, Shape, Structure, count_parameters, largest_fitting, resolve
+from structmat.structure import ParameterSpec, Shape, Structure, count_stored, largest_fitting, resolve
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.low_rank import LowRank
 from structmat.structures.parts import prefixed, scaled_specs
@@ -88,12 +88,12 @@ class Sum(Structure):
         for share in (8, 4, 2):  # the share of the second part is 1/8, 1/4, 1/2
             for second in (Sparse, BlockDiagonal):
                 for part in second.configurations(shape, budget // share):
-                    rank = largest_fitting(lambda r: r * sum(shape), budget - count_parameters(part, shape), min(shape))
+                    rank = largest_fitting(lambda r: r * sum(shape), budget - count_stored(part, shape), min(shape))
                     found = cls(LowRank(rank), part) if rank else None
                     if found is not None and found not in seen:
                         seen.add(found)
                         yield found
-        if not seen and budget >= sum(shape) + 1:  # the cheapest pair: rank one and a single entry
+        if not seen and budget >= sum(shape) + 3:  # the cheapest pair: rank one and a single entry
             yield cls(LowRank(1), Sparse(nonzeros=1))
 
 
