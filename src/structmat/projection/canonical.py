@@ -63,7 +63,7 @@ def sweep(tensor: Tensor, factors: Factors) -> Factors:
 
 def leading(tensor: Tensor, axis: int, count: int) -> Tensor:
     """Leading left singular vectors of an unfolding, (count, size)."""
-    u = torch.linalg.svd(tensor.movedim(axis, 0).flatten(1), full_matrices=False)[0]
+    u: Tensor = torch.linalg.svd(tensor.movedim(axis, 0).flatten(1), full_matrices=False)[0]
     return u[:, :count].T
 
 

@@ -41,9 +41,7 @@ def even_factors(size: int, count: int) -> tuple[int, ...]:
     """``count`` factors of ``size``, ascending, with the smallest ratio of the largest to the smallest."""
     if count == 1:
         return (size,)
-    options = (
-        tuple(sorted((n, *even_factors(size // n, count - 1)))) for n in range(1, size + 1) if size % n == 0
-    )
+    options = (tuple(sorted((n, *even_factors(size // n, count - 1)))) for n in range(1, size + 1) if size % n == 0)
     return min(options, key=lambda f: (f[-1] / f[0], f))
 
 
@@ -182,7 +180,8 @@ def _power(moment: Tensor, exponent: float, floor: float) -> Tensor:
     limit = values.max().clamp(min=0.0) * floor
     kept = values > limit
     powers = torch.where(kept, values.clamp(min=1e-300) ** exponent, torch.zeros_like(values))
-    return (vectors * powers) @ vectors.mH
+    result: Tensor = (vectors * powers) @ vectors.mH
+    return result
 
 
 def separable_start(target: Target, pairs: Pairs, terms: int) -> tuple[Tensor, Tensor, float]:
@@ -244,7 +243,9 @@ def weighted_sweep(target: Target, pairs: Pairs, a: Tensor, b: Tensor) -> tuple[
     return a, b
 
 
-def _half(own: Tensor, other: Tensor, size: tuple[int, int], fixed: tuple[int, int], reached: Tensor, grid: Tensor) -> Tensor:
+def _half(
+    own: Tensor, other: Tensor, size: tuple[int, int], fixed: tuple[int, int], reached: Tensor, grid: Tensor
+) -> Tensor:
     """The best stacked factors ``own`` for given others; ``grid[l1, j1, l2, j2]`` is the second moment."""
     terms, (m, n), (p, q) = own.shape[0], size, fixed
     others = other.reshape(terms, p, q)

@@ -64,7 +64,8 @@ class Orthogonal:
         q = q * r.diagonal(dim1=-2, dim2=-1).sgn()[:, None]  # makes the distribution uniform (Mezzadri 2007)
         matrices = (q if rows >= columns else q.mT) * (self.gain * max(1.0, rows / columns) ** 0.5)
         where = [self.axes.index(i) for i in range(3)]
-        return matrices.permute(where).contiguous().to(dtype=dtype, device=device)
+        result: Tensor = matrices.permute(where).contiguous().to(dtype=dtype, device=device)
+        return result
 
 
 @final
@@ -167,7 +168,9 @@ class Kronecker(Structure):
             return self._bounded(list(best), bound, "separable weight")
         if not fits_in_memory(pairs, terms):
             best = min(starts, key=lambda ab: target.error(restore(ab[0].T @ ab[1], pairs)))
-            factors = canonical.descend(rearrange(target.weight, pairs), list(best), _norm(target, pairs), target.sweeps)
+            factors = canonical.descend(
+                rearrange(target.weight, pairs), list(best), _norm(target, pairs), target.sweeps
+            )
             return self._bounded(factors, bound, "alternating conjugate gradients")
         quick = max(1, target.sweeps // 4)
         trials = [weighted_descent(target, pairs, *start, quick) for start in starts]
@@ -214,7 +217,7 @@ class Kronecker(Structure):
         if min(shape) >= 64:
             pairs = balanced_pairs(shape, 3)
             terms = _most_terms(pairs, budget)
-            if terms:
+            if 0 < terms <= 16:  # many terms of three factors take long to fit and never came out best
                 yield cls(terms, pairs)
 
 

@@ -65,8 +65,8 @@ def _even_rows(count: int, height: int) -> Tensor:
 class Sparse(Structure):
     """A fixed number of nonzeros: ``values`` (nonzeros,), with fixed ``rows`` and ``columns`` (nonzeros,) of int64.
 
-    ``nonzeros`` parameters and multiply-adds; stored are as many indices twice. The support stays where initialisation or
-    projection put it. Projection: the largest entries, optimal in the Frobenius norm; in an activation-weighted norm
+    ``nonzeros`` parameters and multiply-adds; two indices each are stored too. The support stays where it was
+    put by initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in an activation-weighted norm
     (where the problem is NP-hard in general) thresholding by the inputs' sizes, exact least squares on the support and
     monotone rounds of iterative hard thresholding, with a lower bound.
 
