@@ -65,10 +65,10 @@ def _even_rows(count: int, height: int) -> Tensor:
 class Sparse(Structure):
     """A fixed number of nonzeros: ``values`` (nonzeros,), with fixed ``rows`` and ``columns`` (nonzeros,) of int64.
 
-    ``nonzeros`` parameters and multiply-adds; two indices each are stored too. The support stays where it was
-    put by initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in an activation-weighted norm
-    (where the problem is NP-hard in general) thresholding by the inputs' sizes, exact least squares on the support and
-    monotone rounds of iterative hard thresholding, with a lower bound.
+    ``nonzeros`` parameters and multiply-adds; two indices each are stored too. The support stays where it was put by
+    initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in an
+    activation-weighted norm (where the problem is NP-hard in general) thresholding by the inputs' sizes, monotone
+    rounds of iterative hard thresholding and exact least squares on the support, with a lower bound.
 
     Args:
         density: a fraction of the entries, strictly between 0 and 1.
