@@ -97,7 +97,7 @@ class Sparse(Structure):
     def resolve(self, shape: Shape) -> Sparse:
         if self.density is None:
             return self
-        count = int(self.density * shape[0] * shape[1])
+        count = int(self.density * shape[0] * shape[1] + 1e-6)  # 0.03 * 3000 is 89.99... in floating point
         if count < 1:
             raise ShapeError(
                 f"{self} of a matrix of shape {shape} is less than one of its {shape[0] * shape[1]} entries. "
