@@ -37,7 +37,7 @@ def even_factors(size: int, count: int) -> tuple[int, ...]:
 
 
 def _splits(number: int, count: int, smallest: int) -> list[tuple[int, ...]]:
-    """Every way to write ``number`` as ``count`` ascending factors of at least ``smallest``; (1, .., number) if none."""
+    """Every way to write a number as ascending factors of at least ``smallest``; (1, .., 1, number) if none."""
     if count == 1:
         return [(number,)]
     found = [

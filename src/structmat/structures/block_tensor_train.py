@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Program, Shuffle
@@ -42,6 +42,8 @@ class BlockTensorTrain(Structure):
         in_factors: (n2, n1); likewise.
     """
 
+    weighs_outputs: ClassVar[bool] = True
+
     rank: int | float = 2
     out_factors: tuple[int, int] | None = None
     in_factors: tuple[int, int] | None = None
@@ -78,7 +80,8 @@ class BlockTensorTrain(Structure):
 
     @property
     def _factors(self) -> tuple[int, int, int, int]:
-        assert self.out_factors is not None and self.in_factors is not None, f"unresolved {self}"
+        assert self.out_factors is not None, f"unresolved {self}"
+        assert self.in_factors is not None, f"unresolved {self}"
         return (*self.out_factors, *self.in_factors)
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
@@ -101,7 +104,7 @@ class BlockTensorTrain(Structure):
     def project(self, target: Target) -> Fit:
         (m1, m2, n2, n1), rank = self._factors, whole(self.rank)
         slices = target.weight.reshape(m1, m2, n2, n1).permute(0, 2, 1, 3)
-        found = fit_slices(slices, target.second_moment, rank, target.sweeps)
+        found = fit_slices(slices, target.second_moment, target.output_moment, rank, target.sweeps)
         tensors = {
             "left": found.left.permute(0, 2, 1, 3).reshape(m1, m2, n2 * rank),  # from (m1, n2, m2, rank)
             "right": found.right.permute(1, 0, 2, 3).reshape(n2, m1 * rank, n1),  # from (m1, n2, rank, n1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Program
@@ -43,6 +43,8 @@ class Monarch(Structure):
         blocks: k = l, or a pair (k, l).
         rank: of a slice, an integer of at least 1, or a fraction of the dense parameter count.
     """
+
+    weighs_outputs: ClassVar[bool] = True
 
     blocks: int | tuple[int, int] = 4
     rank: int | float = 1
@@ -93,7 +95,10 @@ class Monarch(Structure):
         (k, l), rank = self.grid, whole(self.rank)
         s, p = target.native[0] // l, target.native[1] // k
         slices = target.weight.reshape(s, l, k, p).permute(1, 2, 0, 3)
-        found = fit_slices(slices, target.second_moment, rank, target.sweeps)
+        outputs = target.output_moment
+        if outputs is not None:
+            outputs = outputs.reshape(s, l, s, l).permute(1, 0, 3, 2).reshape(s * l, s * l)
+        found = fit_slices(slices, target.second_moment, outputs, rank, target.sweeps)
         tensors = {
             "left": found.left.permute(2, 1, 3, 0).reshape(s, k * rank, l),  # from (l, k, s, rank)
             "right": found.right.permute(1, 2, 0, 3).reshape(k, rank * l, p),  # from (l, k, rank, p)
