@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from structmat.matrix import matmul as matmul
     from structmat.projection.project import project as project
     from structmat.structure import Structure as Structure
+    from structmat.structures.sum_of import SparsePlusLowRank as SparsePlusLowRank
 
 __version__ = "0.1.0"
 
 _HOME = {
     "StructmatError": "structmat.errors",
+    "SparsePlusLowRank": "structmat.structures.sum_of",
     "Structure": "structmat.structure",
     "StructuredMatrix": "structmat.matrix",
     "matmul": "structmat.matrix",
