@@ -98,6 +98,9 @@ class Structure(ABC):
     closed_under_scaling: ClassVar[bool] = True
     """False for families such as orthogonal matrices: ``2 * S`` is not a member. Their initial gain is 1."""
 
+    supports_complex: ClassVar[bool] = True
+    """False where the tensors must be real; of a family with parts, :func:`allows_complex` asks these too."""
+
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         """Names, shapes and initialisation of the tensors; the output has the variance of a dense layer's."""
@@ -135,6 +138,20 @@ class Structure(ABC):
 
 def _show(value: object) -> str:
     return str(value) if isinstance(value, Structure) else repr(value)
+
+
+def parts(structure: Structure) -> Iterator[Structure]:
+    """The structures that a sum or a product is made of; none for the others."""
+    for field in dataclasses.fields(structure):  # type: ignore[arg-type]
+        value = getattr(structure, field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Structure):
+                yield part
+
+
+def allows_complex(structure: Structure) -> bool:
+    """Whether the tensors may be complex: the family and all its parts say so."""
+    return type(structure).supports_complex and all(allows_complex(part) for part in parts(structure))
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes
