@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from structmat.matrix import StructuredMatrix
 from structmat.projection.project import Projection, project
 from structmat.projection.target import Certificate
-from structmat.structure import DENSE_GAIN, allows_complex, count_parameters, resolve
+from structmat.structure import DENSE_GAIN, allows_complex, count_stored, resolve
 from structmat.testing.case import Case
 
 EPS = torch.finfo(torch.float64).eps
@@ -22,32 +23,37 @@ def _exact(case: Case) -> float:
     return 16 * EPS * math.sqrt(case.shape[0] * case.shape[1]) * max(1.0, math.log2(max(case.shape)))
 
 
-def _second_moment(case: Case) -> Tensor:
-    """Of correlated inputs some of which never occur: positive semidefinite and singular from 2 inputs on."""
-    n = case.shape[1]
-    seen = max(1, (2 * n) // 3)
-    x = case.gaussian(max(1, n // 2), seen, dtype=torch.float64, draw=5)
+def _moment(case: Case, size: int) -> Tensor:
+    """Of correlated vectors some entries of which are always zero: positive semidefinite, singular from size 2 on."""
+    seen = max(1, (2 * size) // 3)
+    x = case.gaussian(max(1, size // 2), seen, dtype=torch.float64, draw=5 + size)
     x = x + x.roll(1, 1) if seen > 1 else x
-    moment = torch.zeros(n, n, dtype=torch.float64)
+    moment = torch.zeros(size, size, dtype=torch.float64)
     moment[:seen, :seen] = x.T @ x / x.shape[0]
     return moment
 
 
-def _relative_error(weight: Tensor, found: StructuredMatrix, moment: Tensor | None) -> float:
-    """The error as the definition says, sharing no code with the projection: ``tr((W - S) C (W - S)^H)``."""
-    difference = weight - found.to_dense()
+@dataclass(frozen=True)
+class _Norm:
+    """``||B^(1/2) A C^(1/2)||``; None for the identity."""
 
-    def squared(matrix: Tensor) -> float:
-        value = matrix @ moment.to(matrix.dtype) @ matrix.mH if moment is not None else matrix @ matrix.mH
-        return max(0.0, float(torch.einsum("ii->", value).real))
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
 
-    size = squared(weight)
-    return math.sqrt(squared(difference) / size) if size > 0 else 0.0
+    def squared(self, matrix: Tensor) -> Tensor:
+        """The definition ``tr(B A C A^H)``, sharing no code with the projection."""
+        weighted = matrix if self.inputs is None else matrix @ self.inputs.to(matrix.dtype)
+        weighted = weighted if self.outputs is None else self.outputs.to(matrix.dtype) @ weighted
+        return (matrix.conj() * weighted).sum().real.clamp(min=0.0)
+
+    def relative_error(self, weight: Tensor, found: StructuredMatrix) -> float:
+        size = float(self.squared(weight))
+        return math.sqrt(float(self.squared(weight - found.to_dense())) / size) if size > 0 else 0.0
 
 
-def _check_outcome(case: Case, what: str, weight: Tensor, moment: Tensor | None, found: Projection) -> None:
+def _check_outcome(case: Case, what: str, weight: Tensor, norm: _Norm, found: Projection) -> None:
     slack = math.sqrt(EPS)  # the definition squares, which halves the digits of small errors
-    truth = _relative_error(weight, found.matrix, moment)
+    truth = norm.relative_error(weight, found.matrix)
     case.require(
         abs(truth - found.error) <= slack * max(1.0, truth),
         f"{what} reports the error {found.error!r}; its matrix has {truth!r}.",
@@ -61,7 +67,7 @@ def _check_outcome(case: Case, what: str, weight: Tensor, moment: Tensor | None,
             found.error - found.lower_bound <= slack,
             f"{what} is called optimal with the error {found.error!r}, but its lower bound is {found.lower_bound!r}.",
         )
-        _check_stationary(case, what, weight, moment, found.matrix)
+        _check_stationary(case, what, weight, norm, found.matrix)
     if type(case.structure).closed_under_scaling:
         case.require(
             found.error <= 1 + _exact(case), f"{what} has the error {found.error!r}: worse than the zero matrix."
@@ -73,7 +79,7 @@ def _check_outcome(case: Case, what: str, weight: Tensor, moment: Tensor | None,
 
 
 def _check_stationary(
-    case: Case, what: str, weight: Tensor, moment: Tensor | None, matrix: StructuredMatrix
+    case: Case, what: str, weight: Tensor, norm: _Norm, matrix: StructuredMatrix
 ) -> None:
     """No direction descends from an optimum: the gradient of the squared error vanishes in every learned tensor."""
     if not type(case.structure).closed_under_scaling:
@@ -81,11 +87,9 @@ def _check_stationary(
     tensors = {
         n: t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex()) for n, t in matrix.tensors.items()
     }
-    difference = weight - StructuredMatrix(matrix.structure, case.shape, tensors).to_dense()
-    weighted = difference if moment is None else difference @ moment.to(difference.dtype)
-    energy = (difference.conj() * weighted).sum().real
+    energy = norm.squared(weight - StructuredMatrix(matrix.structure, case.shape, tensors).to_dense())
     learned = [t for t in tensors.values() if t.requires_grad]
-    scale = float((weight.conj() * (weight if moment is None else weight @ moment.to(weight.dtype))).sum().real)
+    scale = float(norm.squared(weight))
     for (name, tensor), slope in zip(
         [(n, t) for n, t in tensors.items() if t.requires_grad],
         torch.autograd.grad(energy, learned, materialize_grads=True),
@@ -106,7 +110,7 @@ def check_projection(case: Case) -> None:
     errors = []
     for sweeps in SWEEPS:
         found = project(weight, case.structure, sweeps=sweeps)
-        _check_outcome(case, f"project with {sweeps} sweeps", weight, None, found)
+        _check_outcome(case, f"project with {sweeps} sweeps", weight, _Norm(), found)
         errors.append(found.error)
     for (few, first), (many, second) in zip(
         zip(SWEEPS, errors, strict=True), list(zip(SWEEPS, errors, strict=True))[1:], strict=False
@@ -126,7 +130,7 @@ def check_projection_of_members(case: Case) -> None:
     # The seed of the member is not that of the fit: a fit must not find it by drawing the same numbers.
     weight = case.member(torch.float64, draw=7).to_dense().clone()
     found = project(weight, case.structure)
-    _check_outcome(case, "project of a member", weight, None, found)
+    _check_outcome(case, "project of a member", weight, _Norm(), found)
     if found.certificate is Certificate.OPTIMAL:
         case.require(found.error <= _exact(case), f"a member is projected with the error {found.error:.3g}.")
     case.require(
@@ -146,21 +150,29 @@ def check_projection_of_members(case: Case) -> None:
 
 
 def check_weighted_projection(case: Case) -> None:
-    """In an activation-weighted norm, with a singular second moment: no worse than the unweighted projection."""
+    """In a weighted norm, with singular moments of inputs and outputs: no worse than the unweighted projection."""
     weight = case.gaussian(*case.shape, dtype=torch.float64, draw=3)
-    moment = _second_moment(case)
-    found = project(weight, case.structure, second_moment=moment, sweeps=2)
-    _check_outcome(case, "the weighted projection", weight, moment, found)
+    inputs, outputs = _moment(case, case.shape[1]), _moment(case, case.shape[0])
     plain = project(weight, case.structure, sweeps=2)
-    unaware = _relative_error(weight, plain.matrix, moment)
-    case.require(
-        found.error <= unaware + math.sqrt(EPS),
-        f"the weighted projection has the weighted error {found.error!r}, the unweighted one {unaware!r}.",
-    )
-    again = project(weight, case.structure, second_moment=moment, sweeps=2)
-    same = all(torch.equal(again.matrix.tensors[n], t) for n, t in found.matrix.tensors.items())
-    case.require(same, "projecting the same matrix twice in the weighted norm gives two results.")
-    identity = project(weight, case.structure, second_moment=torch.eye(case.shape[1], dtype=torch.float64), sweeps=2)
+    for what, norm in (
+        ("the projection weighted by inputs", _Norm(inputs)),
+        ("the projection weighted by outputs", _Norm(None, outputs)),
+        ("the projection weighted on both sides", _Norm(inputs, outputs)),
+    ):
+        found, again = (
+            project(weight, case.structure, second_moment=norm.inputs, output_moment=norm.outputs, sweeps=2)
+            for _ in range(2)
+        )
+        _check_outcome(case, what, weight, norm, found)
+        unaware = norm.relative_error(weight, plain.matrix)
+        case.require(
+            found.error <= unaware + math.sqrt(EPS),
+            f"{what} has the error {found.error!r} in its own norm, the unweighted one {unaware!r}.",
+        )
+        same = all(torch.equal(again.matrix.tensors[n], t) for n, t in found.matrix.tensors.items())
+        case.require(same, f"{what} gives two results for the same matrix.")
+    eye = torch.eye(case.shape[1], dtype=torch.float64)
+    identity = project(weight, case.structure, second_moment=eye, sweeps=2)
     if plain.certificate is Certificate.OPTIMAL and identity.certificate is Certificate.OPTIMAL:
         case.require(
             abs(identity.error - plain.error) <= _exact(case),
@@ -173,7 +185,7 @@ def check_complex_projection(case: Case) -> None:
     if not allows_complex(case.structure):
         return
     weight = case.gaussian(*case.shape, dtype=torch.complex128, draw=3)
-    _check_outcome(case, "the complex projection", weight, None, project(weight, case.structure, sweeps=2))
+    _check_outcome(case, "the complex projection", weight, _Norm(), project(weight, case.structure, sweeps=2))
 
 
 def check_configurations(case: Case) -> None:
@@ -196,16 +208,16 @@ def check_configurations(case: Case) -> None:
                 resolve(candidate, case.shape) == candidate,
                 f"configurations propose {candidate}, which is not resolved: {resolve(candidate, case.shape)}.",
             )
-            amount = count_parameters(candidate, case.shape)
-            case.require(amount <= budget, f"{candidate} has {amount} parameters, more than the budget {budget}.")
+            amount = count_stored(candidate, case.shape)
+            case.require(amount <= budget, f"{candidate} stores {amount} numbers, more than the budget {budget}.")
             cheapest = amount if cheapest is None else min(cheapest, amount)
         case.require(
             bool(proposed) or cheapest is None or cheapest > budget,
-            f"configurations(budget={budget}) is empty, though a member with {cheapest} parameters was proposed.",
+            f"configurations(budget={budget}) is empty, though a member that stores {cheapest} numbers was proposed.",
         )
     if cheapest is not None:
         exact = list(family.configurations(case.shape, cheapest))
-        case.require(bool(exact), f"configurations(budget={cheapest}) is empty, though a member has as many parameters.")
+        case.require(bool(exact), f"configurations(budget={cheapest}) is empty, though a member stores as many numbers.")
     elif min(case.shape) >= 8:
         case.require(False, "configurations propose nothing at any budget, though both sizes are at least 8.")
 

@@ -88,8 +88,12 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             left, right = _window_factors(stage, tensors)
             matrix = left @ right
             return matrix.T if stage.transposed else matrix
-        case Pad() | Crop():
-            return torch.eye(stage.out_features, stage.in_features, dtype=torch.float64)
+        case Pad(before=before) | Crop(before=before):
+            offset = -before if isinstance(stage, Pad) else before
+            ones = torch.ones(min(stage.in_features, stage.out_features), dtype=torch.float64)
+            matrix = torch.zeros(stage.out_features, stage.in_features, dtype=torch.float64)
+            matrix.diagonal(offset)[: len(ones)] = ones
+            return matrix
         case Real() | Complex():
             return torch.eye(stage.out_features, dtype=torch.float64)
         case _:
