@@ -50,7 +50,7 @@ CHECKS: Mapping[str, tuple[Check, ...]] = MappingProxyType(
         "onnx": (graphs.check_onnx,),
     }
 )
-"""The checks by group, cheap ones first. Each takes a :class:`Case` and raises an AssertionError that says what differs."""
+"""The checks by group, cheap ones first. Each takes a :class:`Case` and raises an AssertionError if it fails."""
 
 
 @dataclass(frozen=True)

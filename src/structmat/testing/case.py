@@ -88,10 +88,11 @@ class Case:
         excess = difference - limit
         if bool((excess > 0).any()):
             worst = int(excess.argmax())
+            found, explained = float(difference.flatten()[worst]), float(limit.flatten()[worst])
             self.require(
                 False,
                 f"{what} is wrong in {int((excess > 0).sum())} of {got.numel()} entries: the worst differs by "
-                f"{float(difference.flatten()[worst]):.3g} where rounding explains {float(limit.flatten()[worst]):.3g}.",
+                f"{found:.3g} where rounding explains {explained:.3g}.",
             )
 
 

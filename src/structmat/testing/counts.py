@@ -25,7 +25,9 @@ def check_parameter_counts(case: Case) -> None:
     }
     case.require(len(set(counts.values())) == 1, f"the numbers of parameters differ: {counts}.")
     read = {name for stage in stages(matrix.program) for name in (*stage.weights, *stage.indices)}
-    case.require(read == set(declared), f"the program reads the tensors {sorted(read)}, declared are {sorted(declared)}.")
+    case.require(
+        read == set(declared), f"the program reads the tensors {sorted(read)}, declared are {sorted(declared)}."
+    )
     for name in learned:
         shape, found = declared[name].shape, tuple(matrix.tensors[name].shape)
         case.require(found == shape, f"the tensor {name} has shape {found}, declared is {shape}.")
@@ -41,9 +43,7 @@ def check_operation_counts(case: Case) -> None:
             matrix.flops == amount.multiplications + amount.additions and matrix.macs == amount.multiplications,
             f"flops={matrix.flops} and macs={matrix.macs} of {name} are not those of its program: {amount}.",
         )
-        case.require(
-            0 <= amount.depth and amount.additions >= 0, f"{name} has a negative count: {amount}."
-        )
+        case.require(amount.depth >= 0 and amount.additions >= 0, f"{name} has a negative count: {amount}.")
         if not small_enough_to_write_out(case):
             continue
         counted = count_operations(matrix.program, matrix.tensors)

@@ -78,9 +78,7 @@ def _check_outcome(case: Case, what: str, weight: Tensor, norm: _Norm, found: Pr
         case.require(bool(torch.isfinite(tensor).all()), f"{what}: the tensor {name} has NaN or infinite entries.")
 
 
-def _check_stationary(
-    case: Case, what: str, weight: Tensor, norm: _Norm, matrix: StructuredMatrix
-) -> None:
+def _check_stationary(case: Case, what: str, weight: Tensor, norm: _Norm, matrix: StructuredMatrix) -> None:
     """No direction descends from an optimum: the gradient of the squared error vanishes in every learned tensor."""
     if not type(case.structure).closed_under_scaling:
         return  # the tensors are constrained: not every direction stays in the family
@@ -107,20 +105,18 @@ def check_projection(case: Case) -> None:
     """On a random matrix: honest error and bounds, never worse than zero, no worse with more sweeps, deterministic."""
     weight = case.gaussian(*case.shape, dtype=torch.float64, draw=3)
     before = weight.clone()
-    errors = []
-    for sweeps in SWEEPS:
-        found = project(weight, case.structure, sweeps=sweeps)
+    fits = [project(weight, case.structure, sweeps=sweeps) for sweeps in SWEEPS]
+    for sweeps, found in zip(SWEEPS, fits, strict=True):
         _check_outcome(case, f"project with {sweeps} sweeps", weight, _Norm(), found)
-        errors.append(found.error)
-    for (few, first), (many, second) in zip(
-        zip(SWEEPS, errors, strict=True), list(zip(SWEEPS, errors, strict=True))[1:], strict=False
-    ):
+    for index in range(1, len(SWEEPS)):
+        before_error, after_error = fits[index - 1].error, fits[index].error
         case.require(
-            second <= first * (1 + 64 * EPS) + _exact(case),
-            f"the error of project rises from {first!r} with {few} sweeps to {second!r} with {many}.",
+            after_error <= before_error + _exact(case),
+            f"the error of project rises from {before_error!r} with {SWEEPS[index - 1]} sweeps to {after_error!r} "
+            f"with {SWEEPS[index]}.",
         )
     again = project(weight, case.structure, sweeps=SWEEPS[-1])
-    same = all(torch.equal(again.matrix.tensors[n], t) for n, t in found.matrix.tensors.items())
+    same = all(torch.equal(again.matrix.tensors[n], t) for n, t in fits[-1].matrix.tensors.items())
     case.require(same, "projecting the same matrix twice gives two results.")
     case.require(torch.equal(weight, before), "project changes the given matrix.")
 
@@ -217,7 +213,9 @@ def check_configurations(case: Case) -> None:
         )
     if cheapest is not None:
         exact = list(family.configurations(case.shape, cheapest))
-        case.require(bool(exact), f"configurations(budget={cheapest}) is empty, though a member stores as many numbers.")
+        case.require(
+            bool(exact), f"configurations(budget={cheapest}) is empty, though a member stores as many numbers."
+        )
     elif min(case.shape) >= 8:
         case.require(False, "configurations propose nothing at any budget, though both sizes are at least 8.")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 from torch.func import functional_call, grad, vmap
 
 from structmat.testing.case import Case, allowed_gradient_errors
@@ -34,7 +35,7 @@ def check_gradients(case: Case) -> None:
         torch.manual_seed(case.seed)
         try:
             torch.autograd.gradcheck(run, (x, *parameters), fast_mode=many)
-        except torch.autograd.gradcheck.GradcheckError as error:
+        except GradcheckError as error:
             case.require(False, f"gradcheck in the input and {names}: {error}")
     total = run(x, *parameters).sum()
     grads = torch.autograd.grad(total, (x, *parameters), allow_unused=True)
@@ -51,7 +52,7 @@ def check_double_backward(case: Case) -> None:
         torch.manual_seed(case.seed)
         try:
             torch.autograd.gradgradcheck(run, (x, *parameters), fast_mode=True)
-        except torch.autograd.gradcheck.GradcheckError as error:
+        except GradcheckError as error:
             case.require(False, f"gradgradcheck in the input and {names}: {error}")
 
 
@@ -73,7 +74,7 @@ def check_gradient_per_sample(case: Case) -> None:
             layer.matrix.program, layer.tensors(), x[None], weights[None], torch.float64
         )
         for name in parameters:
-            limit = allowed[name] if name in allowed else 0.0
+            limit = allowed.get(name, 0.0)
             case.compare(
                 f"the gradient of {name} for sample {number} under vmap", together[name][number], single[name], limit
             )

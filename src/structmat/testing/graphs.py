@@ -113,4 +113,6 @@ def check_onnx(case: Case) -> None:
         rows = case.rows(batch, dtype=torch.float32)
         (y,) = session.run(None, {name: rows.numpy()})
         with torch.no_grad():
-            case.compare(f"the ONNX model at batch {batch}", torch.from_numpy(y), layer(rows), 2 * _allowed(layer, rows))
+            case.compare(
+                f"the ONNX model at batch {batch}", torch.from_numpy(y), layer(rows), 2 * _allowed(layer, rows)
+            )

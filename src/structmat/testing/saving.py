@@ -24,9 +24,7 @@ def check_json(case: Case) -> None:
         case.require(again == structure, f"{structure} comes back from JSON as {again}.")
         case.require(hash(again) == hash(structure), f"{structure} and its copy from JSON hash differently.")
         case.require(type(structure).__name__ in str(structure), f"its text {structure!s} lacks the family's name.")
-    case.require(
-        resolve(case.resolved, case.shape) == case.resolved, f"resolving {case.resolved} again changes it."
-    )
+    case.require(resolve(case.resolved, case.shape) == case.resolved, f"resolving {case.resolved} again changes it.")
 
 
 def _parts(structure: Structure) -> Iterator[Structure]:

@@ -11,7 +11,7 @@ from structmat.matrix import StructuredMatrix, matmul
 from structmat.nn.linear import StructuredLinear
 from structmat.program import apply, stages, transpose
 from structmat.structure import allows_complex
-from structmat.testing.case import Case, SkippedCheckError, allowed_error, magnitude, absolute, roundings
+from structmat.testing.case import Case, SkippedCheckError, absolute, allowed_error, magnitude, roundings
 from structmat.testing.oracle import explicit
 
 EXPLICIT_LIMIT = 1 << 15
@@ -135,7 +135,9 @@ def check_non_contiguous(case: Case) -> None:
         allowed = 2 * allowed_error(layer.matrix.program, layer.tensors(), x, torch.float64) + _bias_error(
             layer.bias if layer.bias is not None else x.new_zeros(case.shape[0])
         )
-        case.compare(f"the layer on {name} inputs", layer(x), layer(x.clone(memory_format=torch.contiguous_format)), allowed)
+        case.compare(
+            f"the layer on {name} inputs", layer(x), layer(x.clone(memory_format=torch.contiguous_format)), allowed
+        )
         case.require(torch.equal(before, x), f"the layer changes its {name} input.")
 
 
