@@ -11,6 +11,7 @@ from torch import Tensor
 
 from structmat.errors import ShapeError, StructureError
 from structmat.program import Cost, Program, apply, build, cost, transpose
+from structmat.program.padding import padding_factor
 from structmat.structure import Shape, Structure, allows_complex, check_shape, resolve, specs
 
 
@@ -201,11 +202,12 @@ def draw(
     if dtype.is_complex and not allows_complex(structure):
         raise StructureError(f"{structure} has real tensors and can't be drawn in {dtype}. Use a floating dtype.")
     where = torch.device(device) if device is not None else torch.get_default_device()
+    declared = specs(structure, shape)
+    if where.type == "meta":
+        return {name: torch.empty(s.shape, dtype=s.dtype or dtype, device=where) for name, s in declared.items()}
+    factor, scaled = padding_factor(structure, shape)
     tensors = {}
-    for name, spec in specs(structure, shape).items():
-        kind = spec.dtype or dtype
-        if where.type == "meta":
-            tensors[name] = torch.empty(spec.shape, dtype=kind, device=where)
-        else:
-            tensors[name] = spec.init.draw(spec.shape, generator=generator, dtype=kind, device=where)
+    for name, spec in declared.items():
+        drawn = spec.init.draw(spec.shape, generator=generator, dtype=spec.dtype or dtype, device=where)
+        tensors[name] = drawn * factor if name in scaled else drawn
     return tensors
