@@ -1,4 +1,4 @@
-"""Strictness for all tests: one thread, fixed seeds, no change of global state left behind, deterministic hypothesis."""
+"""Strictness for all tests: one thread, fixed seeds, no global state left behind, deterministic hypothesis."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from structmat.program.build import build
 from structmat.program.reference import apply
 from structmat.program.scaling import scaling_cut
-from structmat.program.stages import Call, Complex, Crop, Diagonal, Fourier, Pad, Program, Real, stages
+from structmat.program.stages import Call, Complex, Crop, Diagonal, Fourier, Pad, Program, Real, Stage, stages
 from structmat.structure import DENSE_GAIN, Shape, Structure, resolve, specs
 
 _SAMPLE = 1 << 14
@@ -20,9 +20,6 @@ _SAMPLE = 1 << 14
 
 _TOLERANCE = 0.05
 """Smaller deviations are left alone, so that a structure that padding does not touch is not touched either."""
-
-_NO_SQUARES = (Fourier, Complex, Real, Call)
-"""Stages whose entries have no simple squares."""
 
 
 @lru_cache(maxsize=4096)
@@ -41,9 +38,7 @@ def padding_factor(structure: Structure, shape: Shape) -> tuple[float, frozenset
     if not structure.closed_under_scaling or not any(isinstance(s, Pad | Crop) for s in stages(program)):
         return 1.0, frozenset()
     cut = scaling_cut(program)
-    if cut is None or any(
-        isinstance(s, _NO_SQUARES) or (isinstance(s, Diagonal) and s.spectrum) for s in stages(program)
-    ):
+    if cut is None or any(map(_has_no_squares, stages(program))):
         return 1.0, frozenset()
     declared = specs(structure, shape)
     draws = min(256, math.ceil(_SAMPLE / max(1, sum(spec.numel for spec in declared.values() if spec.learned))))
@@ -61,6 +56,11 @@ def padding_factor(structure: Structure, shape: Shape) -> tuple[float, frozenset
     if gain <= 0 or abs(gain / DENSE_GAIN - 1) <= _TOLERANCE:
         return 1.0, frozenset()
     return math.sqrt(DENSE_GAIN / gain), cut
+
+
+def _has_no_squares(stage: Stage) -> bool:
+    """Whether the squares of the stage's entries are no linear function of those of its tensors."""
+    return isinstance(stage, Fourier | Complex | Real | Call) or (isinstance(stage, Diagonal) and stage.spectrum)
 
 
 def _gain(program: Program, tensors: Mapping[str, Tensor]) -> float:
