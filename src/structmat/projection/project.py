@@ -107,7 +107,9 @@ def _moment(moment: Tensor, shape: Shape, axis: int, dtype: torch.dtype) -> Tens
     moment = (moment + moment.mH) / 2
     smallest, largest = (float(v) for v in torch.linalg.eigvalsh(moment)[[0, -1]])
     if smallest < -1e-6 * max(largest, 0.0) or largest < 0:
-        raise DataError(f"The {what} is not positive semidefinite: its eigenvalues are {smallest:.3g} to {largest:.3g}.")
+        raise DataError(
+            f"The {what} is not positive semidefinite: its eigenvalues are {smallest:.3g} to {largest:.3g}."
+        )
     return moment
 
 
@@ -130,16 +132,16 @@ def project_target(target: Target, structure: Structure, *, dtype: torch.dtype, 
 def fit(structure: Structure, target: Target) -> Fit:
     """Fit a resolved structure to a target of any shape, padding where the family needs it.
 
-    In a weighted norm a fit that is not optimal is held against the unweighted one, so that knowing the inputs is
-    never worse than not knowing them. An output moment is given to families that weigh outputs; the fit of another is
-    refined from outside.
+    In a weighted norm a fit that is not optimal is held against the unweighted one (where sweeps may be spent), so
+    that knowing the inputs is never worse than not knowing them. An output moment is given to families that weigh
+    outputs; the fit of another is refined from outside.
     """
     if target.output_moment is not None and not structure.weighs_outputs:
         return refine_outputs(structure, fit(structure, target.without_output_moment()), target)
     padded = target.padded(structure.native_shape(target.shape))
     found = structure.project(padded)
     weighted = padded.second_moment is not None or padded.output_moment is not None
-    if weighted and found.certificate is not Certificate.OPTIMAL:
+    if weighted and padded.sweeps > 0 and found.certificate is not Certificate.OPTIMAL:
         plain = structure.project(padded.unweighted())
         if _error(structure, plain, target) < _error(structure, found, target):
             found = Fit(plain.tensors, found.certificate, found.lower_bound, plain.method)

@@ -49,11 +49,11 @@ def refine_outputs(structure: Structure, start: Fit, target: Target) -> Fit:
         optimizer.zero_grad()
         difference = (wanted - apply(program, tensors, vectors.mT)) @ outputs.mT
         loss = (difference.abs() / before).square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     fitted = {name: tensor.detach() for name, tensor in tensors.items()}
     if not all(bool(torch.isfinite(t).all()) for t in fitted.values() if t.is_floating_point() or t.is_complex()):
         return plain

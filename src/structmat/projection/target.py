@@ -97,30 +97,31 @@ class Target:
 
     def without_output_moment(self) -> Target:
         """The same target with all outputs weighing the same."""
-        other = replace(self, output_moment=None)
-        for name in ("_eigen", "root", "inverse_root"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
-        return other
+        if self.output_moment is None:
+            return self
+        if "inputs" not in self._derived:
+            other = replace(self, output_moment=None)
+            for name in ("_eigen", "root", "inverse_root"):
+                if name in self.__dict__:
+                    other.__dict__[name] = self.__dict__[name]
+            self._derived["inputs"] = other
+        return self._derived["inputs"]
 
     def padded(self, native: Shape) -> Target:
-        """The target embedded in a larger shape. In the weighted norm padded columns have moment zero."""
+        """The target embedded in a larger shape. In a weighted norm what is padded has moment zero."""
         if native == self.native:
             return self
-        rows, columns = self.native
-        weight = self.weight.new_zeros(native)
-        weight[:rows, :columns] = self.weight
-        moment = self.second_moment
-        if moment is not None:
-            larger = moment.new_zeros(native[1], native[1])
-            larger[:columns, :columns] = moment
-            moment = larger
-        outputs = self.output_moment
-        if outputs is not None:
-            larger = outputs.new_zeros(native[0], native[0])
-            larger[:rows, :rows] = outputs
-            outputs = larger
-        return replace(self, weight=weight, second_moment=moment, output_moment=outputs)
+        if native not in self._derived:
+            weight = self.weight.new_zeros(native)
+            weight[: self.native[0], : self.native[1]] = self.weight
+            inputs, outputs = _embed(self.second_moment, native[1]), _embed(self.output_moment, native[0])
+            self._derived[native] = replace(self, weight=weight, second_moment=inputs, output_moment=outputs)
+        return self._derived[native]
+
+    @cached_property
+    def _derived(self) -> dict[Shape | str, Target]:
+        """Targets made from this one, kept so that fits of one shape share their decompositions."""
+        return {}
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
@@ -183,6 +184,14 @@ class Target:
     def norm(self) -> float:
         """The size of the target in its own norm."""
         return self.error(torch.zeros_like(self.weight))
+
+
+def _embed(moment: Tensor | None, size: int) -> Tensor | None:
+    if moment is None:
+        return None
+    larger = moment.new_zeros(size, size)
+    larger[: moment.shape[0], : moment.shape[0]] = moment
+    return larger
 
 
 def _eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
