@@ -22,6 +22,9 @@ _PADDED_ASPECT = 2
 _GRAM_LIMIT = 1 << 26
 """Largest number of entries of the Gram matrices of weighted alternating least squares (512 MB)."""
 
+_WORK_LIMIT = 4e9
+"""Most multiply-adds of one sweep of exact weighted alternating least squares (about a second)."""
+
 _RIDGE = 1e-10
 _PATIENCE = 1e-7
 
@@ -214,9 +217,11 @@ def gram_entries(pairs: Pairs, terms: int) -> int:
     return terms * terms * max(n * n for _, n in pairs)
 
 
-def fits_in_memory(pairs: Pairs, terms: int) -> bool:
-    """Whether exact weighted alternating least squares is affordable (not near the low-rank corner)."""
-    return gram_entries(pairs, terms) <= _GRAM_LIMIT
+def is_affordable(pairs: Pairs, terms: int) -> bool:
+    """Whether exact weighted alternating least squares is (it is not near the low-rank corner)."""
+    columns = math.prod(n for _, n in pairs)
+    work = 2 * (terms * columns) ** 2 + sum((terms * n) ** 3 / 3 for _, n in pairs)
+    return gram_entries(pairs, terms) <= _GRAM_LIMIT and work <= _WORK_LIMIT
 
 
 def weighted_sweep(target: Target, pairs: Pairs, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

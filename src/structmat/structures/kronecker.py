@@ -20,7 +20,7 @@ from structmat.projection.kronecker import (
     degrees_of_freedom,
     factor_pairs,
     fill_padding,
-    fits_in_memory,
+    is_affordable,
     nearest_terms,
     observed,
     padded_factors,
@@ -166,7 +166,7 @@ class Kronecker(Structure):
         if target.sweeps == 0:
             best = min(starts, key=lambda ab: target.error(restore(ab[0].T @ ab[1], pairs)))
             return self._bounded(list(best), bound, "separable weight")
-        if not fits_in_memory(pairs, terms):
+        if not is_affordable(pairs, terms):
             best = min(starts, key=lambda ab: target.error(restore(ab[0].T @ ab[1], pairs)))
             factors = canonical.descend(
                 rearrange(target.weight, pairs), list(best), _norm(target, pairs), target.sweeps
@@ -209,7 +209,7 @@ class Kronecker(Structure):
             terms = _most_terms(pairs, budget)
             if terms:
                 options[pairs] = terms
-        even = [p for p in options if min(n for pair in p for n in pair) > 1]
+        even = [p for p in options if min(n for pair in p for n in pair) > 1 and _unevenness(p) <= _MOST_UNEVEN]
         ranked = sorted(even or options, key=lambda p: (-degrees_of_freedom(p, options[p]), _unevenness(p)))
         chosen = list(dict.fromkeys([*(p for p in [balanced_pairs(shape, 2)] if p in options), *ranked[:1]]))
         for pairs in chosen:
@@ -321,6 +321,10 @@ def _pair_choices(shape: Shape) -> list[Pairs]:
 def _most_terms(pairs: Pairs, budget: int) -> int:
     sizes = [m * n for m, n in pairs]
     return largest_fitting(lambda k: k * sum(sizes), budget, math.prod(sizes) // max(sizes))
+
+
+_MOST_UNEVEN = 16
+"""Proposed factors have sizes of at most this ratio: more uneven ones come near low rank, and take long to fit."""
 
 
 def _unevenness(pairs: Pairs) -> float:
