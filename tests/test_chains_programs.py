@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -241,7 +242,7 @@ def test_refinement_never_increases_the_error(
     for _ in range(5):
         tensors = refine(program, tensors, target, 1)
         errors.append(target.error(sm.StructuredMatrix(structure, shape, tensors).to_dense()))
-    assert all(after <= before * (1 + 1e-12) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(errors))
     assert errors[-1] < 0.95 * errors[0]
 
 

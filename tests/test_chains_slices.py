@@ -1,5 +1,7 @@
 """Monarch matrices and block tensor trains: checks circuits_M1 to M4, M6, M7 and learned_C16."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,7 +133,7 @@ def test_circuits_M7_weighted(structure: sm.Structure, dtype: torch.dtype) -> No
     shape = (20, 24)
     w, c = gaussian(*shape, dtype=dtype), moment(24, dtype=dtype)
     errors = [sm.project(w, structure, second_moment=c, sweeps=sweeps).error for sweeps in range(6)]
-    assert all(after <= before * (1 + 1e-12) for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-12) for before, after in pairwise(errors))
     assert errors[-1] < 0.9 * errors[0]
     plain = sm.project(w, structure).matrix.to_dense()
     assert errors[1] * weighted_error(w, torch.zeros_like(w), c) <= weighted_error(w, plain, c)
@@ -194,7 +196,7 @@ def test_outputs_are_weighed() -> None:
             sm.project(w, structure, second_moment=c, output_moment=b, sweeps=sweeps).error for sweeps in (0, 1, 2, 8)
         ]
         assert errors[0] <= 1 + 1e-12
-        assert all(after <= before * (1 + 1e-12) for before, after in zip(errors, errors[1:], strict=False))
+        assert all(after <= before * (1 + 1e-12) for before, after in pairwise(errors))
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 36), (17, 23)])
