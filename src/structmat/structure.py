@@ -77,6 +77,19 @@ class Arange:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Another initialisation times a constant."""
+
+    init: Init
+    factor: float
+
+    def draw(
+        self, shape: tuple[int, ...], *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return self.init.draw(shape, generator=generator, dtype=dtype, device=device) * self.factor
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
     """One named tensor of a family.
 
@@ -153,6 +166,8 @@ class Structure(ABC):
 
 
 def _show(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_show, value))}{',' if len(value) == 1 else ''})"
     return str(value) if isinstance(value, Structure) else repr(value)
 
 
