@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "structure", "circuit"}),
+    frozenset({"errors", "structure", "sizes", "circuit"}),
     frozenset({"program"}),
     frozenset({"kernels"}),
     frozenset({"matrix"}),
     frozenset({"projection", "structures"}),
     frozenset({"nn"}),
-    frozenset({"learn", "compression", "testing", "io"}),
+    frozenset({"learn", "compression", "testing", "io", "file_format"}),
     frozenset({"integrations", "cli", "inspect", "plot"}),
 )
 """From the lowest to the highest; a module may import its own layer and those below."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -83,7 +84,6 @@ for shape in [(1, 1), (5, 7), (12, 10)]:
     check_structure(sm.RowConstant(), shape, groups=groups)
 """,
     "stands in the docs table": """
-import sys
 sys.path.insert(0, sys.argv[1] + "/docs")
 import gen_families
 assert "| `RowConstant` |" in gen_families.table()
@@ -105,10 +105,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def run(site: Path, code: str) -> subprocess.CompletedProcess[str]:
+def run(site: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = [str(site), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", f"import torch\nimport structmat as sm\n{code}", str(ROOT)],
+        [
+            sys.executable,
+            "-W",
+            "error::UserWarning",
+            "-c",
+            f"import sys\nimport torch\nimport structmat as sm\n{code}",
+            str(ROOT),
+            *arguments,
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -116,10 +124,35 @@ def run(site: Path, code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("what", USES)
-def test_a_third_partys_family(installed: Path, what: str) -> None:
-    done = run(installed, USES[what])
+RUNNER = """
+import json, traceback
+outcomes = {}
+for what, code in json.loads(sys.argv[2]).items():
+    try:
+        exec(code, {"sm": sm, "torch": torch, "sys": sys})
+    except Exception:
+        outcomes[what] = traceback.format_exc()
+sys.stdout.write(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="module")
+def failures(installed: Path) -> dict[str, str]:
+    """What went wrong in each use; all in one process, since starting one takes seconds."""
+    done = run(installed, RUNNER, json.dumps({**USES, "fails": "raise ValueError('on purpose')"}))
     assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("what", USES)
+def test_a_third_partys_family(failures: dict[str, str], what: str) -> None:
+    assert what not in failures, failures[what]
+
+
+def test_these_tests_can_fail(failures: dict[str, str]) -> None:
+    assert "on purpose" in failures["fails"]
 
 
 def test_a_name_taken_twice_is_an_error(tmp_path: Path) -> None:
