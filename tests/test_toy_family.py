@@ -107,16 +107,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(site: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = [str(site), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    program = f"import sys\nimport torch\nimport structmat as sm\n{code}"
     return subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error::UserWarning",
-            "-c",
-            f"import sys\nimport torch\nimport structmat as sm\n{code}",
-            str(ROOT),
-            *arguments,
-        ],
+        [sys.executable, "-W", "error::UserWarning", "-c", program, str(ROOT), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
