@@ -248,4 +248,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def detached(value: Tensor | None) -> float | None:
+    """A loss as a number without its graph."""
     return None if value is None else float(value.detach())

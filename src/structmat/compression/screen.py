@@ -187,6 +187,7 @@ def layer_target(
 
 
 def norm_name(target: Target) -> str:
+    """Which errors the target's norm weighs, for reports."""
     if target.second_moment is None:
         return "weights"
     return "inputs" if target.output_moment is None else "inputs and outputs"
@@ -343,6 +344,7 @@ def _name(choice: Choice) -> str:
 
 
 def candidate_to_json(candidate: Candidate) -> dict[str, Any]:
+    """Plain JSON values of a candidate."""
     return {**candidate.__dict__, "structure": structure_to_json(candidate.structure)}
 
 
