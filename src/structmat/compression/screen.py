@@ -18,8 +18,9 @@ from structmat.compression.progress import Progress
 from structmat.compression.scan import Site, dense_weight
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, FormatError, ShapeError, StructureError
-from structmat.projection.project import make_target, project_target
-from structmat.projection.target import Target
+from structmat.matrix import StructuredMatrix
+from structmat.projection.project import fit
+from structmat.projection.target import Certificate, Target
 from structmat.structure import Shape, Structure, count_stored, resolve
 from structmat.structure import to_json as structure_to_json
 from structmat.structures import families
@@ -37,8 +38,11 @@ SWEEPS = 1
 COARSE = (0.15, 0.35, 0.6)
 """Shares of the dense parameters at which every family is tried first."""
 
-FINE = tuple(i / 24 for i in range(1, 24))
+MEDIUM = tuple(i / 10 for i in range(1, 10))
 """Shares at which the families that are any good are tried then."""
+
+FINE = tuple(i / 24 for i in range(1, 24))
+"""Shares for those of them that are fitted in closed form."""
 
 DOMINATED = 2.0
 """A family whose predicted loss is, at every coarse size, this many times that of the best at its cost is given up."""
@@ -119,8 +123,9 @@ def screen(
     """Fit every family at several sizes to every layer, cheaply.
 
     Each family is first tried at the shares ``COARSE`` of the dense parameters; those that are far behind the best
-    everywhere are given up, the others are tried at the shares ``FINE``. Fits of a layer share its decompositions.
-    Candidates that are not cheaper than the dense layer in the budget's unit are refused and counted.
+    everywhere are given up, the others are tried at the shares ``MEDIUM``, or at ``FINE`` if they are fitted in closed
+    form. Fits of a layer share its decompositions. Candidates that are not cheaper than the dense layer in the budget's
+    unit are refused and counted.
 
     Args:
         model: read only.
@@ -173,17 +178,24 @@ def layer_target(
     Raises:
         DataError: the weight is NaN or infinite; the message names the layer.
     """
+    held = weight.detach().to(device="cpu", dtype=torch.float64)
+    bad = int((~torch.isfinite(held)).sum())
+    if bad:
+        raise DataError(
+            f"The weight of {site.name} has {bad} entries that are NaN or infinite. Repair the model, or exclude it."
+        )
     second = outputs = None
-    if moments is not None:
+    if moments is not None:  # sums of squares: positive semidefinite by their making
         second = moments.second_moment
-        if moments.gradient_moment is not None:
-            energy = float(moments.gradient_moment.diagonal().mean())
-            if energy > 0:
-                outputs = moments.gradient_moment + damping * energy * torch.eye(site.shape[0], dtype=torch.float64)
-    try:
-        return make_target(weight, second, output_moment=outputs, sweeps=sweeps, seed=seed)
-    except DataError as error:
-        raise DataError(f"The weight of {site.name} can't be fitted. {error}") from error
+        energy = _energy(moments)
+        if moments.gradient_moment is not None and energy > 0:
+            outputs = moments.gradient_moment + damping * energy * torch.eye(site.shape[0], dtype=torch.float64)
+    return Target(held, second, site.shape, sweeps, seed, outputs)
+
+
+def _energy(moments: Moments) -> float:
+    """The mean square of a gradient's entry."""
+    return 0.0 if moments.gradient_moment is None else float(moments.gradient_moment.diagonal().mean())
 
 
 def norm_name(target: Target) -> str:
@@ -192,18 +204,39 @@ def norm_name(target: Target) -> str:
     return "inputs" if target.output_moment is None else "inputs and outputs"
 
 
-def predicted_loss(difference: Tensor, target: Target, moments: Moments | None, terms: float) -> float:
-    """The rise of the loss a term of it, to second order, if a layer's weight changes by ``difference``.
+class Judge:
+    """Errors and predicted losses of the candidates of one layer.
 
-    ``1/2 tr(G D C D^T)`` with the second moments ``C`` of the inputs and ``G`` of the gradients of the summed loss in
-    the outputs, times the layer's rows a term: the Kronecker-factored quadratic model (Martens and Grosse 2015).
-    Without gradients the squared relative error, in the norm of the target.
+    The predicted rise of the loss a term of it, if the weight changes by ``D``, is ``1/2 tr(G D C D^T)`` with the
+    second moments ``C`` of the inputs and ``G`` of the gradients of the summed loss in the outputs, times the layer's
+    rows a term: the Kronecker-factored quadratic model (Martens and Grosse 2015). Without gradients it is the squared
+    relative error. Both cost two products in float32.
     """
-    if moments is None or target.output_moment is None or moments.gradient_moment is None:
-        size = target.norm()
-        return (target.error(target.weight - difference) / size) ** 2 if size > 0 else 0.0
-    form = (moments.gradient_moment @ difference) * (difference @ moments.second_moment)
-    return max(0.0, 0.5 * terms * float(form.sum()))
+
+    def __init__(self, target: Target, moments: Moments | None, terms: float) -> None:
+        self.target, self.terms = target, terms
+        self.norm = target.norm()
+        self.inputs = None if moments is None else moments.second_moment.float()
+        weighed = target.output_moment is not None and moments is not None and moments.gradient_moment is not None
+        self.outputs = moments.gradient_moment.float() if weighed else None  # type: ignore[union-attr]
+        self.damping = OUTPUT_DAMPING * _energy(moments) if moments is not None else 0.0
+
+    def __call__(self, dense: Tensor) -> tuple[float, float]:
+        """The relative error in the target's norm and the predicted loss of a candidate written out (out, in)."""
+        wide = self.target.weight - dense
+        size = float(wide.abs().max())
+        if size == 0.0:
+            return 0.0, 0.0
+        difference = (wide / size).float()  # so that squares neither overflow nor vanish
+        right = difference if self.inputs is None else difference @ self.inputs
+        if self.outputs is None:
+            error = max(0.0, float((difference * right).sum(dtype=torch.float64))) ** 0.5 * size
+            relative = error / self.norm if self.norm > 0 else 0.0
+            return relative, relative**2
+        form = max(0.0, float(((self.outputs @ difference) * right).sum(dtype=torch.float64)))
+        plain = max(0.0, float((difference * right).sum(dtype=torch.float64)))
+        error = (form + self.damping * plain) ** 0.5 * size
+        return error / self.norm if self.norm > 0 else 0.0, 0.5 * self.terms * form * size**2
 
 
 class _SharedRoots:
@@ -231,7 +264,8 @@ class _Layer:
     def __init__(
         self, site: Site, target: Target, moments: Moments | None, terms: float, budget: Budget, rows: float
     ) -> None:
-        self.site, self.target, self.moments, self.terms = site, target, moments, terms
+        self.site, self.target = site, target
+        self.judge = Judge(target, moments, terms)
         self.budget, self.rows = budget, rows
         self.dense_cost = budget.cost(Dense(), site.shape, rows)
         self.refused: Counter[str] = Counter()
@@ -255,7 +289,8 @@ class _Layer:
             if tried and all(c.loss > DOMINATED * best(c.cost) for c in tried):
                 self.refused[f"dominated at every coarse size: {kind.__name__}"] += 1
                 continue
-            for structure in self.sizes(kind, FINE):
+            closed = all(c.certificate != Certificate.NONE.value for c in tried)
+            for structure in self.sizes(kind, FINE if closed else MEDIUM):
                 self.try_one(structure)
 
     def sizes(self, kind: type[Structure], shares: Iterable[float]) -> Iterator[Structure]:
@@ -281,17 +316,19 @@ class _Layer:
         if cost >= self.dense_cost and not forced:
             self.refused[f"not cheaper than the dense layer in {self.budget.unit}"] += 1
             return None
-        found = project_target(self.target, structure, dtype=torch.float64, device=torch.device("cpu"))
-        difference = self.target.weight - found.matrix.to_dense()
+        found = fit(structure, self.target)
+        matrix = StructuredMatrix(structure, shape, found.tensors)
+        error, loss = self.judge(matrix.to_dense())
+        norm = self.judge.norm
         candidate = Candidate(
             structure=structure,
             parameters=count_stored(structure, shape),
-            flops=found.matrix.flops,
-            error=found.error,
-            lower_bound=found.lower_bound,
+            flops=flops(structure, shape),
+            error=error,
+            lower_bound=min(found.lower_bound / norm, error) if norm > 0 else 0.0,
             certificate=found.certificate.value,
             method=found.method,
-            loss=predicted_loss(difference, self.target, self.moments, self.terms),
+            loss=loss,
             cost=cost,
         )
         if not (math.isfinite(candidate.loss) and math.isfinite(candidate.error)):
