@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +45,8 @@ FINE = tuple(i / 24 for i in range(1, 24))
 """Shares for those of them that are fitted in closed form."""
 
 DOMINATED = 2.0
-"""A family whose predicted loss is, at every coarse size, this many times that of the best at its cost is given up."""
+"""Sizes of a family near a coarse one whose predicted loss is this many times that of the best at its cost are not
+tried."""
 
 OUTPUT_DAMPING = 0.1
 """Share of the mean gradient energy that is added to every output: the quadratic model is not to be trusted where it
@@ -122,10 +123,10 @@ def screen(
 ) -> Screening:
     """Fit every family at several sizes to every layer, cheaply.
 
-    Each family is first tried at the shares ``COARSE`` of the dense parameters; those that are far behind the best
-    everywhere are given up, the others are tried at the shares ``MEDIUM``, or at ``FINE`` if they are fitted in closed
-    form. Fits of a layer share its decompositions. Candidates that are not cheaper than the dense layer in the budget's
-    unit are refused and counted.
+    Each family is first tried at the shares ``COARSE`` of the dense parameters; then at the shares ``MEDIUM``, or at
+    ``FINE`` if it is fitted in closed form, except near coarse ones at which it was far behind the best. Fits of a
+    layer share its decompositions. Candidates that are not cheaper than the dense layer in the budget's unit are
+    refused and counted.
 
     Args:
         model: read only.
@@ -164,7 +165,10 @@ def screen(
             rows = calibration.rows_per_sample(site.name) if calibration is not None else 1.0
             terms = rows * calibration.samples / calibration.terms if calibration is not None else 1.0
             worker = _Layer(site, target, moments, terms, budget, rows)
-            worker.run((fixed,) if fixed is not None else structures)
+            if fixed is not None:
+                worker.run((fixed,), forced=True)
+            else:
+                worker.run(structures)
             found[site.name] = worker.result()
             folder.store(piece, own, layer_to_json(found[site.name]))
     return found
@@ -178,12 +182,8 @@ def layer_target(
     Raises:
         DataError: the weight is NaN or infinite; the message names the layer.
     """
+    check_weight(site, weight)
     held = weight.detach().to(device="cpu", dtype=torch.float64)
-    bad = int((~torch.isfinite(held)).sum())
-    if bad:
-        raise DataError(
-            f"The weight of {site.name} has {bad} entries that are NaN or infinite. Repair the model, or exclude it."
-        )
     second = outputs = None
     if moments is not None:  # sums of squares: positive semidefinite by their making
         second = moments.second_moment
@@ -191,6 +191,15 @@ def layer_target(
         if moments.gradient_moment is not None and energy > 0:
             outputs = moments.gradient_moment + damping * energy * torch.eye(site.shape[0], dtype=torch.float64)
     return Target(held, second, site.shape, sweeps, seed, outputs)
+
+
+def check_weight(site: Site, weight: Tensor) -> None:
+    """Raise :class:`~structmat.errors.DataError` if a weight is NaN or infinite somewhere; names the layer."""
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise DataError(
+            f"The weight of {site.name} has {bad} entries that are NaN or infinite. Repair the model, or exclude it."
+        )
 
 
 def _energy(moments: Moments) -> float:
@@ -275,37 +284,40 @@ class _Layer:
             Candidate(Dense(), size, flops(Dense(), site.shape), 0.0, 0.0, "optimal", "kept", 0.0, self.dense_cost)
         ]
 
-    def run(self, structures: Sequence[Choice] | None) -> None:
+    def run(self, structures: Sequence[Choice] | None, *, forced: bool = False) -> None:
         for structure in (s for s in structures or () if isinstance(s, Structure)):
             try:
-                self.try_one(resolve(structure, self.site.shape), forced=True)
+                self.try_one(resolve(structure, self.site.shape), forced=forced)
             except ShapeError as error:
                 self.refused[f"refuses the shape: {type(structure).__name__}"] += 1
                 logger.info("%s: %s", self.site.name, error)
-        kinds = families_of(structures)
-        coarse = {kind: [c for c in map(self.try_one, self.sizes(kind, COARSE)) if c] for kind in kinds}
+        kinds = [kind for kind in families_of(structures) if kind is not Dense]
+        coarse = {(kind, share): self.try_share(kind, share) for kind in kinds for share in COARSE}
         best = _Envelope([c for tried in coarse.values() for c in tried])
-        for kind, tried in coarse.items():
-            if tried and all(c.loss > DOMINATED * best(c.cost) for c in tried):
-                self.refused[f"dominated at every coarse size: {kind.__name__}"] += 1
-                continue
+        for kind in kinds:
+            behind = {s: all(c.loss > DOMINATED * best(c.cost) for c in coarse[kind, s]) for s in COARSE}
+            tried = [c for share in COARSE for c in coarse[kind, share]]
+            behind = {share: bool(coarse[kind, share]) and is_behind for share, is_behind in behind.items()}
+            for share, is_behind in behind.items():
+                self.refused[f"far behind the best at {share:.0%} of the parameters: {kind.__name__}"] += is_behind
             closed = all(c.certificate != Certificate.NONE.value for c in tried)
-            for structure in self.sizes(kind, FINE if closed else MEDIUM):
-                self.try_one(structure)
+            for share in FINE if closed else MEDIUM:
+                if not behind[_nearest(share)]:
+                    self.try_share(kind, share)
 
-    def sizes(self, kind: type[Structure], shares: Iterable[float]) -> Iterator[Structure]:
-        shape = self.site.shape
-        size = shape[0] * shape[1]
-        if kind is Dense:
-            return
-        for share in shares:
-            for structure in kind.configurations(shape, int(share * size)):
-                try:
-                    yield resolve(structure, shape)
-                except (ShapeError, StructureError) as error:
-                    self.refused[f"refuses the shape: {kind.__name__}"] += 1
-                    logger.info("%s: %s", self.site.name, error)
-                    return
+    def try_share(self, kind: type[Structure], share: float) -> list[Candidate]:
+        """Try what a family would do with a share of the dense parameters; nothing twice."""
+        shape, found = self.site.shape, []
+        for structure in kind.configurations(shape, int(share * shape[0] * shape[1])):
+            try:
+                candidate = self.try_one(resolve(structure, shape))
+            except (ShapeError, StructureError) as error:
+                self.refused[f"refuses the shape: {kind.__name__}"] += 1
+                logger.info("%s: %s", self.site.name, error)
+                continue
+            if candidate is not None:
+                found.append(candidate)
+        return found
 
     def try_one(self, structure: Structure, *, forced: bool = False) -> Candidate | None:
         if structure in self.seen:
@@ -339,7 +351,11 @@ class _Layer:
 
     def result(self) -> LayerScreen:
         ordered = tuple(sorted(self.found, key=lambda c: (c.cost, c.loss)))
-        return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(self.refused))
+        return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(+self.refused))
+
+
+def _nearest(share: float) -> float:
+    return min(COARSE, key=lambda coarse: abs(math.log(coarse / share)))
 
 
 class _Envelope:
