@@ -35,16 +35,16 @@ Choice = str | type[Structure] | Structure
 SWEEPS = 1
 """Sweeps that a cheap fit may spend."""
 
-COARSE = (0.15, 0.35, 0.6)
+COARSE = (0.2, 0.5)
 """Shares of the dense parameters at which every family is tried first."""
 
-MEDIUM = tuple(i / 10 for i in range(1, 10))
+MEDIUM = (0.1, 0.3, 0.4, 0.7)
 """Shares at which the families that are any good are tried then."""
 
 FINE = tuple(i / 24 for i in range(1, 24))
-"""Shares for those of them that are fitted in closed form."""
+"""Shares for those of them whose fits are optimal."""
 
-DOMINATED = 2.0
+DOMINATED = 1.5
 """Sizes of a family near a coarse one whose predicted loss is this many times that of the best at its cost are not
 tried."""
 
@@ -123,10 +123,10 @@ def screen(
 ) -> Screening:
     """Fit every family at several sizes to every layer, cheaply.
 
-    Each family is first tried at the shares ``COARSE`` of the dense parameters; then at the shares ``MEDIUM``, or at
-    ``FINE`` if it is fitted in closed form, except near coarse ones at which it was far behind the best. Fits of a
-    layer share its decompositions. Candidates that are not cheaper than the dense layer in the budget's unit are
-    refused and counted.
+    Each family is first tried at the shares ``COARSE`` of the dense parameters, without sweeps. Then it is tried at the
+    shares ``MEDIUM``, or at ``FINE`` if its fits are optimal, except near coarse ones at which it was far behind the
+    best; of fits that are not optimal the best of each share is improved by ``sweeps``. Fits of a layer share its
+    decompositions. Candidates that are not cheaper than the dense layer in the budget's unit are refused and counted.
 
     Args:
         model: read only.
@@ -273,7 +273,7 @@ class _Layer:
     def __init__(
         self, site: Site, target: Target, moments: Moments | None, terms: float, budget: Budget, rows: float
     ) -> None:
-        self.site, self.target = site, target
+        self.site, self.target, self.quick = site, target, _without_sweeps(target)
         self.judge = Judge(target, moments, terms)
         self.budget, self.rows = budget, rows
         self.dense_cost = budget.cost(Dense(), site.shape, rows)
@@ -287,30 +287,43 @@ class _Layer:
     def run(self, structures: Sequence[Choice] | None, *, forced: bool = False) -> None:
         for structure in (s for s in structures or () if isinstance(s, Structure)):
             try:
-                self.try_one(resolve(structure, self.site.shape), forced=forced)
+                self.try_one(resolve(structure, self.site.shape), self.target, forced=forced)
             except ShapeError as error:
                 self.refused[f"refuses the shape: {type(structure).__name__}"] += 1
                 logger.info("%s: %s", self.site.name, error)
         kinds = [kind for kind in families_of(structures) if kind is not Dense]
         coarse = {(kind, share): self.try_share(kind, share) for kind in kinds for share in COARSE}
-        best = _Envelope([c for tried in coarse.values() for c in tried])
         for kind in kinds:
-            behind = {s: all(c.loss > DOMINATED * best(c.cost) for c in coarse[kind, s]) for s in COARSE}
             tried = [c for share in COARSE for c in coarse[kind, share]]
-            behind = {share: bool(coarse[kind, share]) and is_behind for share, is_behind in behind.items()}
-            for share, is_behind in behind.items():
-                self.refused[f"far behind the best at {share:.0%} of the parameters: {kind.__name__}"] += is_behind
-            closed = all(c.certificate != Certificate.NONE.value for c in tried)
-            for share in FINE if closed else MEDIUM:
-                if not behind[_nearest(share)]:
-                    self.try_share(kind, share)
+            behind = {share: self.is_behind(coarse[kind, share]) for share in COARSE}
+            for share in COARSE:
+                self.refused[f"far behind the best at {share:.0%} of the parameters: {kind.__name__}"] += behind[share]
+            if all(c.certificate == Certificate.OPTIMAL.value for c in tried):
+                for share in FINE:
+                    if not behind[_nearest(share)]:
+                        self.try_share(kind, share)
+                continue
+            for share in MEDIUM:
+                if behind[_nearest(share)]:
+                    continue
+                found = self.try_share(kind, share)
+                if found and not self.is_behind(found):
+                    self.improve(min(found, key=lambda c: c.loss))
+
+    def is_behind(self, tried: Sequence[Candidate]) -> bool:
+        """Whether each of these has a far larger loss than something that costs no more."""
+        return bool(tried) and all(c.loss > DOMINATED * self.best(c.cost) for c in tried)
+
+    def best(self, cost: float) -> float:
+        """The smallest loss that some candidate reaches at most at a cost."""
+        return min((c.loss for c in self.found if c.cost <= cost), default=math.inf)
 
     def try_share(self, kind: type[Structure], share: float) -> list[Candidate]:
-        """Try what a family would do with a share of the dense parameters; nothing twice."""
+        """Try what a family would do with a share of the dense parameters, without sweeps; nothing twice."""
         shape, found = self.site.shape, []
         for structure in kind.configurations(shape, int(share * shape[0] * shape[1])):
             try:
-                candidate = self.try_one(resolve(structure, shape))
+                candidate = self.try_one(resolve(structure, shape), self.quick)
             except (ShapeError, StructureError) as error:
                 self.refused[f"refuses the shape: {kind.__name__}"] += 1
                 logger.info("%s: %s", self.site.name, error)
@@ -319,20 +332,32 @@ class _Layer:
                 found.append(candidate)
         return found
 
-    def try_one(self, structure: Structure, *, forced: bool = False) -> Candidate | None:
+    def improve(self, candidate: Candidate) -> None:
+        """Fit again, with sweeps, and keep what is better."""
+        better = self.fitted(candidate.structure, self.target, candidate.cost)
+        if better.loss < candidate.loss:
+            self.found[self.found.index(candidate)] = better
+
+    def try_one(self, structure: Structure, target: Target, *, forced: bool = False) -> Candidate | None:
         if structure in self.seen:
             return None
         self.seen.add(structure)
-        shape = self.site.shape
-        cost = self.budget.cost(structure, shape, self.rows)
+        cost = self.budget.cost(structure, self.site.shape, self.rows)
         if cost >= self.dense_cost and not forced:
             self.refused[f"not cheaper than the dense layer in {self.budget.unit}"] += 1
             return None
-        found = fit(structure, self.target)
-        matrix = StructuredMatrix(structure, shape, found.tensors)
-        error, loss = self.judge(matrix.to_dense())
-        norm = self.judge.norm
-        candidate = Candidate(
+        candidate = self.fitted(structure, target, cost)
+        if not (math.isfinite(candidate.loss) and math.isfinite(candidate.error)):
+            self.refused["the fit is not finite"] += 1
+            return None
+        self.found.append(candidate)
+        return candidate
+
+    def fitted(self, structure: Structure, target: Target, cost: float) -> Candidate:
+        shape, norm = self.site.shape, self.judge.norm
+        found = fit(structure, target)
+        error, loss = self.judge(StructuredMatrix(structure, shape, found.tensors).to_dense())
+        return Candidate(
             structure=structure,
             parameters=count_stored(structure, shape),
             flops=flops(structure, shape),
@@ -343,29 +368,22 @@ class _Layer:
             loss=loss,
             cost=cost,
         )
-        if not (math.isfinite(candidate.loss) and math.isfinite(candidate.error)):
-            self.refused["the fit is not finite"] += 1
-            return None
-        self.found.append(candidate)
-        return candidate
 
     def result(self) -> LayerScreen:
         ordered = tuple(sorted(self.found, key=lambda c: (c.cost, c.loss)))
         return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(+self.refused))
 
 
+def _without_sweeps(target: Target) -> Target:
+    """The same target for closed-form starts; decompositions are shared."""
+    target.whitened_svd, target.inverse_root, target.inverse_output_root  # noqa: B018
+    quick = replace(target, sweeps=0)
+    quick.__dict__.update({k: v for k, v in target.__dict__.items() if k not in {"sweeps", "_derived"}})
+    return quick
+
+
 def _nearest(share: float) -> float:
     return min(COARSE, key=lambda coarse: abs(math.log(coarse / share)))
-
-
-class _Envelope:
-    """The smallest loss that some candidate reaches at most at a cost."""
-
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self.candidates = candidates
-
-    def __call__(self, cost: float) -> float:
-        return min((c.loss for c in self.candidates if c.cost <= cost), default=math.inf)
 
 
 def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
