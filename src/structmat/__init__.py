@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from structmat import nn as nn
+    from structmat.compression.inspection import inspect as inspect
+    from structmat.compression.recover import Distill as Distill
     from structmat.errors import StructmatError as StructmatError
+    from structmat.io import load as load
+    from structmat.io import save as save
+    from structmat.learn.groups import parameter_groups as parameter_groups
     from structmat.matrix import StructuredMatrix as StructuredMatrix
     from structmat.matrix import matmul as matmul
     from structmat.projection.project import project as project
@@ -21,12 +26,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Distill": "structmat.compression.recover",
     "StructmatError": "structmat.errors",
     "Structure": "structmat.structure",
     "StructuredMatrix": "structmat.matrix",
     "matmul": "structmat.matrix",
     "families": "structmat.structures",
+    "inspect": "structmat.compression.inspection",
+    "load": "structmat.io",
+    "parameter_groups": "structmat.learn.groups",
     "project": "structmat.projection.project",
+    "save": "structmat.io",
 }
 _MODULES = ("nn", "program", "structures", "testing")
 
