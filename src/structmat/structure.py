@@ -67,6 +67,16 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Arange:
+    """The integers 0, 1, 2, ... in order: the identity permutation."""
+
+    def draw(
+        self, shape: tuple[int, ...], *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return torch.arange(math.prod(shape), dtype=dtype, device=device).reshape(shape)
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
     """One named tensor of a family.
 
@@ -98,6 +108,9 @@ class Structure(ABC):
     closed_under_scaling: ClassVar[bool] = True
     """False for families such as orthogonal matrices: ``2 * S`` is not a member. Their initial gain is 1."""
 
+    weighs_outputs: ClassVar[bool] = False
+    """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
+
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         """Names, shapes and initialisation of the tensors; the output has the variance of a dense layer's."""
@@ -113,7 +126,10 @@ class Structure(ABC):
     @classmethod
     @abstractmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        """Members worth trying with at most ``budget`` parameters; none only if the cheapest exceeds it."""
+        """Members worth trying with at most ``budget`` stored numbers (:func:`count_stored`), on the machine's grid.
+
+        Empty only if the cheapest member exceeds the budget.
+        """
 
     def restriction(self, shape: Shape) -> str | None:
         """Why this shape is refused, as one sentence with numbers and a remedy, or None."""
@@ -241,6 +257,15 @@ def count_parameters(structure: Structure, shape: Shape) -> int:
         structure = resolve(structure, shape)
     tensors = structure.parameters(structure.native_shape(shape))
     return sum(spec.numel for spec in tensors.values() if spec.learned)
+
+
+def count_stored(structure: Structure, shape: Shape) -> int:
+    """How many numbers a file must hold: learned ones, and one for every index of a fixed support or permutation.
+
+    This is what a budget in parameters counts: a sparse entry is a value and its two coordinates.
+    """
+    resolved = resolve(structure, shape)
+    return sum(spec.numel for spec in resolved.parameters(resolved.native_shape(shape)).values())
 
 
 def largest_fitting(cost: Any, budget: int, most: int, grid: int = 8) -> int:

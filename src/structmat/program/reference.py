@@ -124,9 +124,9 @@ def _run(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
     if isinstance(program, Windowed):
         return _windowed(program, tensors, x)
     if isinstance(program, Pad):
-        return F.pad(x, (0, program.padded - program.size))
+        return F.pad(x, (program.before, program.padded - program.size - program.before))
     if isinstance(program, Crop):
-        return x[:, : program.kept]
+        return x[:, program.before : program.before + program.kept]
     if isinstance(program, Real):
         return x.real if x.is_complex() else x
     if isinstance(program, Complex):

@@ -57,11 +57,11 @@ def _is_identity(step: Program) -> bool:
 def _merge(first: Program, second: Program) -> tuple[Program, ...] | None:
     """What may stand for ``first`` followed by ``second``; None if nothing shorter is known."""
     match first, second:
-        case Pad(size=size), Pad(padded=padded):
-            return (Pad(size, padded),)
-        case Crop(size=size), Crop(kept=kept):
-            return (Crop(size, kept),)
-        case Pad(size=size), Crop(kept=kept):
+        case Pad(size=size, before=i), Pad(padded=padded, before=j):
+            return (Pad(size, padded, i + j),)
+        case Crop(size=size, before=i), Crop(kept=kept, before=j):
+            return (Crop(size, kept, i + j),)
+        case Pad(size=size, before=0), Crop(kept=kept, before=0):
             return (Pad(size, kept),) if kept >= size else (Crop(size, kept),)
         case Permute(index=i, inverse=p), Permute(index=j, inverse=q) if i == j and p != q:
             return ()

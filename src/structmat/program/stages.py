@@ -403,10 +403,14 @@ class Windowed(Stage):
 
 @dataclass(frozen=True)
 class Pad(_Unweighted):
-    """Appends zeros."""
+    """Embeds the vector in a longer one, from position ``before`` on; the rest is zero."""
 
     size: int
     padded: int
+    before: int = 0
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.before <= self.padded - self.size, self
 
     @property
     def in_features(self) -> int:
@@ -417,18 +421,22 @@ class Pad(_Unweighted):
         return self.padded
 
     def transpose(self) -> Crop:
-        return Crop(self.padded, self.size)
+        return Crop(self.padded, self.size, self.before)
 
     def __str__(self) -> str:
-        return "Pad"
+        return f"Pad from {self.before}" if self.before else "Pad"
 
 
 @dataclass(frozen=True)
 class Crop(_Unweighted):
-    """Keeps the first ``kept`` numbers."""
+    """Keeps ``kept`` numbers from position ``before`` on."""
 
     size: int
     kept: int
+    before: int = 0
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.before <= self.size - self.kept, self
 
     @property
     def in_features(self) -> int:
@@ -439,10 +447,10 @@ class Crop(_Unweighted):
         return self.kept
 
     def transpose(self) -> Pad:
-        return Pad(self.kept, self.size)
+        return Pad(self.kept, self.size, self.before)
 
     def __str__(self) -> str:
-        return "Crop"
+        return f"Crop from {self.before}" if self.before else "Crop"
 
 
 @dataclass(frozen=True)

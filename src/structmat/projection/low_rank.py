@@ -11,16 +11,21 @@ from structmat.projection.target import Target
 def truncate(target: Target, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best ``left @ right`` of a rank, balanced, and its error.
 
-    With ``U`` the leading left singular vectors of ``W C^(1/2)``, the best member is ``U U^H W``: no inverse of the
-    second moment is taken, so a singular one is handled exactly, and on inputs that never occur the weight itself is
-    followed. Cost: one SVD of the target, shared by all ranks.
+    With ``U`` the leading left singular vectors of ``B^(1/2) W C^(1/2)``, the best member is
+    ``B^(-1/2) U U^H B^(1/2) W``: no inverse of the second moment of the inputs is taken, so a singular one is handled
+    exactly, and on inputs that never occur the weight itself is followed. Cost: one SVD of the target, shared by all
+    ranks.
 
     Returns:
         ``left`` (out, rank), ``right`` (rank, in) and the error in the target's norm.
     """
     u, s, _ = target.whitened_svd
     left = u[:, :rank]
-    right = left.mH @ target.weight
+    if target.output_root is None or target.inverse_output_root is None:
+        right = left.mH @ target.weight
+    else:
+        right = left.mH @ target.output_root @ target.weight
+        left = target.inverse_output_root @ left
     tail = float(torch.linalg.norm(s[rank:]))
     return *balance(left, right), tail
 

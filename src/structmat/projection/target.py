@@ -49,7 +49,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Target:
-    """A matrix to approximate in the norm ``||(W - S) C^(1/2)||_F`` (Frobenius where ``second_moment`` is None).
+    """A matrix to approximate in the norm ``||B^(1/2) (W - S) C^(1/2)||_F``, with the identity for a moment of None.
+
+    A family sees an ``output_moment`` only if it declares that it weighs outputs; otherwise its fit for the identity is
+    refined afterwards (:mod:`structmat.projection.refine_outputs`).
 
     Args:
         weight: (out, in), float64 or complex128, padded with zeros to the family's native shape.
@@ -58,6 +61,9 @@ class Target:
         shape: the shape before padding. Rows from ``shape[0]`` on are not part of the problem.
         sweeps: how many sweeps of an iterative fit may be spent. 0 asks for the closed-form start alone.
         seed: for fits with random starts; equal seeds give equal results.
+        output_moment: (out, out) symmetric positive semidefinite ``B``, such as the second moment of a loss's gradients
+            in the outputs (the squared norm is then the Kronecker-factored quadratic model of the loss: Martens and
+            Grosse 2015), or None for the identity.
     """
 
     weight: Tensor
@@ -65,6 +71,7 @@ class Target:
     shape: Shape
     sweeps: int = 20
     seed: int = 0
+    output_moment: Tensor | None = None
 
     @property
     def native(self) -> Shape:
@@ -80,57 +87,83 @@ class Target:
     def replace_weight(self, weight: Tensor) -> Target:
         """The same norm and options for another matrix; what was computed from the second moment is kept."""
         other = replace(self, weight=weight)
-        for name in ("_eigen", "root", "inverse_root"):
+        for name in ("_eigen", "root", "inverse_root", "_output_eigen", "output_root", "inverse_output_root"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
 
     def unweighted(self) -> Target:
-        return replace(self, second_moment=None)
+        return replace(self, second_moment=None, output_moment=None)
+
+    def without_output_moment(self) -> Target:
+        """The same target with all outputs weighing the same."""
+        if self.output_moment is None:
+            return self
+        if "inputs" not in self._derived:
+            other = replace(self, output_moment=None)
+            for name in ("_eigen", "root", "inverse_root"):
+                if name in self.__dict__:
+                    other.__dict__[name] = self.__dict__[name]
+            self._derived["inputs"] = other
+        return self._derived["inputs"]
 
     def padded(self, native: Shape) -> Target:
-        """The target embedded in a larger shape. In the weighted norm padded columns have moment zero."""
+        """The target embedded in a larger shape. In a weighted norm what is padded has moment zero."""
         if native == self.native:
             return self
-        rows, columns = self.native
-        weight = self.weight.new_zeros(native)
-        weight[:rows, :columns] = self.weight
-        moment = self.second_moment
-        if moment is not None:
-            larger = moment.new_zeros(native[1], native[1])
-            larger[:columns, :columns] = moment
-            moment = larger
-        return replace(self, weight=weight, second_moment=moment)
+        if native not in self._derived:
+            weight = self.weight.new_zeros(native)
+            weight[: self.native[0], : self.native[1]] = self.weight
+            inputs, outputs = _embed(self.second_moment, native[1]), _embed(self.output_moment, native[0])
+            self._derived[native] = replace(self, weight=weight, second_moment=inputs, output_moment=outputs)
+        return self._derived[native]
+
+    @cached_property
+    def _derived(self) -> dict[Shape | str, Target]:
+        """Targets made from this one, kept so that fits of one shape share their decompositions."""
+        return {}
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (rounding removed) and eigenvectors of the second moment."""
         assert self.second_moment is not None
-        values, vectors = torch.linalg.eigh(self.second_moment)
-        floor = values.max().clamp(min=0.0) * _RELATIVE_RANK_TOLERANCE
-        return torch.where(values > floor, values, torch.zeros_like(values)), vectors
+        return _eigen(self.second_moment)
 
     @cached_property
     def root(self) -> Tensor | None:
         """``C^(1/2)``, symmetric, or None for the identity."""
         if self.second_moment is None:
             return None
-        values, vectors = self._eigen
-        return (vectors * values.sqrt()) @ vectors.mH
+        return _root(*self._eigen)
 
     @cached_property
     def inverse_root(self) -> Tensor | None:
         """The pseudo-inverse of ``C^(1/2)``: zero on inputs that never occur. None for the identity."""
         if self.second_moment is None:
             return None
-        values, vectors = self._eigen
-        inverse = torch.where(values > 0, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), values)
-        return (vectors * inverse) @ vectors.mH
+        return _inverse_root(*self._eigen)
+
+    @cached_property
+    def _output_eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (rounding removed) and eigenvectors of the output moment."""
+        assert self.output_moment is not None
+        return _eigen(self.output_moment)
+
+    @cached_property
+    def output_root(self) -> Tensor | None:
+        """``B^(1/2)``, symmetric, or None for the identity."""
+        return None if self.output_moment is None else _root(*self._output_eigen)
+
+    @cached_property
+    def inverse_output_root(self) -> Tensor | None:
+        """The pseudo-inverse of ``B^(1/2)``: zero on outputs that do not count. None for the identity."""
+        return None if self.output_moment is None else _inverse_root(*self._output_eigen)
 
     @cached_property
     def whitened(self) -> Tensor:
-        """``W C^(1/2)``: the matrix whose plain Frobenius distances are the target's norm."""
-        return self.weight if self.root is None else self.weight @ self.root
+        """``B^(1/2) W C^(1/2)``: the matrix whose plain Frobenius distances are the target's norm."""
+        whitened = self.weight if self.root is None else self.weight @ self.root
+        return whitened if self.output_root is None else self.output_root @ whitened
 
     @cached_property
     def whitened_svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,8 +177,33 @@ class Target:
         difference = self.weight[:rows, :columns] - dense[:rows, :columns].to(self.weight)
         if self.root is not None:
             difference = difference @ self.root[:columns, :columns]
+        if self.output_root is not None:
+            difference = self.output_root[:rows, :rows] @ difference
         return float(torch.linalg.norm(difference))
 
     def norm(self) -> float:
         """The size of the target in its own norm."""
         return self.error(torch.zeros_like(self.weight))
+
+
+def _embed(moment: Tensor | None, size: int) -> Tensor | None:
+    if moment is None:
+        return None
+    larger = moment.new_zeros(size, size)
+    larger[: moment.shape[0], : moment.shape[0]] = moment
+    return larger
+
+
+def _eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(moment)
+    floor = values.max().clamp(min=0.0) * _RELATIVE_RANK_TOLERANCE
+    return torch.where(values > floor, values, torch.zeros_like(values)), vectors
+
+
+def _root(values: Tensor, vectors: Tensor) -> Tensor:
+    return (vectors * values.sqrt()) @ vectors.mH
+
+
+def _inverse_root(values: Tensor, vectors: Tensor) -> Tensor:
+    inverse = torch.where(values > 0, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), values)
+    return (vectors * inverse) @ vectors.mH

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 from structmat.program import Contraction, Program
 from structmat.projection.target import Certificate, Fit, Target
@@ -15,6 +15,8 @@ from structmat.structure import DENSE_GAIN, Normal, ParameterSpec, Shape, Struct
 @dataclass(frozen=True)
 class Dense(Structure):
     """Every matrix. ``weight`` (out, in): ``out * in`` parameters and multiply-adds."""
+
+    weighs_outputs: ClassVar[bool] = True
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         return {"weight": ParameterSpec(shape, Normal((DENSE_GAIN / shape[1]) ** 0.5))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 from structmat.program import Chain, Contraction, Program
 from structmat.projection.low_rank import truncate
@@ -32,6 +32,8 @@ class LowRank(Structure):
     Args:
         rank: an integer of at least 1, or a fraction of the dense parameter count.
     """
+
+    weighs_outputs: ClassVar[bool] = True
 
     rank: int | float
 
