@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -31,6 +30,7 @@ from structmat.file_format import (
     read_header,
     sha256,
     some,
+    write_atomically,
 )
 from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import FrozenLinear, StructuredLinear
@@ -73,7 +73,7 @@ def save(value: nn.Module | StructuredMatrix, folder: str | os.PathLike[str]) ->
         digest = sha256(path)
         return f"model-{digest[:16]}.safetensors"
 
-    path = _write_atomically(folder, write_tensors)
+    path = write_atomically(folder, write_tensors)
     header["tensors"] = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
     text = json.dumps({name: header[name] for name in sorted(header)}, indent=1, allow_nan=False)
 
@@ -81,30 +81,11 @@ def save(value: nn.Module | StructuredMatrix, folder: str | os.PathLike[str]) ->
         path.write_text(text + "\n", encoding="utf-8")
         return HEADER
 
-    _write_atomically(folder, write_header)
+    write_atomically(folder, write_header)
     for old in folder.iterdir():
         if TENSOR_FILE.fullmatch(old.name) and old.name != path.name:
             old.unlink()
     return folder
-
-
-def _write_atomically(folder: Path, write: Callable[[Path], str]) -> Path:
-    """Let ``write`` fill a temporary file and say its final name; rename it there once it is on the disk."""
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        final = folder / write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return final
 
 
 def _matrix_content(matrix: StructuredMatrix) -> tuple[dict[str, Tensor], dict[str, Any]]:
