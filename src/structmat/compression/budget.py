@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
-from torch import nn
-
+from structmat.compression.timing import layer_microseconds
 from structmat.errors import BudgetError, FormatError
-from structmat.matrix import StructuredMatrix
-from structmat.nn.linear import StructuredLinear
 from structmat.program import build, cost
-from structmat.structure import Shape, Structure, count_parameters
-from structmat.structures.dense import Dense
+from structmat.structure import Shape, Structure, count_stored
 
 
 @runtime_checkable
@@ -35,7 +27,7 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class Parameters:
-    """Learned numbers of the weights; biases are kept and not counted, nor are indices.
+    """Stored numbers of the weights: learned ones, and one for every index. Biases are kept and not counted.
 
     Args:
         amount: a fraction of the dense weights' count, strictly between 0 and 1, or an absolute integer.
@@ -48,7 +40,7 @@ class Parameters:
         _check(self)
 
     def cost(self, structure: Structure, shape: Shape, rows: float = 1.0) -> float:
-        return float(count_parameters(structure, shape))
+        return float(count_stored(structure, shape))
 
 
 @dataclass(frozen=True)
@@ -84,11 +76,12 @@ class Latency:
 
     def __post_init__(self) -> None:
         _check(self)
-        if not isinstance(self.batch, int) or isinstance(self.batch, bool) or self.batch < 1:
+        batch: object = self.batch
+        if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
             raise BudgetError(f"Latency(batch={self.batch!r}): batch is an integer of at least 1.")
 
     def cost(self, structure: Structure, shape: Shape, rows: float = 1.0) -> float:
-        return median_microseconds(structure, shape, max(1, round(rows * self.batch)))
+        return layer_microseconds(structure, shape, max(1, round(rows * self.batch)))
 
 
 def _check(budget: Parameters | Flops | Latency) -> None:
@@ -130,32 +123,3 @@ def from_json(data: object) -> Budget:
     except (TypeError, BudgetError) as error:
         raise FormatError(f"{data!r} is no valid budget: {error}") from error
     return found
-
-
-@lru_cache(maxsize=65536)
-def median_microseconds(structure: Structure, shape: Shape, rows: int, *, seconds: float = 0.02) -> float:
-    """The median time of one float32 layer on this machine, for ``rows`` input rows; measured once a process.
-
-    At least 7 runs after 2 that warm up, then until ``seconds`` have passed. "Keep dense" is timed as the ``nn.Linear``
-    that stays.
-    """
-    out_features, in_features = shape
-    layer: nn.Module
-    if isinstance(structure, Dense):
-        layer = nn.Linear(in_features, out_features, bias=False, dtype=torch.float32)
-    else:
-        generator = torch.Generator().manual_seed(0)
-        layer = StructuredLinear.from_matrix(
-            StructuredMatrix.random(structure, shape, generator=generator, dtype=torch.float32)
-        )
-    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(0))
-    times: list[float] = []
-    with torch.inference_mode():
-        for _ in range(2):
-            layer(x)
-        end = time.perf_counter() + seconds
-        while len(times) < 7 or time.perf_counter() < end:
-            start = time.perf_counter()
-            layer(x)
-            times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)

@@ -61,7 +61,7 @@ class Calibration:
     """What was seen of all layers.
 
     Args:
-        moments: by the sites' names; a layer that was never called is missing.
+        moments: by the sites' names, in the order of their first calls; a layer that was never called is missing.
         loss: the mean loss of the batches, where there is one.
         batches: how many were read.
         samples: first axes of the batches, summed.
@@ -137,7 +137,7 @@ def calibrate(
                 if result is not None:
                     objective = sampled_loss(result, generator)
                 if objective is not None and objective.requires_grad:
-                    objective.backward()  # type: ignore[no-untyped-call]
+                    objective.backward()
             watch.finish()
             batches, samples, terms = batches + 1, samples + samples_in(batch), terms + count
     if batches == 0:
@@ -243,7 +243,7 @@ class _Watch:
                     break
             gradient = None if record.gradient is None else record.gradient / record.rows
             found[name] = Moments(inputs, gradient, record.rows, record.calls)
-        return {name: found[name] for name in self.sites if name in found}
+        return found
 
 
 def _gram(x: Tensor) -> Tensor:
@@ -262,3 +262,35 @@ def _check_finite(product: Tensor, name: str, what: str) -> None:
             f"The {what} of {name} are NaN or infinite on the calibration data. "
             f"Look at the batches and at the layers before it, or run the model in float32."
         )
+
+
+# ---------------------------------------------------------------------------------------------------------- disk
+
+
+def facts(seen: Calibration) -> dict[str, Any]:
+    """What there is besides moments, as JSON values."""
+    return {n: getattr(seen, n) for n in ("loss", "batches", "samples", "terms", "kind")}
+
+
+def to_tensors(seen: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """JSON values and tensors; moments that layers share are kept once."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    layers = []
+    for number, (name, moments) in enumerate(seen.moments.items()):
+        shared = names.setdefault(id(moments.second_moment), f"second.{number}")
+        tensors[shared] = moments.second_moment
+        if moments.gradient_moment is not None:
+            tensors[f"gradient.{number}"] = moments.gradient_moment
+        layers.append({"name": name, "second": shared, "rows": moments.rows, "calls": moments.calls})
+    return {**facts(seen), "layers": layers}, tensors
+
+
+def from_tensors(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    """Read what :func:`to_tensors` made."""
+    moments = {
+        layer["name"]: Moments(tensors[layer["second"]], tensors.get(f"gradient.{i}"), layer["rows"], layer["calls"])
+        for i, layer in enumerate(data["layers"])
+    }
+    known = {n: data[n] for n in ("loss", "batches", "samples", "terms", "kind")}
+    return Calibration(moments, **known)

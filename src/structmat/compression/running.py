@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,10 +191,10 @@ def sampled_loss(result: Outcome, generator: torch.Generator) -> Tensor:
 def own_loss(output: Any, batch: Any, loss: Loss | None) -> Tensor | None:
     """The loss of a batch: the user's, the output's own, or cross-entropy to the labels; None if there is none."""
     if loss is not None:
-        value = loss(output, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise DataError(f"loss(output, batch) returns a scalar tensor; got {_described(value)}.")
-        return value.reshape(())
+        given: object = loss(output, batch)
+        if not isinstance(given, Tensor) or given.numel() != 1:
+            raise DataError(f"loss(output, batch) returns a scalar tensor; got {_described(given)}.")
+        return given.reshape(())
     value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.reshape(())
@@ -217,16 +217,19 @@ def _described(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without the fused encoder layers, which pass by their parts; every mode is restored."""
+def evaluating(model: nn.Module, *, fast: bool = False) -> Iterator[None]:
+    """Evaluation mode; every mode is restored.
+
+    Unless ``fast``, without PyTorch's fused encoder layers, which pass by their parts.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled and fast)
     model.eval()
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(enabled)
         for module, mode in modes:
             module.training = mode
 
@@ -245,4 +248,4 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def detached(value: Tensor | None) -> float | None:
-    return None if value is None else float(cast(Tensor, value).detach())
+    return None if value is None else float(value.detach())

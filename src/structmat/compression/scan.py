@@ -6,7 +6,7 @@ import fnmatch
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from structmat.errors import ModelError
@@ -71,9 +71,7 @@ class Scan:
         return sum(site.shape[0] * site.shape[1] for site in self.sites)
 
 
-def scan(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), asked: Sequence[str] = ()
-) -> Scan:
+def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), asked: Sequence[str] = ()) -> Scan:
     """Find the layers to compress: ``nn.Linear``, and ``Conv1D`` of transformers.
 
     Kept unless asked for are layers that are more than a linear map with a weight of their own: weights that are shared
@@ -124,7 +122,7 @@ def scan(
             dtype = str(weight.dtype).removeprefix("torch.")
             sites.append(Site(name, kind, shape, module.bias is not None, dtype, tuple(aliases[name])))
         else:
-            shape_ = () if isinstance(weight, UninitializedTensorMixin) else tuple(weight.shape)
+            shape_ = () if is_lazy(weight) else tuple(weight.shape)
             skipped.append(Skipped(name, type(module).__name__, shape_, _own_parameters(module), reason))
     total = sum(_numel(p) for p in model.parameters())
     skipped += _others({n: modules[n] for n in aliases if n not in layers}, total)
@@ -164,7 +162,7 @@ def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _forbidden(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
     """Why a layer can't be replaced even if asked for, or None."""
-    if isinstance(module.weight, UninitializedTensorMixin):
+    if is_lazy(cast(Tensor, module.weight)):
         return "its weight has no shape yet; run the model once"
     parent = modules.get(name.rpartition(".")[0])
     if name and isinstance(parent, nn.MultiheadAttention):
@@ -204,13 +202,13 @@ def _doubt(
     parent = modules[parent_name]
     if isinstance(parent, nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads its weight in the fast path of evaluation"
-    if child in _weights_read_by(type(parent)):
+    if child in _weights_read_by(cast(Hashable, type(parent))):
         return f"{type(parent).__name__} reads its weight"
     return None
 
 
 @cache
-def _weights_read_by(parent: type[nn.Module]) -> frozenset[str]:
+def _weights_read_by(parent: Hashable) -> frozenset[str]:
     """Names ``child`` for which the source of a class reads ``self.child.weight`` outside of initialisation."""
     found: set[str] = set()
     for name, method in inspect.getmembers(parent, inspect.isfunction):
@@ -232,11 +230,11 @@ def _weight_owners(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
     by_storage: dict[tuple[int, int], list[int]] = {}
     for name, module in modules.items():
         for key, parameter in module._parameters.items():
-            if parameter is None or isinstance(parameter, UninitializedTensorMixin):
+            if parameter is None or is_lazy(parameter):
                 continue
             owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
             if parameter.device.type != "meta" and parameter.numel():
-                where = (parameter.untyped_storage().data_ptr(), parameter.storage_offset())
+                where = (parameter.untyped_storage().data_ptr(), int(parameter.storage_offset()))
                 by_storage.setdefault(where, []).append(id(parameter))
     for identities in by_storage.values():
         together = list(dict.fromkeys(n for i in dict.fromkeys(identities) for n in owners[i]))
@@ -260,11 +258,11 @@ def _others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
     """Layers of other types that hold parameters of their own: embeddings, and whatever is large."""
     for name, module in modules.items():
         size = _own_parameters(module)
-        if not size:
+        if not size or isinstance(module, parametrize.ParametrizationList):
             continue
         kind = type(module).__name__
-        largest = max((p for p in module._parameters.values() if p is not None), key=_numel)
-        shape = () if isinstance(largest, UninitializedTensorMixin) else tuple(largest.shape)
+        largest = max(module.parameters(recurse=False), key=_numel, default=torch.empty(0))
+        shape = () if is_lazy(largest) else tuple(largest.shape)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             yield Skipped(name, kind, shape, size, "an embedding: rows of a table, not a linear map")
         elif isinstance(module, StructuredLinear):
@@ -274,14 +272,14 @@ def _others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
 
 
 def _own_parameters(module: nn.Module) -> int:
-    size = sum(_numel(p) for p in module._parameters.values() if p is not None)
+    size = sum(_numel(p) for p in module.parameters(recurse=False))
     if parametrize.is_parametrized(module):
         size += sum(_numel(p) for p in cast(nn.Module, module.parametrizations).parameters())
     return size
 
 
 def _numel(parameter: Tensor) -> int:
-    return 0 if isinstance(parameter, UninitializedTensorMixin) else parameter.numel()
+    return 0 if is_lazy(parameter) else parameter.numel()
 
 
 # ------------------------------------------------------------------------------------------------------- patterns

@@ -20,7 +20,7 @@ from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, FormatError, ShapeError, StructureError
 from structmat.projection.project import make_target, project_target
 from structmat.projection.target import Target
-from structmat.structure import Shape, Structure, resolve
+from structmat.structure import Shape, Structure, count_stored, resolve
 from structmat.structure import to_json as structure_to_json
 from structmat.structures import families
 from structmat.structures import from_json as structure_from_json
@@ -54,7 +54,7 @@ class Candidate:
 
     Args:
         structure: resolved for the layer's shape; ``Dense()`` means that the layer is kept as it is.
-        parameters: learned numbers.
+        parameters: stored numbers: learned ones, and one for every index.
         flops: operations of one product with a vector.
         error: relative, in the norm that was used for the layer (see :attr:`LayerScreen.norm`).
         lower_bound: no member of the structure has a smaller relative error; 0 if nothing is known.
@@ -250,7 +250,7 @@ class _Layer:
                 logger.info("%s: %s", self.site.name, error)
         kinds = families_of(structures)
         coarse = {kind: [c for c in map(self.try_one, self.sizes(kind, COARSE)) if c] for kind in kinds}
-        best = _envelope([c for tried in coarse.values() for c in tried])
+        best = _Envelope([c for tried in coarse.values() for c in tried])
         for kind, tried in coarse.items():
             if tried and all(c.loss > DOMINATED * best(c.cost) for c in tried):
                 self.refused[f"dominated at every coarse size: {kind.__name__}"] += 1
@@ -285,7 +285,7 @@ class _Layer:
         difference = self.target.weight - found.matrix.to_dense()
         candidate = Candidate(
             structure=structure,
-            parameters=found.matrix.num_parameters,
+            parameters=count_stored(structure, shape),
             flops=found.matrix.flops,
             error=found.error,
             lower_bound=found.lower_bound,
@@ -305,7 +305,7 @@ class _Layer:
         return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(self.refused))
 
 
-class _envelope:
+class _Envelope:
     """The smallest loss that some candidate reaches at most at a cost."""
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
