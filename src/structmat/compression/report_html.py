@@ -298,7 +298,8 @@ def _rows(layers: Sequence[Mapping[str, Any]], colours: Mapping[str, int]) -> st
         size = " &#215; ".join(str(int(n)) for n in layer["shape"])
         slow = " slow" if speed > 1.03 and not kept else ""
         rows.append(
-            f'<tr><th scope="row">{escape(str(layer["name"]))} <small>{size}</small></th><td class="bar">{charts.bar(share, dense / largest, colours[family(layer)])}</td>'
+            f'<tr><th scope="row">{escape(str(layer["name"]))} <small>{size}</small></th>'
+            f'<td class="bar">{charts.bar(share, dense / largest, colours[family(layer)])}</td>'
             f'<td class="what">{"kept dense" if kept else escape(str(layer["structure"]))}</td>'
             f'<td class="num" data-label="kept">{percent(share)}</td>'
             f'<td class="num" data-label="error">{error}</td>'

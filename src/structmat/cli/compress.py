@@ -1,0 +1,2 @@
+"""structmat compress"""
+def compress(): pass
