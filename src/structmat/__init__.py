@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from structmat.matrix import matmul as matmul
     from structmat.projection.project import project as project
     from structmat.structure import Structure as Structure
+    from structmat.structures.sum_of import SparsePlusLowRank as SparsePlusLowRank
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ _HOME = {
     "Report": "structmat.compression.report",
     "Result": "structmat.compression.compress",
     "StructmatError": "structmat.errors",
+    "SparsePlusLowRank": "structmat.structures.sum_of",
     "Structure": "structmat.structure",
     "StructuredMatrix": "structmat.matrix",
     "calibrate": "structmat.compression.calibrate",
