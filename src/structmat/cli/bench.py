@@ -20,6 +20,7 @@ def bench(
     """Time structured layers against nn.Linear on this machine, run in turns (float32, no gradients)."""
     with refusing_bad_input():
         import statistics
+        from functools import partial
 
         import torch
         from rich.progress import track
@@ -57,10 +58,12 @@ def bench(
                 times = {}
                 for count in batches:
                     x = torch.randn(count, shape[1], generator=generator)
-                    first, second = interleaved(lambda x=x: dense(x), lambda x=x, f=layer: f(x), seconds=seconds)
+                    first, second = interleaved(partial(dense, x), partial(layer, x), seconds=seconds)
                     ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
                     times[count] = (1e6 * statistics.median(first), 1e6 * statistics.median(second), ratio)
-                rows.append((structure, count_stored(structure, shape) / (shape[0] * shape[1]), layer.matrix.flops, times))
+                rows.append(
+                    (structure, count_stored(structure, shape) / (shape[0] * shape[1]), layer.matrix.flops, times)
+                )
         facts = environment()
         if as_json:
             show_json(

@@ -46,9 +46,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm_attention(x)
-        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        q, k, v = (
+            layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+        y: Tensor = x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+        return y
 
 
 class RowReader(nn.Module):
@@ -66,22 +69,23 @@ class RowReader(nn.Module):
         x = self.embed(pixels) + self.place
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x).mean(1))
+        logits: Tensor = self.head(self.norm(x).mean(1))
+        return logits
 
 
-def trained(data: Images, seed: int, epochs: int = 40) -> RowReader:
-    """The model after AdamW with small shifts of the images, about 15 seconds; the caller's random state is kept."""
+def trained(data: Images, seed: int, epochs: int = 25) -> RowReader:
+    """The model after AdamW, about ten seconds on one core; the caller's random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = RowReader()
         steps = list(_shuffled(data, epochs, 64))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=len(steps))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=len(steps))
         with Progress(True) as progress:
             for pixels, labels in progress.track(steps, "train"):
-                loss = F.cross_entropy(model(pixels), labels, label_smoothing=0.05)
+                loss = F.cross_entropy(model(pixels), labels)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
     return model.eval()
@@ -91,8 +95,7 @@ def _shuffled(data: Images, epochs: int, size: int) -> Iterator[tuple[Tensor, Te
     for _ in range(epochs):
         order = torch.randperm(len(data.labels))
         for part in order.split(size):
-            down, right = (int(v) for v in torch.randint(-1, 2, (2,)))
-            yield torch.roll(data.pixels[part], (down, right), (1, 2)), data.labels[part]
+            yield data.pixels[part], data.labels[part]
 
 
 def accuracy(model: nn.Module, data: Images) -> float:

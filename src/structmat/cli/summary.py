@@ -35,7 +35,9 @@ def summary(report: Report) -> Group:
     for timing in report.timings:
         if timing.model_before is not None and timing.model_after is not None:
             pair = Totals(timing.model_before, timing.model_after)
-            figures.add_row(f"milliseconds, batch {timing.batch}", f"{pair.before:.3f}", f"{pair.after:.3f}", _share(pair))
+            figures.add_row(
+                f"milliseconds, batch {timing.batch}", f"{pair.before:.3f}", f"{pair.after:.3f}", _share(pair)
+            )
     parts: list[Table | Text] = [layers, figures]
     if report.quality:
         quality = Table(title="quality")

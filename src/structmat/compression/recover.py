@@ -58,7 +58,7 @@ class Distill:
         data: batches to train on, if others than those of calibration.
         held_out: batches to be judged by: the state that is nearest to the original on them is kept, so that recovery
             never ends farther from the original than it began. Without them the last state is kept.
-        check_every: steps between two looks at ``held_out``.
+        check_every: steps between two looks at ``held_out``, and between two entries of the curve of losses.
         save_every: seconds between two checkpoints, where there is a folder.
     """
 
@@ -73,7 +73,7 @@ class Distill:
     weight_decay: float = 0.0
     data: Iterable[Any] | None = field(default=None, repr=False, compare=False)
     held_out: Iterable[Any] | None = field(default=None, repr=False, compare=False)
-    check_every: int = 50
+    check_every: int = 25
     save_every: float = 60.0
 
     def __post_init__(self) -> None:

@@ -115,21 +115,16 @@ def _quality_remarks(quality: Mapping[str, Mapping[str, float]]) -> list[Remark]
 
 
 def _time_remarks(data: Mapping[str, Any]) -> list[Remark]:
-    remarks = []
+    parts, tones = [], []
     for timing in data["timings"]:
-        if timing["model_before"] is None or timing["model_after"] is None:
-            continue
-        before, after = float(timing["model_before"]), float(timing["model_after"])
-        tone, words = _speed(after / before)
-        size = int(timing["batch"])
-        remarks.append(
-            Remark(
-                tone,
-                f"At batch size {size} the whole model takes {milliseconds(after)} instead of {milliseconds(before)}: "
-                f"{words} on this machine.",
-            )
-        )
-    return remarks
+        if timing["model_before"] is not None and timing["model_after"] is not None:
+            tone, words = _speed(float(timing["model_after"]) / float(timing["model_before"]))
+            parts.append(f"{words} at batch size {int(timing['batch'])}")
+            tones.append(tone)
+    if not parts:
+        return [Remark("plain", "The whole model was not timed: no data was given to run it on.")]
+    tone = "bad" if "bad" in tones else "good" if "good" in tones else "plain"
+    return [Remark(tone, f"On this machine the whole model is {', '.join(parts)}.")]
 
 
 def _speed(ratio: float) -> tuple[str, str]:
@@ -227,8 +222,9 @@ def _tiles(data: Mapping[str, Any]) -> str:
 def _tile(title: str, totals: Mapping[str, Any], show: Any = number) -> str:
     before, after = float(totals["before"]), float(totals["after"])
     share = after / before if before else 1.0
+    more = " more" if share > 1.03 else ""
     return (
-        f'<div class="tile"><h3>{escape(title)}</h3><p class="big">{percent(share)}</p>'
+        f'<div class="tile{more}"><h3>{escape(title)}</h3><p class="big">{percent(share)}</p>'
         f'<div class="track"><div class="fill" style="width:{min(100.0, 100 * share):.2f}%"></div></div>'
         f"<p>{show(before)} &#8594; {show(after)}</p></div>"
     )
@@ -314,7 +310,7 @@ def _rows(layers: Sequence[Mapping[str, Any]], colours: Mapping[str, int]) -> st
 
 def _multiples(layers: Sequence[Mapping[str, Any]], names: Sequence[str], colours: Mapping[str, int]) -> str:
     errors = [float(c["error"]) for layer in layers for c in layer["candidates"] if float(c["error"]) > 0]
-    lowest = max(-6, min(-1, math.floor(math.log10(min(errors))))) if errors else -1
+    lowest = max(-4, min(-1, math.floor(math.log10(min(errors))))) if errors else -1
     drawn = []
     for layer in layers:
         dense = float(layer["dense_parameters"])
