@@ -82,7 +82,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if kind == ".npy":
             arrays = {path.stem: np.load(path, allow_pickle=False)}
         elif kind == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            # Opened here: where the archive is damaged, NumPy leaves a file that it opened itself open.
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         else:
             raise FormatError(f"{path} has the ending {kind or 'none'}; .safetensors, .npy and .npz can be read.")

@@ -12,6 +12,9 @@ from structmat.cli.common import fail, refusing_bad_input, show, show_json, word
 if TYPE_CHECKING:
     from rich.console import Console
 
+QUICK = ("BlockDiagonal", "BlockTensorTrain", "Kronecker", "LowRank", "Monarch", "PivotedLowRank")
+"""Families that fit quickly, so that the demo is a matter of a minute; ``compress`` tries all by default."""
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("build/demo"),
@@ -56,6 +59,7 @@ def _run(console: Console, out: Path, budget: float, seed: int, as_json: bool) -
         model,
         budget=sm.Parameters(budget),
         calibration=train.batches(64),
+        structures=[name for name in QUICK if name in sm.families()],
         recover=sm.Distill(steps=300, own_loss=0.1),
         evaluate=lambda m: {"accuracy": accuracy(m, test)},
         seed=seed,
