@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -334,25 +335,33 @@ def test_back_to_dense() -> None:
     assert isinstance(to_dense(alone), nn.Linear)
 
 
-def test_sequential_moments_are_those_behind_the_compressed_prefix() -> None:
+def test_a_fit_behind_compressed_layers_aims_at_the_outputs_of_before() -> None:
     model, data = mlp(), labelled()
-    sites = scan(model).sites
-    seen = calibrate(model, sites, data)
+    original = copy.deepcopy(model)
+    seen = calibrate(model, scan(model).sites, data)
     plan = plan_for(model, l0=sm.LowRank(2), l2=sm.LowRank(4), l4=sm.LowRank(3))
-    replace_layers(model, plan, calibration=seen, sequential=True, loader=data)
-    by_hand = mlp()
-    replace_layers(by_hand, plan_for(by_hand, l0=sm.LowRank(2)), calibration=seen)
-    later = calibrate(by_hand, scan(by_hand, include=("2",)).sites, data, gradients=False).moments["2"].second_moment
-    moments = seen.moments["2"]
-    assert moments.gradient_moment is not None
-    energy = float(moments.gradient_moment.diagonal().mean())
+    replace_layers(model, plan, calibration=seen, original=original, loader=data)
+    x = torch.cat([model[:2](inputs) for inputs, _ in data]).double()
+    z = torch.cat([original[:2](inputs) for inputs, _ in data]).double()
+    wanted = z @ original[2].weight.double().T
+    second = x.T @ x / len(x)
+    regular = second + 1e-3 * second.diagonal().mean() * torch.eye(x.shape[1])
+    weight = original[2].weight.double()
+    weight = weight + weight @ (z.T @ x / len(x) - second) @ regular.inverse()
+    outputs = seen.moments["2"].gradient_moment
+    assert outputs is not None
     expected = sm.project(
-        by_hand[2].weight,
+        weight,
         sm.LowRank(4),
-        second_moment=later,
-        output_moment=moments.gradient_moment + 0.1 * energy * torch.eye(40, dtype=torch.float64),
+        second_moment=second,
+        output_moment=outputs + 0.1 * outputs.diagonal().mean() * torch.eye(40, dtype=torch.float64),
     )
-    torch.testing.assert_close(model[2].matrix.to_dense(), expected.matrix.to_dense(), rtol=1e-4, atol=1e-5)
+    fitted = model[2].matrix.to_dense().double()
+    torch.testing.assert_close(fitted, expected.matrix.to_dense(), rtol=1e-4, atol=1e-5)
+    # The corrected dense weight is nearer to the old outputs than the old weight is, and optimal but for the damping.
+    assert torch.linalg.norm(x @ weight.T - wanted) < torch.linalg.norm(x @ original[2].weight.double().T - wanted)
+    best = torch.linalg.lstsq(x, wanted).solution
+    assert torch.linalg.norm(x @ weight.T - wanted) < 1.1 * torch.linalg.norm(x @ best - wanted)
 
 
 # ---------------------------------------------------------------------------------------------------- work folder

@@ -79,7 +79,7 @@ def compress_(
     folder: str | os.PathLike[str] | None = None,
     floor: float = 0.0,
     measure: bool = True,
-    sequential: bool = False,
+    sequential: bool = True,
     sweeps: int = DEFAULT_SWEEPS,
     progress: bool = False,
 ) -> Result[Model]:
@@ -106,7 +106,8 @@ def compress_(
             result. Also gets ``plan.json`` and ``report.json``.
         floor: no layer goes below this share of its dense cost.
         measure: measure the effect of single layers, to correct the predictions (needs calibration data).
-        sequential: refit each layer on the inputs that it sees behind the compressed layers before it.
+        sequential: fit each layer behind the compressed layers before it, so that it makes up for what they lost (needs
+            calibration data; a copy of the original model is held meanwhile).
         sweeps: that the final fits may spend.
         progress: show progress on stderr.
 
@@ -126,7 +127,8 @@ def compress_(
         for site in found.sites:
             check_weight(site, dense_weight(model.get_submodule(site.name)))
         base = digest(fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
-    original = copy.deepcopy(model) if recover is not None else None
+    sequential = sequential and calibration is not None
+    original = copy.deepcopy(model) if recover is not None or sequential else None
     with clock("evaluate"):
         quality = {"before": _quality(evaluate, model, work, "before", base)} if evaluate else {}
     with clock("calibrate"):
@@ -182,7 +184,7 @@ def compress_(
             model,
             plan,
             calibration=seen,
-            sequential=sequential and seen is not None,
+            original=original if sequential else None,
             loader=calibration,
             forward=forward,
             sweeps=sweeps,
@@ -195,8 +197,8 @@ def compress_(
         with clock("evaluate"):
             quality["after"] = _quality(evaluate, model, work, "after", digest(key, plan.to_json(), sequential, sweeps))
     recovery = None
-    if original is not None:
-        assert recover is not None
+    if recover is not None:
+        assert original is not None
         with clock("recover"):
             recovery = _recovered(model, original, calibration, recover, forward, loss, seed, folder, progress)
         if evaluate:

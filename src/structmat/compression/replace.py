@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from structmat.compression.budget import flops
-from structmat.compression.calibrate import Calibration, Moments, calibrate
+from structmat.compression.calibrate import Calibration
 from structmat.compression.plan import Plan
 from structmat.compression.progress import Progress
 from structmat.compression.running import Forward
 from structmat.compression.scan import Site, dense_weight, kind_of, parent_and_child
 from structmat.compression.screen import layer_target, norm_name
+from structmat.compression.sequential import Prefix, corrected, prefix_moments
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import ModelError
 from structmat.matrix import StructuredMatrix
@@ -48,7 +49,7 @@ def replace_layers(
     plan: Plan,
     *,
     calibration: Calibration | None = None,
-    sequential: bool = False,
+    original: nn.Module | None = None,
     loader: Iterable[Any] | None = None,
     forward: Forward | None = None,
     sweeps: int = DEFAULT_SWEEPS,
@@ -65,9 +66,10 @@ def replace_layers(
         model: its layers are exchanged.
         plan: names and structures.
         calibration: moments that weigh the fits; without them, errors are those of the weights.
-        sequential: recompute the moments of each layer's inputs after the layers before it (in the order of calls) have
-            been replaced, so that a layer is fitted on inputs that it will see. One pass over the data for every group
-            of layers that read the same input. Needs ``calibration`` and ``loader``.
+        original: the same model as another object, which stays as it is. Then each layer is fitted behind the layers
+            that are replaced before it (in the order of calls): on the inputs that it will see, for the outputs that it
+            used to have (see :mod:`structmat.compression.sequential`). Both models run over a part of the data for
+            every group of layers that read the same input. Needs ``calibration`` and ``loader``.
         loader, forward: as for :func:`structmat.compression.calibrate.calibrate`.
         sweeps: that an iterative fit may spend.
         seed: of fits with random starts.
@@ -83,11 +85,12 @@ def replace_layers(
     order = [n for n in moments if n in sites] + [n for n in sites if n not in moments]
     numbers = {name: i for i, name in enumerate(plan.layers)}
     done: dict[str, Replaced] = {}
+    prefixes: dict[int, Prefix | None] = {}  # by the identity of the moment that layers of one input share
     with Progress(progress) as bar:
         for name in bar.track(order, "replace"):
             site, structure = sites[name], plan.layers[name]
             piece = f"fit/{numbers[name]:04d}"
-            own = digest(key, name, structure_to_json(structure), sequential, sweeps, seed)
+            own = digest(key, name, structure_to_json(structure), original is not None, sweeps, seed)
             module = model.get_submodule(name)
             kept = folder.load(piece, own)
             if kept is not None:
@@ -95,11 +98,19 @@ def replace_layers(
                 done[name] = Replaced(name, structure, **data)
                 matrix = StructuredMatrix(structure, site.shape, tensors)
             else:
-                seen = moments.get(name)
-                if sequential and seen is not None and done:
-                    assert loader is not None, "sequential replacement needs the calibration data"
-                    seen = _again(model, name, sites, moments, done, loader, forward)
-                target = layer_target(site, dense_weight(module), seen, sweeps=sweeps, seed=seed)
+                seen, weight = moments.get(name), dense_weight(module)
+                norm = ""
+                if original is not None and calibration is not None and seen is not None and done:
+                    assert loader is not None, "a fit behind the layers before needs the calibration data"
+                    shared = id(seen.second_moment)
+                    if shared not in prefixes:
+                        calls = max(1, seen.calls // calibration.batches)
+                        prefixes[shared] = prefix_moments(original, model, name, loader, forward=forward, calls=calls)
+                    prefix = prefixes[shared]
+                    if prefix is not None:
+                        seen = replace(seen, second_moment=prefix.second_moment)
+                        weight, norm = corrected(weight, prefix), ", behind the layers before"
+                target = layer_target(site, weight, seen, sweeps=sweeps, seed=seed)
                 found = project_target(target, structure, dtype=torch.float64, device=torch.device("cpu"))
                 matrix = found.matrix
                 done[name] = Replaced(
@@ -111,33 +122,12 @@ def replace_layers(
                     lower_bound=found.lower_bound,
                     certificate=found.certificate.value,
                     method=found.method,
-                    norm=norm_name(target),
+                    norm=norm_name(target) + norm,
                 )
                 facts = {k: v for k, v in done[name].__dict__.items() if k not in ("name", "structure")}
                 folder.store(piece, own, facts, matrix.tensors)
             put(model, site, _structured(module, matrix))
     return tuple(done[name] for name in plan.changed)
-
-
-def _again(
-    model: nn.Module,
-    name: str,
-    sites: Mapping[str, Site],
-    moments: dict[str, Moments],
-    done: Mapping[str, Replaced],
-    loader: Iterable[Any],
-    forward: Forward | None,
-) -> Moments:
-    """The moments of a layer's inputs behind the layers that are replaced already; those of gradients stay."""
-    shared = moments[name].second_moment
-    group = [n for n in sites if n not in done and n in moments and moments[n].second_moment is shared]
-    fresh = calibrate(model, [sites[n] for n in group], loader, forward=forward, gradients=False)
-    for other in group:
-        if other in fresh.moments:
-            moments[other] = replace(moments[other], second_moment=fresh.moments[other].second_moment)
-            if other != name and torch.equal(moments[other].second_moment, moments[name].second_moment):
-                moments[other] = replace(moments[other], second_moment=moments[name].second_moment)
-    return moments[name]
 
 
 def _site(model: nn.Module, name: str, plan: Plan) -> Site:
