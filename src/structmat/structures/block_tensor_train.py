@@ -58,7 +58,7 @@ class BlockTensorTrain(Structure):
             for factor in factors:
                 check_count(self, name, factor)
 
-    def resolve(self, shape: Shape) -> BlockTensorTrain:
+    def resolve(self, shape: Shape) -> Self:
         rows, columns = self.out_factors, self.in_factors
         if rows is None:
             rows = _pair(shape[0])
@@ -116,7 +116,7 @@ class BlockTensorTrain(Structure):
         (m1, m2), (n2, n1) = _pair(shape[0]), _pair(shape[1])
         rank = largest_fitting(lambda r: r * (n1 * n2 * m1 + m1 * m2 * n2), budget, min(m2, n1))
         if rank:
-            yield cls(rank)
+            yield cls(rank).resolve(shape)
 
 
 def _pair(size: int) -> tuple[int, int]:
