@@ -58,7 +58,7 @@ class BlockTensorTrain(Structure):
             for factor in factors:
                 check_count(self, name, factor)
 
-    def resolve(self, shape: Shape) -> BlockTensorTrain:
+    def resolve(self, shape: Shape) -> Self:
         rows, columns = self.out_factors, self.in_factors
         if rows is None:
             rows = _pair(shape[0])

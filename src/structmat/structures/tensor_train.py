@@ -71,7 +71,7 @@ class TensorTrain(Structure):
             for factor in factors:
                 check_count(self, name, factor)
 
-    def resolve(self, shape: Shape) -> TensorTrain:
+    def resolve(self, shape: Shape) -> Self:
         rows, columns = self.out_factors, self.in_factors
         if rows is None:
             rows = even_factors(shape[0], self.cores)
@@ -151,7 +151,7 @@ class TensorTrain(Structure):
 
         rank = largest_fitting(size, budget, most)
         if rank:
-            yield cls(rank)
+            yield cls(rank).resolve(shape)
 
 
 def _limits(rows: tuple[int, ...], columns: tuple[int, ...]) -> list[int]:
