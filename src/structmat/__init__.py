@@ -19,11 +19,16 @@ if TYPE_CHECKING:
     from structmat.compression.compress import Result as Result
     from structmat.compression.compress import compress as compress
     from structmat.compression.compress import compress_ as compress_
+    from structmat.compression.inspection import inspect as inspect
     from structmat.compression.plan import Plan as Plan
+    from structmat.compression.recover import Distill as Distill
     from structmat.compression.replace import to_dense as to_dense
     from structmat.compression.report import Report as Report
     from structmat.compression.scan import scan as scan
     from structmat.errors import StructmatError as StructmatError
+    from structmat.io import load as load
+    from structmat.io import save as save
+    from structmat.learn.groups import parameter_groups as parameter_groups
     from structmat.matrix import StructuredMatrix as StructuredMatrix
     from structmat.matrix import matmul as matmul
     from structmat.projection.project import project as project
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Distill": "structmat.compression.recover",
     "Flops": "structmat.compression.budget",
     "Latency": "structmat.compression.budget",
     "Parameters": "structmat.compression.budget",
@@ -48,7 +54,11 @@ _HOME = {
     "compress_": "structmat.compression.compress",
     "matmul": "structmat.matrix",
     "families": "structmat.structures",
+    "inspect": "structmat.compression.inspection",
+    "load": "structmat.io",
+    "parameter_groups": "structmat.learn.groups",
     "project": "structmat.projection.project",
+    "save": "structmat.io",
     "scan": "structmat.compression.scan",
     "to_dense": "structmat.compression.replace",
 }

@@ -1,0 +1,441 @@
+"""Saving and loading: safetensors and one JSON file, never pickle, never a dense copy.
+
+The format is specified in :mod:`structmat.file_format`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from structmat.errors import DataError, FormatError, ModelError
+from structmat.file_format import (
+    FORMAT,
+    HEADER,
+    TENSOR_FILE,
+    VERSION,
+    Header,
+    LayerEntry,
+    check_content,
+    check_file,
+    read_header,
+    sha256,
+    some,
+    write_atomically,
+)
+from structmat.matrix import StructuredMatrix
+from structmat.nn.linear import FrozenLinear, StructuredLinear
+from structmat.structure import Shape, specs, to_json
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+# -------------------------------------------------------------------------------------------------------- saving
+
+
+def save(value: nn.Module | StructuredMatrix, folder: str | os.PathLike[str]) -> Path:
+    """Write a model with structured layers, or one structured matrix, into a folder.
+
+    Args:
+        value: the model (its structured layers by structure and tensors, everything else by its tensors), or a matrix.
+        folder: made if absent; a model saved there before is replaced, atomically.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: a parameter is NaN or infinite.
+        ModelError: the model is (partly) on the meta device, holds frozen layers or state that is not a tensor.
+        FormatError: the folder's path is a file.
+    """
+    if isinstance(value, StructuredMatrix):
+        tensors, header = _matrix_content(value)
+    else:
+        tensors, header = _model_content(value)
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FormatError(f"{folder} is a file. Name a folder to save into.")
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = ""
+
+    def write_tensors(path: Path) -> str:
+        nonlocal digest
+        save_file(tensors, path, metadata={"format": "pt"})
+        digest = sha256(path)
+        return f"model-{digest[:16]}.safetensors"
+
+    path = write_atomically(folder, write_tensors)
+    header["tensors"] = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    text = json.dumps({name: header[name] for name in sorted(header)}, indent=1, allow_nan=False)
+
+    def write_header(path: Path) -> str:
+        path.write_text(text + "\n", encoding="utf-8")
+        return HEADER
+
+    write_atomically(folder, write_header)
+    for old in folder.iterdir():
+        if TENSOR_FILE.fullmatch(old.name) and old.name != path.name:
+            old.unlink()
+    return folder
+
+
+def _matrix_content(matrix: StructuredMatrix) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    transposed = matrix._transposed
+    layer = {
+        "structure": to_json(matrix.structure),
+        "shape": list(matrix.T.shape if transposed else matrix.shape),
+        "transposed": transposed,
+        "dtype": _dtype_name(matrix.dtype),
+    }
+    tensors = {}
+    for name, tensor in matrix.tensors.items():
+        _check_tensor(name, tensor, parameter=True)
+        tensors[name] = _plain(tensor)
+    return tensors, _header("matrix", {"": layer}, {}, [])
+
+
+def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FrozenLinear):
+            raise ModelError(
+                f"Layer {name!r} is frozen: its fused tensors belong to no structure. Save the model before freezing."
+            )
+        if isinstance(module, StructuredLinear):
+            layers[name] = {
+                "structure": to_json(module.structure),
+                "shape": [module.out_features, module.in_features],
+                "bias": module.bias is not None,
+                "dtype": _dtype_name(module.matrix.dtype),
+            }
+    extra = [name for name in model.state_dict() if name.endswith("_extra_state")]
+    if extra:
+        raise ModelError(f"The model holds state that is not a tensor: {some(extra)}. Only tensors are saved.")
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    computed: list[str] = []
+    first: dict[tuple[Any, ...], str] = {}
+    used: set[int] = set()
+    for name, tensor, kind in _named_tensors(model):
+        _check_tensor(name, tensor, parameter=kind == "parameter")
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), kind)
+        owner = first.setdefault(key if tensor.numel() else (name,), name)
+        if owner != name:
+            shared[name] = owner
+            continue
+        plain = _plain(tensor)
+        memory = plain.untyped_storage().data_ptr()
+        tensors[name] = plain.clone() if memory in used else plain  # views of one memory, of other shapes
+        used.add(memory)
+        if kind == "computed":
+            computed.append(name)
+    return tensors, _header("model", layers, shared, computed)
+
+
+def _header(kind: str, layers: dict[str, Any], shared: dict[str, str], computed: list[str]) -> dict[str, Any]:
+    from structmat import __version__
+
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "library": __version__,
+        "kind": kind,
+        "layers": layers,
+        "shared": shared,
+        "computed": sorted(computed),
+    }
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, str]]:
+    """Every parameter and buffer under each of its names, with its kind: parameter, buffer or computed."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield start + name, parameter, "parameter"
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                persistent = name not in module._non_persistent_buffers_set
+                yield start + name, buffer, "buffer" if persistent else "computed"
+
+
+def _check_tensor(name: str, tensor: Tensor, *, parameter: bool) -> None:
+    if tensor.device.type == "meta":
+        raise ModelError(f"{name!r} is on the meta device and has no values. Load or initialise the model first.")
+    if parameter and not _is_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise DataError(f"{name!r} has {bad} entries that are NaN or infinite. Look at the training that made it.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(torch.isfinite(tensor.detach()).all())
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """What is written: real and contiguous, with memory that holds nothing else."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.contiguous().clone()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+@overload
+def load(folder: str | os.PathLike[str], model: None = None, *, device: torch.device | str | None = None) -> Any: ...
+@overload
+def load(folder: str | os.PathLike[str], model: Model, *, device: torch.device | str | None = None) -> Model: ...
+def load(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str | None = None
+) -> Any:
+    """Read what :func:`save` wrote.
+
+    The file is checked against the model completely before anything is changed: on an error the model is as before.
+
+    Args:
+        folder: where it was saved.
+        model: the architecture, freshly built and dense, on any device including meta; its linear layers are replaced
+            in place by the structured ones, without a dense copy. Left out, a single matrix is read.
+        device: of the tensors; by default that of the model, and the CPU for one on the meta device.
+
+    Returns:
+        ``model`` (the new layer if the model itself is one linear layer), with the dtypes of the file, or the
+        :class:`StructuredMatrix`.
+
+    Raises:
+        FormatError: the folder holds nothing of this format, or a newer version of it; a file is damaged; a family is
+            unknown; the architecture does not match (the message names what is missing, unexpected or of another
+            shape).
+    """
+    folder = Path(folder)
+    header = read_header(folder)
+    path = folder / header.file
+    check_file(path, header)
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            check_content(header, shapes, path)
+            if header.kind == "matrix":
+                if model is not None:
+                    raise FormatError(f"{folder} holds one matrix, not a model. Call load(folder) without a model.")
+                return _load_matrix(header, file, torch.device(device or "cpu"))
+            if model is None:
+                raise FormatError(f"{folder} holds a model. Build its architecture and call load(folder, model).")
+            return _load_model(header, file, shapes, model, device, folder)
+    except SafetensorError as error:
+        raise FormatError(f"{path} is not a readable safetensors file: {error}. Get the file again.") from error
+
+
+def _read(file: Any, name: str, device: torch.device, *, finite: bool) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if finite and not _is_finite(tensor):
+        raise FormatError(f"The parameter {name!r} of the file has entries that are NaN or infinite.")
+    return tensor.to(device)
+
+
+def _load_matrix(header: Header, file: Any, device: torch.device) -> StructuredMatrix:
+    layer = header.layers[""]
+    tensors = {}
+    for name, spec in specs(layer.structure, layer.shape).items():
+        tensor = _read(file, name, device, finite=True)
+        _check_dtype(name, tensor, layer, fixed=spec.dtype)
+        tensors[name] = torch.view_as_complex(tensor) if layer.dtype.is_complex and spec.dtype is None else tensor
+    return StructuredMatrix(layer.structure, layer.shape, tensors, transposed=layer.transposed)
+
+
+def _check_dtype(name: str, tensor: Tensor, layer: LayerEntry, fixed: torch.dtype | None) -> None:
+    wanted = fixed or layer.dtype.to_real()
+    if tensor.dtype != wanted:
+        raise FormatError(f"The tensor {name!r} of {layer.structure} is {tensor.dtype}; it must be {wanted}.")
+
+
+def _load_model(
+    header: Header,
+    file: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module,
+    device: torch.device | str | None,
+    folder: Path,
+) -> nn.Module:
+    made = _structured_layers(header, model)
+    where = {prefix: _device_of(model.get_submodule(prefix), device) for prefix in made}
+    slots = _slots(model, made)
+    stored = {name: header.shared.get(name, name) for name in (*shapes, *header.shared)}
+    _check_architecture(header, slots, {name: shapes[owner] for name, owner in stored.items()}, folder)
+    # Everything is read before the model is touched, so that a bad tensor leaves it as it was.
+    values: dict[tuple[str, torch.device], Tensor] = {}
+    plan: list[tuple[nn.Module, str, Tensor]] = []
+    owners: dict[int, str] = {}
+    parameters: dict[tuple[str, torch.device, bool], nn.Parameter] = {}
+    for name, slot in slots.items():
+        if name not in stored or (name in header.computed and slot.current.device.type != "meta"):
+            continue
+        target = where[slot.layer] if slot.layer is not None else _place(slot.current, device)
+        key = (stored[name], target)
+        if key not in values:
+            values[key] = _read(file, stored[name], target, finite=slot.is_parameter)
+        value = values[key]
+        if slot.layer is not None:
+            layer = header.layers[slot.layer]
+            local = name[len(slot.layer) + 1 :] if slot.layer else name
+            spec = specs(layer.structure, layer.shape).get(local)
+            _check_dtype(name, value, layer, spec.dtype if spec is not None else None)
+        earlier = owners.setdefault(id(slot.current), stored[name])
+        if earlier != stored[name] and not torch.equal(value, _read(file, earlier, target, finite=False)):
+            raise FormatError(
+                f"{earlier!r} and {name!r} are one tensor in the model but differ in {folder}. Untie them to load it."
+            )
+        if slot.is_parameter:
+            trained = slot.current.requires_grad
+            parameter = (stored[name] if earlier == stored[name] else earlier, target, trained)
+            if parameter not in parameters:
+                parameters[parameter] = nn.Parameter(value, requires_grad=trained and _is_differentiable(value))
+            value = parameters[parameter]
+        plan.append((slot.module, slot.attribute, value))
+    for module, attribute, value in plan:
+        if isinstance(value, nn.Parameter):
+            module._parameters[attribute] = value
+        else:
+            module._buffers[attribute] = value
+    if "" in made:
+        return made[""]
+    for prefix, layer_module in made.items():
+        model.set_submodule(prefix, layer_module)
+    return model
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place for one tensor of the model that is being loaded."""
+
+    module: nn.Module
+    attribute: str
+    current: Tensor
+    kind: str
+    layer: str | None  # the structured layer that it belongs to
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.kind == "parameter"
+
+
+def _structured_layers(header: Header, model: nn.Module) -> dict[str, StructuredLinear]:
+    """The layers to put in, on the meta device; a layer that stands in two places of the model is made once."""
+    made: dict[str, StructuredLinear] = {}
+    same: dict[tuple[int, LayerEntry], StructuredLinear] = {}
+    for prefix, layer in header.layers.items():
+        try:
+            old = model.get_submodule(prefix)
+        except AttributeError as error:
+            raise FormatError(
+                f"The model has no layer {prefix!r}, which the file holds as {layer.structure}."
+            ) from error
+        shape = _linear_shape(old)
+        if shape is None:
+            raise FormatError(
+                f"Layer {prefix!r} of the model is a {type(old).__name__}; the file holds {layer.structure} "
+                f"in place of a linear layer."
+            )
+        bias = getattr(old, "bias", None) is not None
+        if shape != layer.shape or bias != layer.bias:
+            raise FormatError(
+                f"Layer {prefix!r} of the model has shape {shape} and bias={bias}; "
+                f"the file has shape {layer.shape} and bias={layer.bias}. Build the architecture that was saved."
+            )
+        key = (id(old), layer)
+        if key not in same:
+            out_features, in_features = layer.shape
+            new = StructuredLinear(
+                in_features, out_features, layer.bias, structure=layer.structure, device="meta", dtype=layer.dtype
+            )
+            same[key] = new.train(old.training)
+        made[prefix] = same[key]
+    return made
+
+
+def _linear_shape(module: nn.Module) -> Shape | None:
+    """``(out, in)`` of a linear layer of PyTorch, of transformers (``Conv1D``, transposed) or of this library."""
+    if isinstance(module, nn.Linear | StructuredLinear):
+        return (module.out_features, module.in_features)
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
+        return (weight.shape[1], weight.shape[0])
+    return None
+
+
+def _slots(model: nn.Module, made: Mapping[str, StructuredLinear]) -> dict[str, _Slot]:
+    slots: dict[str, _Slot] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        inside = next((p for p in made if prefix == p or not p or prefix.startswith(f"{p}.")), None)
+        if inside is None:
+            for name, tensor, kind in _named_tensors_of(module):
+                slots[f"{prefix}.{name}" if prefix else name] = _Slot(module, name, tensor, kind, None)
+    for prefix, layer in made.items():
+        for name, tensor, kind in _named_tensors_of(layer):
+            slots[f"{prefix}.{name}" if prefix else name] = _Slot(layer, name, tensor, kind, prefix)
+    return slots
+
+
+def _named_tensors_of(module: nn.Module) -> list[tuple[str, Tensor, str]]:
+    return [entry for entry in _named_tensors(module) if "." not in entry[0]]
+
+
+def _check_architecture(
+    header: Header, slots: Mapping[str, _Slot], stored: Mapping[str, tuple[int, ...]], folder: Path
+) -> None:
+    needed = {name for name, slot in slots.items() if slot.kind != "computed" or slot.current.device.type == "meta"}
+    missing = sorted(needed - set(stored))
+    unexpected = sorted(name for name in set(stored) - set(slots) if name not in header.computed)
+    other = [
+        f"{name} {tuple(slots[name].current.shape)} in the model, {shape} in the file"
+        for name, shape in sorted(stored.items())
+        if name in slots and name not in header.computed and tuple(slots[name].current.shape) != shape
+    ]
+    faults = [
+        f"{what}: {some(names)}"
+        for what, names in (("missing in the file", missing), ("not in the model", unexpected), ("other shape", other))
+        if names
+    ]
+    if faults:
+        raise FormatError(
+            f"The model is not the architecture saved in {folder}; {'; '.join(faults)}. "
+            f"Build the same architecture with the same sizes."
+        )
+
+
+def _device_of(module: nn.Module, device: torch.device | str | None) -> torch.device:
+    tensor = next((t for _, t, _ in _named_tensors(module)), None)
+    return torch.device(device or "cpu") if tensor is None else _place(tensor, device)
+
+
+def _place(tensor: Tensor, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+
+
+def _is_differentiable(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def size_on_disk(folder: str | os.PathLike[str]) -> int:
+    """Bytes of what :func:`save` wrote into a folder."""
+    header = read_header(Path(folder))
+    return header.size + (Path(folder) / HEADER).stat().st_size

@@ -1,0 +1,86 @@
+"""Parameter groups for optimizers: a learning rate for each stage of a structured layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from structmat.nn.linear import StructuredLinear
+from structmat.program import Chain, Diagonal, Program, Stage, build
+from structmat.structure import Shape, Structure, resolve
+
+
+@lru_cache(maxsize=4096)
+def learning_rate_multipliers(structure: Structure, shape: Shape) -> Mapping[str, float]:
+    """By which factor each learned tensor's learning rate under Adam exceeds that of a dense layer of this shape.
+
+    A stage that sums ``d`` inputs for one output gets ``(in_features / d) / g``, where ``g`` is the number of learned
+    stages between input and output; a diagonal gets 1. One Adam step then changes the output of a freshly initialised
+    layer about as much as it would that of a dense one, at any width and in any family.
+
+    Source: Qiu, Potapczynski, Finzi, Goldblum, Wilson, "Compute better spent: replacing dense layers with structured
+    matrices" (2024), section 4.
+    """
+    structure = resolve(structure, shape)
+    found: dict[str, float] = {}
+    _collect(build(structure, shape), shape[1], 0, found)
+    return found
+
+
+def _collect(program: Program, in_features: int, outside: int, found: dict[str, float]) -> None:
+    """``outside``: learned stages before and after the program on every path through it."""
+    if isinstance(program, Chain):
+        lengths = [_length(step) for step in program.steps]
+        for step, length in zip(program.steps, lengths, strict=True):
+            _collect(step, in_features, outside + sum(lengths) - length, found)
+    elif isinstance(program, Stage):
+        if program.weights:
+            fan_in = max(1.0, program.multiplications / program.out_features)
+            factor = 1.0 if isinstance(program, Diagonal) else in_features / fan_in / (outside + 1)
+            for name in program.weights:
+                found[name] = min(factor, found.get(name, factor))
+    else:
+        for part in program.parts:
+            _collect(part, in_features, outside, found)
+
+
+def _length(program: Program) -> int:
+    """Learned stages on the longest path."""
+    if isinstance(program, Stage):
+        return 1 if program.weights else 0
+    if isinstance(program, Chain):
+        return sum(_length(step) for step in program.steps)
+    return max(_length(part) for part in program.parts)
+
+
+def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups for ``torch.optim.AdamW`` (or Adam): ``AdamW(sm.parameter_groups(model, lr=1e-3))``.
+
+    Structured tensors get ``lr`` times their :func:`learning_rate_multipliers` and no weight decay: decaying each of
+    ``K`` factors would decay their product ``K`` times over. Of all others, those with at least two axes decay and
+    vectors and scalars do not. Each group says in ``"role"`` what it is. Parameters that don't require a gradient are
+    left out; every other one is in exactly one group.
+
+    Args:
+        model: any module; its structured layers are found.
+        lr: the learning rate that a dense layer would have.
+        weight_decay: for the unstructured matrices.
+    """
+    roles: dict[int, tuple[str, float, float]] = {}
+    for module in model.modules():
+        if isinstance(module, StructuredLinear):
+            factors = learning_rate_multipliers(module.structure, (module.out_features, module.in_features))
+            for name, factor in factors.items():
+                roles[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, 0.0)
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            other = ("matrices", lr, weight_decay) if parameter.dim() >= 2 else ("vectors", lr, 0.0)
+            groups.setdefault(roles.get(id(parameter), other), []).append(parameter)
+    return [
+        {"params": members, "lr": rate, "weight_decay": decay, "role": role}
+        for (role, rate, decay), members in groups.items()
+    ]

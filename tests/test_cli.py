@@ -1,0 +1,292 @@
+"""The command line: data on stdout, words on stderr, clear refusals, instant help."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from typer.testing import CliRunner
+
+import structmat as sm
+from structmat.cli import app
+
+COMMANDS = ("demo", "inspect", "compress", "bench", "info")
+
+
+def run(*arguments: str | Path, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def data(*arguments: str | Path) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(24, 3, generator=generator) @ torch.randn(3, 32, generator=generator)
+    tensors = {"net.first.weight": low, "net.second.weight": torch.randn(32, 24, generator=generator)}
+    tensors["net.first.bias"] = torch.zeros(24)
+    save_file(tensors, tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "userland.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def make():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))\n"
+        "def load():\n    torch.manual_seed(1)\n"
+        "    return [(torch.randn(8, 16), torch.arange(8) % 4) for _ in range(3)]\n"
+        "def score(model):\n    return {'mean': float(model(torch.ones(2, 16)).mean().detach())}\n"
+        "constant = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "userland", raising=False)
+    return "userland"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(command: str) -> None:
+    output = run(command, "--help").stdout
+    assert "--json" in output
+
+
+@pytest.mark.parametrize("arguments", [(), *((c,) for c in COMMANDS)])
+def test_help_is_instant(arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-c", "from structmat.cli import main; main()", *arguments, "--help"]
+    # Time of the processor, not of the clock: other work on the machine is not ours.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys, structmat.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "False"
+
+
+# ------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_names_the_structure(weights: Path) -> None:
+    found = data("inspect", weights, "--family", "LowRank", "--family", "BlockDiagonal")
+    assert set(found) == {"net.first.weight", "net.second.weight"}
+    assert found["net.first.weight"]["exact"] == [{"family": "LowRank", "rank": 3}]
+    assert found["net.second.weight"]["exact"] == []
+    result = run("inspect", weights, "--name", "*first*", "--family", "LowRank")
+    assert "exactly LowRank(rank=3)" in result.stdout
+    assert "second" not in result.stdout
+
+
+def test_inspect_reads_numpy(tmp_path: Path) -> None:
+    matrix = np.outer(np.arange(1.0, 9), np.arange(1.0, 13))
+    np.save(tmp_path / "one.npy", matrix.astype(">f8"))  # foreign byte order
+    np.savez_compressed(tmp_path / "two.npz", a=matrix, b=np.arange(3))
+    assert data("inspect", tmp_path / "one.npy", "--family", "LowRank")["one"]["exact"][0]["rank"] == 1
+    assert set(data("inspect", tmp_path / "two.npz", "--family", "LowRank")) == {"a"}
+
+
+def test_inspect_draws(weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib: pip install structmat[plot]")
+    run("inspect", weights, "--name", "*first*", "--family", "LowRank", "--plot", tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    assert "Choose one" in run("inspect", weights, "--plot", tmp_path / "plot.svg", code=2).stderr
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("evil"),))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing.npy", None, "is not a file"),
+        ("other.txt", b"x", "ending .txt"),
+        ("plain", b"x", "ending none"),
+        ("bad.safetensors", b"x" * 40, "not a readable safetensors"),
+        ("bad.npy", b"x" * 40, "not a readable .npy"),
+        ("empty.npy", b"", "not a readable .npy"),
+        ("bad.npz", b"PK\x03\x04" + b"x" * 40, "bad.npz"),
+        ("truncated.npz", None, "truncated.npz"),
+        ("objects.npy", None, "not a readable .npy"),
+        ("text.npy", None, "which is no number"),
+        ("vector.npy", None, "holds no matrix"),
+        ("integers.npy", None, "holds no matrix"),
+        ("nan.npy", None, "NaN or infinite"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "compress"])
+def test_files_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, content: bytes | None, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    match name:
+        case "truncated.npz":
+            np.savez(path, a=np.ones((40, 40)))
+            path.write_bytes(path.read_bytes()[:-900])
+        case "objects.npy":
+            np.save(path, np.array([Evil()], dtype=object), allow_pickle=True)
+        case "text.npy":
+            np.save(path, np.array([["a", "b"]]))
+        case "vector.npy":
+            np.save(path, np.ones(3))
+        case "integers.npy":
+            np.save(path, np.ones((3, 3), dtype=np.int64))
+        case "nan.npy":
+            np.save(path, np.full((8, 8), np.nan))
+        case _ if content is not None:
+            path.write_bytes(content)
+    result = run(command, path, code=2)
+    lines = result.stderr.strip().splitlines()
+    message = "no matrix" if message == "holds no matrix" else message
+    assert message in lines[-1]
+    assert lines[-1].startswith("structmat: ")
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not (tmp_path / "evil").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ compress
+
+
+def test_compress_weights_alone(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = data("compress", weights, "--budget", "0.4", "--out", out, "--family", "LowRank")
+    assert found["parameters"]["after"] <= 0.4 * found["parameters"]["before"]
+    assert [layer["norm"] for layer in found["layers"]] == ["weights", "weights"]
+    assert json.loads((out / "report.json").read_text()) == found
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert sm.Plan.read(out / "plan.json").layers
+    model = nn.Module()
+    model.net = nn.Module()
+    model.net.first, model.net.second = nn.Linear(32, 24, bias=False), nn.Linear(24, 32, bias=False)
+    loaded = sm.load(out / "model", model)
+    assert loaded.net.first.structure == sm.LowRank(rank=3)  # an exact one costs nothing
+
+
+def test_compress_a_model(package: str, tmp_path: Path) -> None:
+    result = run(
+        *("compress", "--model", f"{package}:make", "--calibration", f"{package}:load"),
+        *("--evaluate", f"{package}:score", "--budget", "0.5", "--out", tmp_path / "out"),
+        *("--recover", "3", "--exclude", "4", "--family", "LowRank"),
+    )
+    assert "before and after" in result.stdout
+    assert "recovered" in result.stdout
+    assert "report.html" in result.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["quality"]) == {"before", "after", "recovered"}
+    assert [s["name"] for s in report["skipped"]] == ["4"]
+    import userland  # type: ignore[import-not-found]
+
+    sm.load(tmp_path / "out" / "model", userland.make())
+
+
+def test_compress_applies_an_edited_plan(package: str, tmp_path: Path) -> None:
+    plan = sm.Plan({"0": sm.LowRank(rank=2)}, {"0": (32, 16)})
+    plan.write(tmp_path / "plan.json")
+    found = data("compress", "--model", f"{package}:make", "--plan", tmp_path / "plan.json", "--out", tmp_path / "out")
+    assert [fact["structure"] for fact in found] == ["LowRank(rank=2)"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Give either a file"),
+        (("--model", "userland:make", "WEIGHTS"), "Give either a file"),
+        (("WEIGHTS", "--recover", "3"), "need --model"),
+        (("WEIGHTS", "--unit", "bytes"), "none of parameters, flops, latency"),
+        (("WEIGHTS", "--budget", "1.5"), "strictly between 0 and 1"),
+        (("WEIGHTS", "--budget", "0.0001"), "can't be met"),
+        (("WEIGHTS", "--family", "Magic"), "Unknown family"),
+        (("WEIGHTS", "--include", "nothing*"), "matches none"),
+        (("WEIGHTS", "--plan", "nowhere.json"), "nowhere.json: No such file"),
+        (("--model", "userland"), "does not name a function"),
+        (("--model", "nowhere_at_all:make"), "can't be imported"),
+        (("--model", "userland:constant"), "has no function constant"),
+    ],
+)
+def test_compress_refuses(
+    package: str, weights: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    given = [str(weights) if a == "WEIGHTS" else a for a in arguments]
+    result = run("compress", *given, "--out", tmp_path / "out", code=2)
+    last = result.stderr.strip().splitlines()[-1]
+    assert message in last
+    assert last.startswith("structmat: ")
+    assert "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------------- bench, info and demo
+
+
+def test_bench_compares_with_a_dense_layer() -> None:
+    arguments = ("bench", "--size", "64x48", "--batch", "2", "--seconds", "0", "--family", "LowRank")
+    found = data(*arguments)
+    assert found["environment"]["processor"]
+    assert found["shape"] == [64, 48]
+    (layer,) = found["layers"]
+    assert 0 < layer["share"] <= 0.25
+    (timing,) = layer["microseconds"]
+    assert timing["batch"] == 2
+    assert min(timing["dense"], timing["structured"], timing["ratio"]) > 0
+    assert "nn.Linear" in run(*arguments).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "big"), "OUTxIN"),
+        (("--size", "1x2x3"), "two integers"),
+        (("--size", "0"), "at least 1"),
+        (("--budget", "2"), "strictly between"),
+        (("--family", "Magic"), "Unknown family"),
+        (("--size", "8", "--budget", "0.001", "--family", "LowRank"), "No family"),
+    ],
+)
+def test_bench_refuses(arguments: tuple[str, ...], message: str) -> None:
+    assert message in run("bench", *arguments, code=2).stderr
+
+
+def test_info_lists_the_families() -> None:
+    found = data("info")
+    assert [family["family"] for family in found["families"]] == sorted(sm.families())
+    assert found["environment"]["torch"] == torch.__version__
+    assert "LowRank" in run("info").stdout
+
+
+def test_demo_refuses_a_senseless_budget() -> None:
+    assert "strictly between" in run("demo", "--budget", "3", code=2).stderr
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the demo needs scikit-learn: pip install structmat[demo]")
+    threads = torch.get_num_threads()
+    start = time.process_time()  # of the processor: other work on the machine is not ours
+    found = data("demo", "--out", tmp_path)
+    assert time.process_time() - start < 120
+    assert torch.get_num_threads() == threads
+    quality = found["quality"]
+    assert quality["before"]["accuracy"] > 0.95
+    assert quality["recovered"]["accuracy"] > quality["before"]["accuracy"] - 0.03
+    assert found["parameters"]["after"] <= 0.3 * found["parameters"]["before"]
+    assert (tmp_path / "report.html").exists()

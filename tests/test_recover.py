@@ -1,0 +1,324 @@
+"""Recovery by distillation: it helps, it is deterministic, it resumes exactly, it leaves the rest alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import structmat as sm
+from structmat.compression.checkpoint import NAME
+from structmat.compression.recover import DIVERGENCE, SQUARES, Distill, distance, recover
+from structmat.compression.running import Outcome
+from structmat.errors import DataError, FormatError, StructureError
+from structmat.learn import learning_rate_multipliers, parameter_groups
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, 32)
+        self.drop = nn.Dropout(0.5)
+        self.second = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.second(self.drop(torch.relu(self.first(x))))))
+
+
+@pytest.fixture
+def original() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier()
+
+
+@pytest.fixture
+def student(original: Classifier) -> Classifier:
+    model = copy.deepcopy(original)
+    model.first = sm.nn.StructuredLinear.from_linear(model.first, sm.LowRank(rank=3))
+    model.second = sm.nn.StructuredLinear.from_linear(model.second, sm.BlockDiagonal(blocks=4))
+    return model
+
+
+def batches(count: int = 6, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(16, 10, generator=generator), torch.arange(16) % 4) for _ in range(count)]
+
+
+def far(model: nn.Module, original: nn.Module) -> float:
+    x = torch.randn(200, 10, generator=torch.Generator().manual_seed(9))
+    model.eval(), original.eval()
+    with torch.no_grad():
+        return float(distance(Outcome(model(x), True), Outcome(original(x), True), 1.0, None))
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_recovery_brings_the_model_nearer(original: Classifier, student: Classifier) -> None:
+    before, untouched = far(student, original), state(original)
+    result = recover(student, original, batches(20), Distill(steps=150, learning_rate=3e-3), show=False)
+    assert far(student, original) < 0.5 * before
+    assert same(untouched, original.state_dict())
+    assert (result.objective, result.steps, result.kept_step) == (DIVERGENCE, 150, 150)
+    assert result.losses[-1][1] < result.losses[0][1]
+    assert all(parameter.grad is None for parameter in (*student.parameters(), *original.parameters()))
+
+
+def test_layerwise_reconstruction_alone_helps(original: Classifier, student: Classifier) -> None:
+    # Random perturbation, so that the reconstruction has something to repair.
+    with torch.no_grad():
+        student.second.weight.add_(0.1 * torch.randn(student.second.weight.shape))
+    before = far(student, original)
+    result = recover(student, original, batches(20), Distill(steps=1, layerwise=150, learning_rate=3e-3), show=False)
+    assert (result.layerwise_steps, result.steps) == (150, 1)
+    assert far(student, original) < 0.8 * before
+
+
+def test_squared_error_for_outputs_without_labels(original: Classifier, student: Classifier) -> None:
+    data = [x for x, _ in batches()]
+    assert recover(student, original, data, Distill(steps=2), show=False).objective == SQUARES
+
+
+def test_modes_and_the_callers_random_state_are_restored(original: Classifier, student: Classifier) -> None:
+    student.train()
+    student.drop.eval()
+    original.eval()
+    torch.manual_seed(5)
+    random = torch.random.get_rng_state()
+    data = DataLoader(TensorDataset(*(torch.cat(column) for column in zip(*batches(), strict=True))), 8, shuffle=True)
+    recover(student, original, data, Distill(steps=5), show=False)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert student.training
+    assert not student.drop.training
+    assert not original.training
+
+
+def shuffled() -> DataLoader[Any]:
+    columns = (torch.cat(column) for column in zip(*batches(), strict=True))
+    return DataLoader(TensorDataset(*columns), 8, shuffle=True)
+
+
+def test_equal_seeds_give_equal_weights(original: Classifier, student: Classifier) -> None:
+    results = []
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(student)
+        recover(model, original, shuffled(), Distill(steps=20), seed=seed, show=False)
+        results.append(state(model))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [3, 9, 17])
+def test_a_killed_run_goes_on_exactly(original: Classifier, student: Classifier, tmp_path: Path, at: int) -> None:
+    settings = Distill(
+        steps=15, layerwise=5, held_out=batches(2, seed=1), check_every=4, save_every=0, learning_rate=1e-2
+    )
+    whole = copy.deepcopy(student)
+    expected = recover(whole, original, shuffled(), settings, show=False)
+    calls = 0
+
+    def forward(model: nn.Module, batch: Any) -> torch.Tensor:
+        nonlocal calls
+        if model is not original and model.training is False and len(batch[0]) == 8:
+            calls += 1
+            if calls == at:
+                raise KilledError
+        return model(batch[0])
+
+    model = copy.deepcopy(student)
+    with pytest.raises(KilledError):
+        recover(model, original, shuffled(), settings, forward=forward, folder=tmp_path, show=False)
+    model = copy.deepcopy(student)  # a new process starts from the projected weights
+    result = recover(model, original, shuffled(), settings, folder=tmp_path, show=False)
+    assert same(state(whole), state(model))
+    assert (result.losses, result.held_out, result.kept_step) == (
+        expected.losses,
+        expected.held_out,
+        expected.kept_step,
+    )
+    again = copy.deepcopy(student)  # a finished run is only read
+    assert recover(again, original, shuffled(), settings, folder=tmp_path, show=False) == result
+    assert same(state(whole), state(again))
+
+
+def test_a_checkpoint_of_another_run_is_refused(original: Classifier, student: Classifier, tmp_path: Path) -> None:
+    recover(student, original, batches(), Distill(steps=2), folder=tmp_path, show=False)
+    with pytest.raises(FormatError, match="another run: settings differ"):
+        recover(student, original, batches(), Distill(steps=3), folder=tmp_path, show=False)
+    with pytest.raises(FormatError, match="another run: seed differ"):
+        recover(student, original, batches(), Distill(steps=2), seed=1, folder=tmp_path, show=False)
+    content = (tmp_path / NAME).read_bytes()
+    (tmp_path / NAME).write_bytes(content[: len(content) // 2])
+    with pytest.raises(FormatError, match="Delete it to start anew"):
+        recover(student, original, batches(), Distill(steps=2), folder=tmp_path, show=False)
+
+
+def test_the_best_on_held_out_batches_is_kept(original: Classifier, student: Classifier) -> None:
+    before = state(student)
+    wild = Distill(steps=6, learning_rate=5.0, clip=1e9, held_out=batches(2, seed=1), check_every=2)
+    result = recover(student, original, batches(), wild, show=False)
+    assert result.kept_step == 0  # such steps only do harm
+    assert same(before, state(student))
+    assert [step for step, _ in result.held_out] == [0, 2, 4, 6]
+
+
+def test_users_forward_and_loss_are_honoured(original: Classifier, student: Classifier) -> None:
+    seen = []
+
+    def forward(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch["pixels"])
+
+    def loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
+        seen.append(len(batch["pixels"]))
+        return nn.functional.cross_entropy(output, batch["digit"])
+
+    data = [{"pixels": x, "digit": y} for x, y in batches()]
+    recover(student, original, data, Distill(steps=3, own_loss=0.5), forward=forward, loss=loss, show=False)
+    assert seen == [16, 16, 16]
+    with pytest.raises(DataError, match="needs a loss"):
+        recover(student, original, [{"x": x} for x, _ in batches()], Distill(steps=3, own_loss=0.5), show=False)
+
+
+def test_time_limit(original: Classifier, student: Classifier) -> None:
+    result = recover(student, original, batches(), Distill(steps=None, minutes=0.3 / 60), show=False)
+    assert result.steps >= 1
+    assert 0.25 < result.seconds < 5
+
+
+def test_half_precision_learns_in_float32(original: Classifier, student: Classifier) -> None:
+    original, student = original.to(torch.bfloat16), student.to(torch.bfloat16)
+    data = [(x.bfloat16(), y) for x, y in batches()]
+    before = far(student.float(), original.float())
+    original.bfloat16(), student.bfloat16()
+    recover(student, original, data, Distill(steps=150, learning_rate=1e-3), show=False)
+    assert student.first.left.dtype == torch.bfloat16
+    assert far(student.float(), original.float()) < 0.7 * before
+
+
+def test_frozen_parameters_stay(original: Classifier, student: Classifier) -> None:
+    student.head.requires_grad_(False)
+    before = state(student)
+    recover(student, original, batches(), Distill(steps=3), show=False)
+    assert torch.equal(student.head.weight, before["head.weight"])
+    assert not torch.equal(student.first.left, before["first.left"])
+    assert not student.head.weight.requires_grad
+    student.requires_grad_(False)
+    with pytest.raises(DataError, match="nothing to recover with"):
+        recover(student, original, batches(), show=False)
+
+
+def test_padding_does_not_count() -> None:
+    teacher, student = torch.randn(4, 5), torch.randn(4, 5)
+    mask = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    value = distance(Outcome(student, True), Outcome(teacher, True), 1.0, mask)
+    assert torch.isclose(value, distance(Outcome(student[:2], True), Outcome(teacher[:2], True), 1.0, None))
+
+
+def test_distance_is_the_divergence() -> None:
+    teacher, student = torch.randn(3, 5), torch.randn(3, 5)
+    p, q = torch.softmax(teacher / 2, -1), torch.softmax(student / 2, -1)
+    expected = 4 * (p * (p / q).log()).sum(-1).mean()
+    assert torch.isclose(distance(Outcome(student, True), Outcome(teacher, True), 2.0, None), expected)
+    teacher[:, 0] = -torch.inf  # a forbidden class
+    assert math.isfinite(float(distance(Outcome(student, True), Outcome(teacher, True), 1.0, None)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 0},
+        {"steps": 1.5},
+        {"minutes": 0},
+        {"learning_rate": 0},
+        {"learning_rate": math.nan},
+        {"temperature": -1},
+        {"own_loss": -1},
+        {"layerwise": -1},
+        {"warmup": 1},
+        {"clip": 0},
+        {"check_every": 0},
+        {"steps": None},
+    ],
+)
+def test_settings_are_validated(options: dict[str, Any]) -> None:
+    with pytest.raises(StructureError, match=next(iter(options))):
+        Distill(**options)
+
+
+def test_bad_data(original: Classifier, student: Classifier) -> None:
+    with pytest.raises(DataError, match="no batches"):
+        recover(student, original, [], show=False)
+    with pytest.raises(DataError, match="only once"):
+        recover(student, original, iter(batches()), show=False)
+    with pytest.raises(DataError, match="held_out has no batches"):
+        recover(student, original, batches(), Distill(held_out=[]), show=False)
+    bad = [(torch.full((16, 10), float("nan")), torch.arange(16) % 4)]
+    with pytest.raises(DataError, match="nan at step 0"):
+        recover(student, original, bad, show=False)
+
+
+# ---------------------------------------------------------------------------------------------- parameter groups
+
+
+@pytest.mark.parametrize(
+    ("structure", "shape", "expected"),
+    [
+        (sm.Dense(), (24, 16), {"weight": 1.0}),
+        (sm.LowRank(rank=4), (24, 16), {"right": 0.5, "left": 16 / 8}),
+        (sm.BlockDiagonal(blocks=4), (24, 16), {"weight": 4.0}),
+    ],
+)
+def test_multipliers_are_those_of_the_paper(structure: Any, shape: tuple[int, int], expected: dict[str, float]) -> None:
+    assert learning_rate_multipliers(structure, shape) == expected
+
+
+def test_every_learned_tensor_of_every_family_has_a_multiplier() -> None:
+    for family in sm.families().values():
+        for structure in family.configurations((48, 64), 48 * 64):
+            layer = sm.nn.StructuredLinear(64, 48, False, structure=structure)
+            factors = learning_rate_multipliers(layer.structure, (48, 64))
+            assert set(factors) == {name for name, _ in layer.named_parameters()}, structure
+            assert all(0 < factor <= 64 for factor in factors.values()), structure
+
+
+@pytest.mark.parametrize("width", [64, 256, 1024])
+@pytest.mark.parametrize("structure", [sm.LowRank(rank=8), sm.LowRank(rank=0.5), sm.BlockDiagonal(blocks=4)], ids=str)
+def test_one_step_changes_the_output_as_much_as_in_a_dense_layer(structure: Any, width: int) -> None:
+    changes = []
+    for kind in (sm.Dense(), structure):
+        generator = torch.Generator().manual_seed(0)
+        layer = sm.nn.StructuredLinear(width, width, False, structure=kind, generator=generator)
+        x = torch.randn(64, width, generator=generator)
+        goal = torch.randn(64, width, generator=generator)
+        optimizer = torch.optim.Adam(parameter_groups(layer, lr=1e-3 / width))
+        before = layer(x)
+        ((before - goal) ** 2).sum().backward()
+        optimizer.step()
+        changes.append(float((layer(x) - before).detach().square().mean().sqrt()))
+    assert 0.4 < changes[1] / changes[0] < 2.5
+
+
+def test_groups_cover_each_parameter_once(student: Classifier) -> None:
+    student.head.bias.requires_grad_(False)
+    groups = parameter_groups(student, lr=0.1, weight_decay=0.01)
+    members = [id(p) for group in groups for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in student.parameters() if p.requires_grad)
+    decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
+    assert [id(p) for p in decayed] == [id(student.head.weight)]
+    torch.optim.AdamW(groups, lr=0.1)
