@@ -209,5 +209,11 @@ def draw(
     tensors = {}
     for name, spec in declared.items():
         drawn = spec.init.draw(spec.shape, generator=generator, dtype=spec.dtype or dtype, device=where)
-        tensors[name] = drawn * factor if name in scaled else drawn
+        tensors[name] = _owned(drawn * factor if name in scaled else drawn)
     return tensors
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own: a view of a larger one is saved and exported with all of it."""
+    filled = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if filled and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)

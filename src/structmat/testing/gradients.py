@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from structmat.testing.case import Case, allowed_gradient_errors
 
-EXHAUSTIVE_LIMIT = 1 << 10
+EXHAUSTIVE_LIMIT = 1 << 9
 """With more numbers than this, derivatives are compared along random directions instead of one by one."""
 
 

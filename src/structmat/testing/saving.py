@@ -44,6 +44,12 @@ def check_state_dict(case: Case) -> None:
     state = layer.state_dict()
     names = {*layer.tensors(), "bias"}
     case.require(set(state) == names, f"the state holds {sorted(state)} instead of {sorted(names)}.")
+    for name, tensor in state.items():
+        size = tensor.numel() * tensor.element_size()
+        case.require(
+            tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size,
+            f"{name} of a fresh layer is a view of a larger tensor, which is saved and exported with it.",
+        )
     other.load_state_dict(safetensors.torch.load(safetensors.torch.save(state)), strict=True)
     _same_output(case, "a layer loaded from safetensors", layer, other)
 
