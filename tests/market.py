@@ -53,6 +53,11 @@ def cases(shapes: tuple[Shape, ...] = SMALL_SHAPES) -> list[tuple[Structure, Sha
     return [(structure, shape) for shape in shapes for structure in members(shape)]
 
 
-def one_a_family(shape: Shape) -> list[tuple[Structure, Shape]]:
-    """The smallest proposal of each family: for checks that take seconds."""
-    return [(candidate, shape) for family in sm.families().values() for candidate in proposals(family, shape)[:1]]
+def one_a_family(*shapes: Shape) -> list[tuple[Structure, Shape]]:
+    """The smallest proposal of each family at each shape: for checks that take a second or more."""
+    return [
+        (candidate, shape)
+        for shape in shapes
+        for family in sm.families().values()
+        for candidate in proposals(family, shape)[:1]
+    ]

@@ -35,7 +35,7 @@ def test_circuits_Families_large(structure: Structure, shape: Shape) -> None:
         check(case)
 
 
-@pytest.mark.parametrize(("structure", "shape"), market.cases(), ids=name)
+@pytest.mark.parametrize(("structure", "shape"), market.one_a_family(*market.SMALL_SHAPES), ids=name)
 def test_compile(structure: Structure, shape: Shape) -> None:
     check_structure(structure, shape, groups=("compile",))
 
@@ -50,7 +50,7 @@ def test_graphs(structure: Structure, shape: Shape, group: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("structure", "shape"), market.cases(), ids=name)
-@pytest.mark.parametrize("group", ["inductor", "export", "onnx"])
+@pytest.mark.parametrize("group", ["compile", "inductor", "export", "onnx"])
 def test_graphs_everywhere(structure: Structure, shape: Shape, group: str) -> None:
     report = check_structure(structure, shape, groups=(group,))
     for reason in report.skipped.values():

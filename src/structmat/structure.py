@@ -269,6 +269,11 @@ def _resolve_fraction(structure: Structure, name: str, fraction: float, shape: S
         )
     low, high = 1, 2
     while fits(high):
+        if high > limit:
+            raise StructureError(
+                f"{structure}: the number of parameters does not grow with {name}, so it can't be a fraction of them. "
+                f"Use an integer."
+            )
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

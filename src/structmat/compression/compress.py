@@ -23,9 +23,9 @@ from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, replace_layers
 from structmat.compression.report import LayerReport, Report, Timing, Totals, environment
 from structmat.compression.running import Forward, Loss, check_loader
-from structmat.compression.scan import Scan, Site, Skipped, is_meta, matching, scan
+from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
 from structmat.compression.score import Measurement, score
-from structmat.compression.screen import Choice, Screening, candidate_to_json, screen
+from structmat.compression.screen import Choice, Screening, candidate_to_json, check_weight, screen
 from structmat.compression.timing import model_milliseconds
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
@@ -123,6 +123,8 @@ def compress_(
         asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
         found = scan(model, include, exclude, [p for p in asked if _is_exact(p)])
         fixed = _fixed(found, overrides, model)
+        for site in found.sites:
+            check_weight(site, dense_weight(model.get_submodule(site.name)))
         base = digest(fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
     original = copy.deepcopy(model) if recover is not None else None
     with clock("evaluate"):

@@ -182,6 +182,11 @@ def sampled_loss(result: Outcome, generator: torch.Generator) -> Tensor:
     values = result.values.float()
     if result.classes:
         probabilities = torch.softmax(values.detach(), -1).cpu()
+        if not bool(torch.isfinite(probabilities).all()):
+            raise DataError(
+                "The model's logits are NaN or infinite on the calibration data. "
+                "Look at the batches, or run the model in float32."
+            )
         labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         return F.cross_entropy(values, labels.to(values.device), reduction="sum")
     noise = torch.randn(values.shape, generator=generator, dtype=torch.float32)
@@ -248,4 +253,5 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def detached(value: Tensor | None) -> float | None:
+    """A loss as a number without its graph."""
     return None if value is None else float(value.detach())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from structmat.compression.progress import Progress
 from structmat.compression.scan import Site, dense_weight
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, FormatError, ShapeError, StructureError
-from structmat.projection.project import make_target, project_target
-from structmat.projection.target import Target
+from structmat.matrix import StructuredMatrix
+from structmat.projection.project import fit
+from structmat.projection.target import Certificate, Target
 from structmat.structure import Shape, Structure, count_stored, resolve
 from structmat.structure import to_json as structure_to_json
 from structmat.structures import families
@@ -34,14 +35,18 @@ Choice = str | type[Structure] | Structure
 SWEEPS = 1
 """Sweeps that a cheap fit may spend."""
 
-COARSE = (0.15, 0.35, 0.6)
+COARSE = (0.2, 0.5)
 """Shares of the dense parameters at which every family is tried first."""
 
-FINE = tuple(i / 24 for i in range(1, 24))
+MEDIUM = (0.1, 0.3, 0.4, 0.7)
 """Shares at which the families that are any good are tried then."""
 
-DOMINATED = 2.0
-"""A family whose predicted loss is, at every coarse size, this many times that of the best at its cost is given up."""
+FINE = tuple(i / 24 for i in range(1, 24))
+"""Shares for those of them whose fits are optimal."""
+
+DOMINATED = 1.5
+"""Sizes of a family near a coarse one whose predicted loss is this many times that of the best at its cost are not
+tried."""
 
 OUTPUT_DAMPING = 0.1
 """Share of the mean gradient energy that is added to every output: the quadratic model is not to be trusted where it
@@ -118,9 +123,10 @@ def screen(
 ) -> Screening:
     """Fit every family at several sizes to every layer, cheaply.
 
-    Each family is first tried at the shares ``COARSE`` of the dense parameters; those that are far behind the best
-    everywhere are given up, the others are tried at the shares ``FINE``. Fits of a layer share its decompositions.
-    Candidates that are not cheaper than the dense layer in the budget's unit are refused and counted.
+    Each family is first tried at the shares ``COARSE`` of the dense parameters, without sweeps. Then it is tried at the
+    shares ``MEDIUM``, or at ``FINE`` if its fits are optimal, except near coarse ones at which it was far behind the
+    best; of fits that are not optimal the best of each share is improved by ``sweeps``. Fits of a layer share its
+    decompositions. Candidates that are not cheaper than the dense layer in the budget's unit are refused and counted.
 
     Args:
         model: read only.
@@ -159,7 +165,10 @@ def screen(
             rows = calibration.rows_per_sample(site.name) if calibration is not None else 1.0
             terms = rows * calibration.samples / calibration.terms if calibration is not None else 1.0
             worker = _Layer(site, target, moments, terms, budget, rows)
-            worker.run((fixed,) if fixed is not None else structures)
+            if fixed is not None:
+                worker.run((fixed,), forced=True)
+            else:
+                worker.run(structures)
             found[site.name] = worker.result()
             folder.store(piece, own, layer_to_json(found[site.name]))
     return found
@@ -173,37 +182,71 @@ def layer_target(
     Raises:
         DataError: the weight is NaN or infinite; the message names the layer.
     """
+    check_weight(site, weight)
+    held = weight.detach().to(device="cpu", dtype=torch.float64)
     second = outputs = None
-    if moments is not None:
+    if moments is not None:  # sums of squares: positive semidefinite by their making
         second = moments.second_moment
-        if moments.gradient_moment is not None:
-            energy = float(moments.gradient_moment.diagonal().mean())
-            if energy > 0:
-                outputs = moments.gradient_moment + damping * energy * torch.eye(site.shape[0], dtype=torch.float64)
-    try:
-        return make_target(weight, second, output_moment=outputs, sweeps=sweeps, seed=seed)
-    except DataError as error:
-        raise DataError(f"The weight of {site.name} can't be fitted. {error}") from error
+        energy = _energy(moments)
+        if moments.gradient_moment is not None and energy > 0:
+            outputs = moments.gradient_moment + damping * energy * torch.eye(site.shape[0], dtype=torch.float64)
+    return Target(held, second, site.shape, sweeps, seed, outputs)
+
+
+def check_weight(site: Site, weight: Tensor) -> None:
+    """Raise :class:`~structmat.errors.DataError` if a weight is NaN or infinite somewhere; names the layer."""
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise DataError(
+            f"The weight of {site.name} has {bad} entries that are NaN or infinite. Repair the model, or exclude it."
+        )
+
+
+def _energy(moments: Moments) -> float:
+    """The mean square of a gradient's entry."""
+    return 0.0 if moments.gradient_moment is None else float(moments.gradient_moment.diagonal().mean())
 
 
 def norm_name(target: Target) -> str:
+    """Which errors the target's norm weighs, for reports."""
     if target.second_moment is None:
         return "weights"
     return "inputs" if target.output_moment is None else "inputs and outputs"
 
 
-def predicted_loss(difference: Tensor, target: Target, moments: Moments | None, terms: float) -> float:
-    """The rise of the loss a term of it, to second order, if a layer's weight changes by ``difference``.
+class Judge:
+    """Errors and predicted losses of the candidates of one layer.
 
-    ``1/2 tr(G D C D^T)`` with the second moments ``C`` of the inputs and ``G`` of the gradients of the summed loss in
-    the outputs, times the layer's rows a term: the Kronecker-factored quadratic model (Martens and Grosse 2015).
-    Without gradients the squared relative error, in the norm of the target.
+    The predicted rise of the loss a term of it, if the weight changes by ``D``, is ``1/2 tr(G D C D^T)`` with the
+    second moments ``C`` of the inputs and ``G`` of the gradients of the summed loss in the outputs, times the layer's
+    rows a term: the Kronecker-factored quadratic model (Martens and Grosse 2015). Without gradients it is the squared
+    relative error. Both cost two products in float32.
     """
-    if moments is None or target.output_moment is None or moments.gradient_moment is None:
-        size = target.norm()
-        return (target.error(target.weight - difference) / size) ** 2 if size > 0 else 0.0
-    form = (moments.gradient_moment @ difference) * (difference @ moments.second_moment)
-    return max(0.0, 0.5 * terms * float(form.sum()))
+
+    def __init__(self, target: Target, moments: Moments | None, terms: float) -> None:
+        self.target, self.terms = target, terms
+        self.norm = target.norm()
+        self.inputs = None if moments is None else moments.second_moment.float()
+        weighed = target.output_moment is not None and moments is not None and moments.gradient_moment is not None
+        self.outputs = moments.gradient_moment.float() if weighed else None  # type: ignore[union-attr]
+        self.damping = OUTPUT_DAMPING * _energy(moments) if moments is not None else 0.0
+
+    def __call__(self, dense: Tensor) -> tuple[float, float]:
+        """The relative error in the target's norm and the predicted loss of a candidate written out (out, in)."""
+        wide = self.target.weight - dense
+        size = float(wide.abs().max())
+        if size == 0.0:
+            return 0.0, 0.0
+        difference = (wide / size).float()  # so that squares neither overflow nor vanish
+        right = difference if self.inputs is None else difference @ self.inputs
+        if self.outputs is None:
+            error = max(0.0, float((difference * right).sum(dtype=torch.float64))) ** 0.5 * size
+            relative = error / self.norm if self.norm > 0 else 0.0
+            return relative, relative**2
+        form = max(0.0, float(((self.outputs @ difference) * right).sum(dtype=torch.float64)))
+        plain = max(0.0, float((difference * right).sum(dtype=torch.float64)))
+        error = (form + self.damping * plain) ** 0.5 * size
+        return error / self.norm if self.norm > 0 else 0.0, 0.5 * self.terms * form * size**2
 
 
 class _SharedRoots:
@@ -231,7 +274,8 @@ class _Layer:
     def __init__(
         self, site: Site, target: Target, moments: Moments | None, terms: float, budget: Budget, rows: float
     ) -> None:
-        self.site, self.target, self.moments, self.terms = site, target, moments, terms
+        self.site, self.target, self.quick = site, target, _without_sweeps(target)
+        self.judge = Judge(target, moments, terms)
         self.budget, self.rows = budget, rows
         self.dense_cost = budget.cost(Dense(), site.shape, rows)
         self.refused: Counter[str] = Counter()
@@ -241,78 +285,106 @@ class _Layer:
             Candidate(Dense(), size, flops(Dense(), site.shape), 0.0, 0.0, "optimal", "kept", 0.0, self.dense_cost)
         ]
 
-    def run(self, structures: Sequence[Choice] | None) -> None:
+    def run(self, structures: Sequence[Choice] | None, *, forced: bool = False) -> None:
         for structure in (s for s in structures or () if isinstance(s, Structure)):
             try:
-                self.try_one(resolve(structure, self.site.shape), forced=True)
+                self.try_one(resolve(structure, self.site.shape), self.target, forced=forced)
             except ShapeError as error:
                 self.refused[f"refuses the shape: {type(structure).__name__}"] += 1
                 logger.info("%s: %s", self.site.name, error)
-        kinds = families_of(structures)
-        coarse = {kind: [c for c in map(self.try_one, self.sizes(kind, COARSE)) if c] for kind in kinds}
-        best = _Envelope([c for tried in coarse.values() for c in tried])
-        for kind, tried in coarse.items():
-            if tried and all(c.loss > DOMINATED * best(c.cost) for c in tried):
-                self.refused[f"dominated at every coarse size: {kind.__name__}"] += 1
+        kinds = [kind for kind in families_of(structures) if kind is not Dense]
+        coarse = {(kind, share): self.try_share(kind, share) for kind in kinds for share in COARSE}
+        for kind in kinds:
+            tried = [c for share in COARSE for c in coarse[kind, share]]
+            behind = {share: self.is_behind(coarse[kind, share]) for share in COARSE}
+            for share in COARSE:
+                self.refused[f"far behind the best at {share:.0%} of the parameters: {kind.__name__}"] += behind[share]
+            if all(c.certificate == Certificate.OPTIMAL.value for c in tried):
+                for share in FINE:
+                    if not behind[_nearest(share)]:
+                        self.try_share(kind, share)
                 continue
-            for structure in self.sizes(kind, FINE):
-                self.try_one(structure)
+            for share in MEDIUM:
+                if behind[_nearest(share)]:
+                    continue
+                found = self.try_share(kind, share)
+                if found and not self.is_behind(found):
+                    self.improve(min(found, key=lambda c: c.loss))
 
-    def sizes(self, kind: type[Structure], shares: Iterable[float]) -> Iterator[Structure]:
-        shape = self.site.shape
-        size = shape[0] * shape[1]
-        if kind is Dense:
-            return
-        for share in shares:
-            for structure in kind.configurations(shape, int(share * size)):
-                try:
-                    yield resolve(structure, shape)
-                except (ShapeError, StructureError) as error:
-                    self.refused[f"refuses the shape: {kind.__name__}"] += 1
-                    logger.info("%s: %s", self.site.name, error)
-                    return
+    def is_behind(self, tried: Sequence[Candidate]) -> bool:
+        """Whether each of these has a far larger loss than something that costs no more."""
+        return bool(tried) and all(c.loss > DOMINATED * self.best(c.cost) for c in tried)
 
-    def try_one(self, structure: Structure, *, forced: bool = False) -> Candidate | None:
+    def best(self, cost: float) -> float:
+        """The smallest loss that some candidate reaches at most at a cost."""
+        return min((c.loss for c in self.found if c.cost <= cost), default=math.inf)
+
+    def try_share(self, kind: type[Structure], share: float) -> list[Candidate]:
+        """Try what a family would do with a share of the dense parameters, without sweeps; nothing twice."""
+        shape, found = self.site.shape, []
+        for structure in kind.configurations(shape, int(share * shape[0] * shape[1])):
+            try:
+                candidate = self.try_one(resolve(structure, shape), self.quick)
+            except (ShapeError, StructureError) as error:
+                self.refused[f"refuses the shape: {kind.__name__}"] += 1
+                logger.info("%s: %s", self.site.name, error)
+                continue
+            if candidate is not None:
+                found.append(candidate)
+        return found
+
+    def improve(self, candidate: Candidate) -> None:
+        """Fit again, with sweeps, and keep what is better."""
+        better = self.fitted(candidate.structure, self.target, candidate.cost)
+        if better.loss < candidate.loss:
+            self.found[self.found.index(candidate)] = better
+
+    def try_one(self, structure: Structure, target: Target, *, forced: bool = False) -> Candidate | None:
         if structure in self.seen:
             return None
         self.seen.add(structure)
-        shape = self.site.shape
-        cost = self.budget.cost(structure, shape, self.rows)
+        cost = self.budget.cost(structure, self.site.shape, self.rows)
         if cost >= self.dense_cost and not forced:
             self.refused[f"not cheaper than the dense layer in {self.budget.unit}"] += 1
             return None
-        found = project_target(self.target, structure, dtype=torch.float64, device=torch.device("cpu"))
-        difference = self.target.weight - found.matrix.to_dense()
-        candidate = Candidate(
-            structure=structure,
-            parameters=count_stored(structure, shape),
-            flops=found.matrix.flops,
-            error=found.error,
-            lower_bound=found.lower_bound,
-            certificate=found.certificate.value,
-            method=found.method,
-            loss=predicted_loss(difference, self.target, self.moments, self.terms),
-            cost=cost,
-        )
+        candidate = self.fitted(structure, target, cost)
         if not (math.isfinite(candidate.loss) and math.isfinite(candidate.error)):
             self.refused["the fit is not finite"] += 1
             return None
         self.found.append(candidate)
         return candidate
 
+    def fitted(self, structure: Structure, target: Target, cost: float) -> Candidate:
+        shape, norm = self.site.shape, self.judge.norm
+        found = fit(structure, target)
+        error, loss = self.judge(StructuredMatrix(structure, shape, found.tensors).to_dense())
+        return Candidate(
+            structure=structure,
+            parameters=count_stored(structure, shape),
+            flops=flops(structure, shape),
+            error=error,
+            lower_bound=min(found.lower_bound / norm, error) if norm > 0 else 0.0,
+            certificate=found.certificate.value,
+            method=found.method,
+            loss=loss,
+            cost=cost,
+        )
+
     def result(self) -> LayerScreen:
         ordered = tuple(sorted(self.found, key=lambda c: (c.cost, c.loss)))
-        return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(self.refused))
+        return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(+self.refused))
 
 
-class _Envelope:
-    """The smallest loss that some candidate reaches at most at a cost."""
+def _without_sweeps(target: Target) -> Target:
+    """The same target for closed-form starts; decompositions are shared."""
+    target.whitened_svd, target.inverse_root, target.inverse_output_root  # noqa: B018
+    quick = replace(target, sweeps=0)
+    quick.__dict__.update({k: v for k, v in target.__dict__.items() if k not in {"sweeps", "_derived"}})
+    return quick
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self.candidates = candidates
 
-    def __call__(self, cost: float) -> float:
-        return min((c.loss for c in self.candidates if c.cost <= cost), default=math.inf)
+def _nearest(share: float) -> float:
+    return min(COARSE, key=lambda coarse: abs(math.log(coarse / share)))
 
 
 def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
@@ -343,6 +415,7 @@ def _name(choice: Choice) -> str:
 
 
 def candidate_to_json(candidate: Candidate) -> dict[str, Any]:
+    """Plain JSON values of a candidate."""
     return {**candidate.__dict__, "structure": structure_to_json(candidate.structure)}
 
 

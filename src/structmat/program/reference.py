@@ -179,11 +179,15 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _fft(x: Tensor) -> Tensor:
+    if x.numel() == 0:  # MKL refuses an empty batch
+        return _wide(x).to(torch.promote_types(_wide(x).dtype, torch.complex64))
     result: Tensor = torch.fft.fft(_wide(x), dim=-1)
     return result
 
 
 def _ifft(x: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return _fft(x)
     result: Tensor = torch.fft.ifft(_wide(x), dim=-1)
     return result
 

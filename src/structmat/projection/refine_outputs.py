@@ -26,9 +26,11 @@ def refine_outputs(structure: Structure, start: Fit, target: Target) -> Fit:
         A fit without a certificate: optimality in the norm of the start says nothing in this one.
     """
     learned = [name for name, spec in specs(structure, target.shape).items() if spec.learned]
-    before = _error(structure, start, target)
     plain = Fit(start.tensors, Certificate.NONE, 0.0, start.method)
-    if target.sweeps == 0 or not structure.closed_under_scaling or not learned or before == 0.0:
+    if target.sweeps == 0 or not structure.closed_under_scaling or not learned:
+        return plain
+    before = _error(structure, start, target)
+    if before == 0.0:
         return plain
     program = build(structure, target.shape)
     tensors = {n: t.detach().clone().requires_grad_(n in learned) for n, t in start.tensors.items()}

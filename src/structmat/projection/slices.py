@@ -119,11 +119,17 @@ class _Weighted:
         self.is_separable = self.inputs.is_whole and (self.outputs is None or self.outputs.is_whole)
 
     def start(self, rank: int) -> tuple[Tensor, Tensor, float]:
-        """The optimum for the block diagonals of the moments, and its error in that norm."""
+        """The optimum for the block diagonals of the moments, scaled to fit best in the whole norm (so that it is never
+        worse than zero), and its error in the norm of the block diagonals."""
         weighed = self._weigh(self.slices)
         u, s, _ = torch.linalg.svd(weighed @ self.inputs.root, full_matrices=False)
-        left = u[..., :rank]
-        return self._unweigh(left), left.mH @ weighed, float(torch.linalg.norm(s[..., rank:]))
+        tail = float(torch.linalg.norm(s[..., rank:]))
+        left, right = self._unweigh(u[..., :rank]), u[..., :rank].mH @ weighed
+        if not self.is_separable:
+            member, whole = self._rows(left @ right), self._rows(self.slices)
+            size = self._inner(member, member)
+            right = right * (self._inner(member, whole) / size if size > 0 else 1.0)
+        return left, right, tail
 
     def lower_bound(self, rank: int, tail: float) -> float:
         """No member is nearer. With D the block diagonal of C and C >= mu D, errors are at least sqrt(mu) times those
@@ -142,13 +148,14 @@ class _Weighted:
 
         Without an output moment the groups are independent and are updated at once.
         """
-        error = self._squared(self._rows(self.slices - left @ right))
+        rest = self._rows(self.slices - left @ right)
+        error = self._inner(rest, rest)
         for number in range(sweeps):
             new_left, new_right = left.clone(), right.clone()
             rest = self._rows(self.slices - left @ right)
             for k in range(self.blocks):
                 self._update_block(k, new_left, new_right, rest)
-            reduced = self._squared(rest)
+            reduced = self._inner(rest, rest)
             if not reduced < error:
                 return left, right, number
             left, right, gain, error = new_left, new_right, error - reduced, reduced
@@ -197,11 +204,12 @@ class _Weighted:
         """(g, k, s, p) to the rows of each group, (g, s, k * p)."""
         return slices.transpose(1, 2).reshape(self.groups, self.rows, self.blocks * self.width)
 
-    def _squared(self, rest: Tensor) -> float:
-        weighed = rest @ self.inputs.moment
+    def _inner(self, one: Tensor, other: Tensor) -> float:
+        """The real inner product of the target's norm, of the rows of groups."""
+        weighed = other @ self.inputs.moment
         if self.outputs is not None:
-            weighed = (self.outputs.moment @ weighed.reshape(self.groups * self.rows, -1)).reshape(rest.shape)
-        return float((weighed * rest.conj()).sum().real)
+            weighed = (self.outputs.moment @ weighed.reshape(self.groups * self.rows, -1)).reshape(other.shape)
+        return float((weighed * one.conj()).sum().real)
 
 
 def leading_directions(matrix: Tensor, rank: int) -> Tensor:

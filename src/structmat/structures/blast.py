@@ -45,7 +45,8 @@ class BLAST(Structure):
     rank: int | float = 8
 
     def __post_init__(self) -> None:
-        pair = self.blocks if isinstance(self.blocks, tuple) else (self.blocks, self.blocks)
+        given: object = self.blocks
+        pair = given if isinstance(given, tuple) else (given, given)
         if len(pair) != 2 or not all(isinstance(b, int) and not isinstance(b, bool) and b >= 1 for b in pair):
             raise StructureError(
                 f"BLAST(blocks={self.blocks!r}): blocks is an integer of at least 1, or a pair of them "

@@ -113,10 +113,11 @@ class BlockTensorTrain(Structure):
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        (m1, m2), (n2, n1) = _pair(shape[0]), _pair(shape[1])
+        rows, columns = _pair(shape[0]), _pair(shape[1])
+        (m1, m2), (n2, n1) = rows, columns
         rank = largest_fitting(lambda r: r * (n1 * n2 * m1 + m1 * m2 * n2), budget, min(m2, n1))
         if rank:
-            yield cls(rank)
+            yield cls(rank, rows, columns)
 
 
 def _pair(size: int) -> tuple[int, int]:

@@ -65,10 +65,10 @@ def _even_rows(count: int, height: int) -> Tensor:
 class Sparse(Structure):
     """A fixed number of nonzeros: ``values`` (nonzeros,), with fixed ``rows`` and ``columns`` (nonzeros,) of int64.
 
-    ``nonzeros`` parameters and multiply-adds; stored are as many indices twice. The support stays where initialisation or
-    projection put it. Projection: the largest entries, optimal in the Frobenius norm; in an activation-weighted norm
-    (where the problem is NP-hard in general) thresholding by the inputs' sizes, exact least squares on the support and
-    monotone rounds of iterative hard thresholding, with a lower bound.
+    ``nonzeros`` parameters and multiply-adds; two indices each are stored too. The support stays where it was put by
+    initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in an
+    activation-weighted norm (where the problem is NP-hard in general) thresholding by the inputs' sizes, monotone
+    rounds of iterative hard thresholding and exact least squares on the support, with a lower bound.
 
     Args:
         density: a fraction of the entries, strictly between 0 and 1.
@@ -97,7 +97,7 @@ class Sparse(Structure):
     def resolve(self, shape: Shape) -> Sparse:
         if self.density is None:
             return self
-        count = int(self.density * shape[0] * shape[1])
+        count = int(self.density * shape[0] * shape[1] + 1e-6)  # 0.03 * 3000 is 89.99... in floating point
         if count < 1:
             raise ShapeError(
                 f"{self} of a matrix of shape {shape} is less than one of its {shape[0] * shape[1]} entries. "

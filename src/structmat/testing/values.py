@@ -21,6 +21,7 @@ FLOAT64_EPS = torch.finfo(torch.float64).eps
 
 
 def small_enough_to_write_out(case: Case) -> bool:
+    """Whether the stages' explicit matrices are small enough to be made."""
     return all(s.in_features * s.out_features <= EXPLICIT_LIMIT for s in stages(case.matrix.program))
 
 
