@@ -17,7 +17,7 @@ from structmat.compression.checkpoint import NAME
 from structmat.compression.recover import DIVERGENCE, SQUARES, Distill, distance, recover
 from structmat.compression.running import Outcome
 from structmat.errors import DataError, FormatError, StructureError
-from structmat.learn import learning_rate_multipliers, parameter_groups
+from structmat.learn import learning_rate_multipliers, parameter_groups, recovery_groups
 
 
 class Classifier(nn.Module):
@@ -322,3 +322,11 @@ def test_groups_cover_each_parameter_once(student: Classifier) -> None:
     decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
     assert [id(p) for p in decayed] == [id(student.head.weight)]
     torch.optim.AdamW(groups, lr=0.1)
+
+
+def test_fitted_factors_of_a_layer_learn_at_one_rate(student: Classifier) -> None:
+    rates = {id(p): group["lr"] for group in recovery_groups(student, lr=0.1) for p in group["params"]}
+    factors = learning_rate_multipliers(student.first.structure, (32, 10))
+    expected = 0.1 * (factors["left"] * factors["right"]) ** 0.5
+    assert rates[id(student.first.left)] == rates[id(student.first.right)] == pytest.approx(expected)
+    assert rates[id(student.second.weight)] == rates[id(student.head.weight)] == 0.1

@@ -30,7 +30,7 @@ from structmat.compression.running import (
     to_device,
 )
 from structmat.errors import DataError, StructureError
-from structmat.learn.groups import parameter_groups
+from structmat.learn.groups import recovery_groups
 from structmat.nn.linear import StructuredLinear
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Distill:
         steps: of the optimizer, one batch each; None if only ``minutes`` limits.
         minutes: stop after this time (resumed runs add up). The schedule follows whichever limit is nearer.
         learning_rate: for a dense layer; structured tensors get multiples, see
-            :func:`structmat.learn.groups.parameter_groups`.
+            :func:`structmat.learn.groups.recovery_groups`.
         temperature: of the softmax of both models (Hinton, Vinyals, Dean 2015); only for outputs that are logits.
         own_loss: weight of the task's own loss (the user's, the output's ``.loss``, or cross-entropy to the labels of a
             batch) that is added to the distance from the original.
@@ -68,7 +68,7 @@ class Distill:
     temperature: float = 1.0
     own_loss: float = 0.0
     layerwise: int = 0
-    warmup: float = 0.1
+    warmup: float = 0.05
     clip: float = 1.0
     weight_decay: float = 0.0
     data: Iterable[Any] | None = field(default=None, repr=False, compare=False)
@@ -197,7 +197,7 @@ class _Run:
             raise DataError("No parameter of the model requires a gradient: there is nothing to recover with.")
         self.masters = {n: p if _is_wide(p) else p.detach().float().requires_grad_() for n, p in self.names.items()}
         by_parameter = {id(p): self.masters[n] for n, p in self.names.items()}
-        groups = parameter_groups(model, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        groups = recovery_groups(model, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         for group in groups:
             group["params"] = [by_parameter[id(p)] for p in group["params"]]
             group["top"] = group["lr"]

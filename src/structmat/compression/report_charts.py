@@ -131,7 +131,9 @@ def candidates(
         parts.append(f'<text x="{x:.1f}" y="{height - 5}" text-anchor="{anchor}">{100 * share:.0f} %</text>')
     for family, values in points.items():
         places = [place(*point) for point in sorted(values)]
-        line = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(places))
+        # The line joins the best of the family at each size; y grows downwards, towards small errors.
+        best = [p for i, p in enumerate(places) if all(p[1] > other[1] for other in places[:i])]
+        line = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(best))
         dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)
         paint = colour(colours[family])
         parts.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -69,11 +70,27 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) 
         lr: the learning rate that a dense layer would have.
         weight_decay: for the unstructured matrices.
     """
+    return _grouped(model, lr, weight_decay, scaled=True)
+
+
+def recovery_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """As :func:`parameter_groups`, for factors that were fitted to a trained matrix.
+
+    Fitted factors are balanced: the entries of all of a layer's tensors are alike in size, unlike fresh ones, and a
+    large multiple on one of them undoes the fit. So each layer has one: the geometric mean of the multiples of its
+    tensors, and 1 for a single tensor, whose entries are those of a dense matrix.
+    """
+    return _grouped(model, lr, weight_decay, scaled=False)
+
+
+def _grouped(model: nn.Module, lr: float, weight_decay: float, *, scaled: bool) -> list[dict[str, Any]]:
     roles: dict[int, tuple[str, float, float]] = {}
     for module in model.modules():
         if isinstance(module, StructuredLinear):
             factors = learning_rate_multipliers(module.structure, (module.out_features, module.in_features))
             for name, factor in factors.items():
+                if not scaled:
+                    factor = math.prod(factors.values()) ** (1 / len(factors)) if len(factors) > 1 else 1.0
                 roles[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, 0.0)
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
