@@ -151,7 +151,7 @@ class TensorTrain(Structure):
 
         rank = largest_fitting(size, budget, most)
         if rank:
-            yield cls(rank)
+            yield cls(rank, smallest.cores, smallest.out_factors, smallest.in_factors)
 
 
 def _limits(rows: tuple[int, ...], columns: tuple[int, ...]) -> list[int]:
