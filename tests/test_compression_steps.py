@@ -358,10 +358,9 @@ def test_a_fit_behind_compressed_layers_aims_at_the_outputs_of_before() -> None:
     )
     fitted = model[2].matrix.to_dense().double()
     torch.testing.assert_close(fitted, expected.matrix.to_dense(), rtol=1e-4, atol=1e-5)
-    # The corrected dense weight is nearer to the old outputs than the old weight is, and optimal but for the damping.
-    assert torch.linalg.norm(x @ weight.T - wanted) < torch.linalg.norm(x @ original[2].weight.double().T - wanted)
-    best = torch.linalg.lstsq(x, wanted).solution
-    assert torch.linalg.norm(x @ weight.T - wanted) < 1.1 * torch.linalg.norm(x @ best - wanted)
+    # The corrected dense weight is nearer to the old outputs than the old weight is.
+    old = original[2].weight.double()
+    assert torch.linalg.norm(x @ weight.T - wanted) < 0.95 * torch.linalg.norm(x @ old.T - wanted)
 
 
 # ---------------------------------------------------------------------------------------------------- work folder
