@@ -151,11 +151,7 @@ class TensorTrain(Structure):
 
         rank = largest_fitting(size, budget, most)
         if rank:
-<<<<<<< HEAD
             yield cls(rank).resolve(shape)
-=======
-            yield cls(rank, smallest.cores, smallest.out_factors, smallest.in_factors)
->>>>>>> contract
 
 
 def _limits(rows: tuple[int, ...], columns: tuple[int, ...]) -> list[int]:
