@@ -111,7 +111,7 @@ class Function(Rank):
         ("imprecise", values.check_dense),
         ("breaking_the_graph", graphs.check_compile),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_wrong_function_is_caught(function: str, check: object) -> None:
     assert callable(check)

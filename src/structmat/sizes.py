@@ -37,16 +37,15 @@ def even_factors(size: int, count: int) -> tuple[int, ...]:
 
 
 def _splits(number: int, count: int, smallest: int) -> list[tuple[int, ...]]:
-    """Every way to write a number as ascending factors of at least ``smallest``; (1, .., 1, number) if none."""
+    """Every way to write a number as ascending factors of at least ``smallest``; with 1 there always is one."""
     if count == 1:
-        return [(number,)]
-    found = [
+        return [(number,)] if number >= smallest else []
+    return [
         (first, *rest)
         for first in divisors(number)
         if first >= smallest and first**count <= number
         for rest in _splits(number // first, count - 1, first)
     ]
-    return found or [(*(1 for _ in range(count - 1)), number)]
 
 
 @lru_cache(maxsize=4096)
