@@ -1,4 +1,4 @@
-"""Low rank without its gauge freedom: some rows of the matrix itself, and how the others follow from them."""
+"""Low rank without its gauge freedom: some columns of the matrix itself, and how the others follow from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar, Self, final
 import scipy.linalg
 import torch
 
-from structmat.program import Chain, Contraction, Pad, Permute, Program, Sum
+from structmat.program import Chain, Contraction, Crop, Permute, Program, Sum
 from structmat.projection.low_rank import truncate
 from structmat.projection.target import Certificate, Fit, Target
 from structmat.structure import (
@@ -28,12 +28,12 @@ from structmat.structure import (
 @final
 @dataclass(frozen=True)
 class PivotedLowRank(Structure):
-    """``W = P [I; extension] @ basis``: the same matrices as :class:`LowRank`, with ``rank**2`` fewer numbers.
+    """``W = basis @ [I, extension] @ P``: the same matrices as :class:`LowRank`, with ``rank**2`` fewer numbers.
 
-    ``basis`` (rank, in) holds ``rank`` rows of the matrix, ``extension`` (out - rank, rank) expresses the other rows in
-    them, ``order`` (out,) puts all rows in their places. ``rank * (out + in - rank)`` parameters and multiply-adds,
-    which is the dimension of the set of such matrices: always less than dense. Projection: truncated SVD, then the rows
-    chosen by a pivoted QR factorisation, which keeps ``extension`` small; optimal as low rank is.
+    ``order`` (in,) puts ``rank`` chosen inputs first, ``extension`` (rank, in - rank) adds what the other inputs share
+    with them, and ``basis`` (out, rank) holds the chosen columns of the matrix. ``rank * (out + in - rank)`` parameters
+    and multiply-adds, the dimension of the set of such matrices: always less than dense. Projection: truncated SVD,
+    then columns chosen by a pivoted QR factorisation, which keeps ``extension`` small; optimal as low rank is.
     Source: skeleton decompositions (Goreinov, Tyrtyshnikov, Zamarashkin 1997); for layers Zhao et al., "Pivoting
     Factorization" (2025).
 
@@ -54,35 +54,36 @@ class PivotedLowRank(Structure):
         return None
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
-        rank = whole(self.rank)
-        specs = {"basis": ParameterSpec((rank, shape[1]), Normal((DENSE_GAIN / shape[1]) ** 0.5))}
-        if rank < shape[0]:
-            specs["extension"] = ParameterSpec((shape[0] - rank, rank), Normal(rank**-0.5))
-        specs["order"] = ParameterSpec((shape[0],), Arange(), learned=False, dtype=torch.int64)
+        rank, columns = whole(self.rank), shape[1]
+        specs = {"basis": ParameterSpec((shape[0], rank), Normal((DENSE_GAIN / columns) ** 0.5))}
+        if rank < columns:
+            specs["extension"] = ParameterSpec((rank, columns - rank), Normal(rank**-0.5))
+        specs["order"] = ParameterSpec((columns,), Arange(), learned=False, dtype=torch.int64)
         return specs
 
     def program(self, shape: Shape) -> Program:
-        rank, rows = whole(self.rank), shape[0]
-        basis = Contraction("basis", 1, rank, shape[1], 1)
-        if rank == rows:
-            return Chain((basis, Permute("order", rows)))
-        others = Chain((Contraction("extension", 1, rows - rank, rank, 1), Pad(rows - rank, rows, rank)))
-        return Chain((basis, Sum((Pad(rank, rows), others)), Permute("order", rows)))
+        rank, columns = whole(self.rank), shape[1]
+        order, basis = Permute("order", columns), Contraction("basis", 1, shape[0], rank, 1)
+        if rank == columns:
+            return Chain((order, basis))
+        others = Chain((Crop(columns, columns - rank, rank), Contraction("extension", 1, rank, columns - rank, 1)))
+        return Chain((order, Sum((Crop(columns, rank), others)), basis))
 
     def project(self, target: Target) -> Fit:
-        rank, rows = whole(self.rank), target.native[0]
+        rank, columns = whole(self.rank), target.native[1]
         left, right, tail = truncate(target, rank)
-        frame, triangle = torch.linalg.qr(left)
-        _, _, pivots = scipy.linalg.qr(frame.mH.resolve_conj().numpy(), mode="economic", pivoting=True)
-        pivots = torch.from_numpy(pivots).to(torch.int64)
-        chosen, others = frame[pivots[:rank]], frame[pivots[rank:]]
-        tensors = {"basis": chosen @ (triangle @ right), "order": torch.argsort(pivots)}
-        if rank < rows:
-            tensors["extension"] = torch.linalg.solve(chosen, others, left=False)
+        frame, triangle = torch.linalg.qr(right.mH)  # right = triangle^H frame^H
+        rows = frame.mH.resolve_conj()
+        _, _, pivots = scipy.linalg.qr(rows.numpy(), mode="economic", pivoting=True)
+        order = torch.from_numpy(pivots).to(torch.int64)
+        chosen, others = rows[:, order[:rank]], rows[:, order[rank:]]
+        tensors = {"basis": left @ (triangle.mH @ chosen), "order": order}
+        if rank < columns:
+            tensors["extension"] = torch.linalg.solve(chosen, others)
         return Fit(tensors, Certificate.OPTIMAL, tail, "truncated SVD, pivoted")
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: r * (sum(shape) - r) + shape[0], budget, min(shape))
+        rank = largest_fitting(lambda r: r * (sum(shape) - r) + shape[1], budget, min(shape))
         if rank:
             yield cls(rank)
