@@ -1,6 +1,6 @@
 """``compress`` on trained models, beside baselines at the same budget, calibration and recovery time.
 
-    python -m benchmarks.compress_real                      every cell that is not done, seed 0 of all before seed 1 of any
+    python -m benchmarks.compress_real                      every cell that is not done, seed 0 before seed 1
     python -m benchmarks.compress_real --phase before       without recovery (minutes instead of hours)
     python -m benchmarks.compress_real table                the tables again, from what is there
 
@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -122,11 +121,12 @@ def compressed(cell: Cell, real: RealModel, model: nn.Module) -> tuple[nn.Module
 
 def uniform(cell: Cell, real: RealModel, model: nn.Module, start: float) -> tuple[nn.Module, dict[str, Any]]:
     """One family at one ratio for all layers, fitted on second moments of the inputs (but for the plain SVD)."""
-    import structmat as sm
     from structmat.compression.calibrate import Calibration, calibrate
     from structmat.compression.plan import Plan
     from structmat.compression.replace import replace_layers
     from structmat.compression.scan import scan
+
+    import structmat as sm
 
     structure = {
         "SVD, uniform": sm.LowRank(rank=cell.budget),
@@ -183,8 +183,9 @@ def run_before(cell: Cell) -> dict[str, Any]:
 
 def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
     """Recover what the first phase saved, and complete its result."""
-    import structmat as sm
     from structmat.compression.recover import recover
+
+    import structmat as sm
 
     real = MODELS[cell.model]
     result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
@@ -225,6 +226,7 @@ def sizes(original: nn.Module, model: nn.Module) -> dict[str, Any]:
     """Stored numbers and FLOPs, of the compressible layers and of the whole model."""
     from structmat.compression.budget import flops
     from structmat.compression.scan import scan
+
     from structmat.nn import StructuredLinear
     from structmat.structure import count_stored
     from structmat.structures.dense import Dense

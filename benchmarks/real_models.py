@@ -91,7 +91,8 @@ class Draws:
 @cache
 def _characters(file: str) -> Tensor:
     index = {c: i for i, c in enumerate(json.loads((DATA / "novel-lm" / "chars.json").read_text(encoding="utf-8")))}
-    text = lzma.open(DATA / "novels" / file, "rt").read()
+    with lzma.open(DATA / "novels" / file, "rt") as stream:
+        text = stream.read()
     return torch.tensor([index[c] for c in text], dtype=torch.int64)
 
 

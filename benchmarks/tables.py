@@ -74,7 +74,7 @@ def _table(members: Sequence[Any], done: dict[str, dict[str, Any]]) -> list[str]
                 _spread([r["quality"]["after"] for r in results if r["quality"]["after"] is not None], 4),
                 f"{_share(first, 'parameters'):.1%}",
                 f"{_share(first, 'flops'):.1%}",
-                ", ".join(f"{t['ratio']:.2f}× at {b}" for b, t in first["milliseconds"].items()),
+                ", ".join(f"{t['ratio']:.2f} at {b}" for b, t in first["milliseconds"].items()),
                 f"{first['bytes']['compressed'] / first['bytes']['original']:.1%}",
                 f"{first['peak_memory_mb']['before']} MB",
             )
