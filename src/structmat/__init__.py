@@ -12,21 +12,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from structmat import nn as nn
+    from structmat.compression.budget import Flops as Flops
+    from structmat.compression.budget import Latency as Latency
+    from structmat.compression.budget import Parameters as Parameters
+    from structmat.compression.calibrate import calibrate as calibrate
+    from structmat.compression.compress import Result as Result
+    from structmat.compression.compress import compress as compress
+    from structmat.compression.compress import compress_ as compress_
+    from structmat.compression.plan import Plan as Plan
+    from structmat.compression.replace import to_dense as to_dense
+    from structmat.compression.report import Report as Report
+    from structmat.compression.scan import scan as scan
     from structmat.errors import StructmatError as StructmatError
     from structmat.matrix import StructuredMatrix as StructuredMatrix
     from structmat.matrix import matmul as matmul
     from structmat.projection.project import project as project
     from structmat.structure import Structure as Structure
+    from structmat.structures.sum_of import SparsePlusLowRank as SparsePlusLowRank
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "Flops": "structmat.compression.budget",
+    "Latency": "structmat.compression.budget",
+    "Parameters": "structmat.compression.budget",
+    "Plan": "structmat.compression.plan",
+    "Report": "structmat.compression.report",
+    "Result": "structmat.compression.compress",
     "StructmatError": "structmat.errors",
+    "SparsePlusLowRank": "structmat.structures.sum_of",
     "Structure": "structmat.structure",
     "StructuredMatrix": "structmat.matrix",
+    "calibrate": "structmat.compression.calibrate",
+    "compress": "structmat.compression.compress",
+    "compress_": "structmat.compression.compress",
     "matmul": "structmat.matrix",
     "families": "structmat.structures",
     "project": "structmat.projection.project",
+    "scan": "structmat.compression.scan",
+    "to_dense": "structmat.compression.replace",
 }
 _MODULES = ("nn", "program", "structures", "testing")
 

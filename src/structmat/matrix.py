@@ -9,9 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from structmat.errors import ShapeError
+from structmat.errors import ShapeError, StructureError
 from structmat.program import Cost, Program, apply, build, cost, transpose
-from structmat.structure import Shape, Structure, check_shape, resolve, specs
+from structmat.program.padding import padding_factor
+from structmat.structure import Shape, Structure, allows_complex, check_shape, resolve, specs
 
 
 class StructuredMatrix:
@@ -68,6 +69,11 @@ class StructuredMatrix:
     def shape(self) -> Shape:
         """``(out_features, in_features)``."""
         return (self._shape[1], self._shape[0]) if self._transposed else self._shape
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether this value stands for the transpose of a member."""
+        return self._transposed
 
     @property
     def T(self) -> StructuredMatrix:
@@ -186,14 +192,22 @@ def draw(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Tensor]:
-    """Fresh tensors of a structure; drawn on the CPU, so that a seed means the same matrix on every device."""
+    """Fresh tensors of a structure; drawn on the CPU, so that a seed means the same matrix on every device.
+
+    Raises:
+        ShapeError: the structure refuses the shape.
+        StructureError: the dtype is complex and the structure is real.
+    """
     dtype = dtype or torch.get_default_dtype()
+    if dtype.is_complex and not allows_complex(structure):
+        raise StructureError(f"{structure} has real tensors and can't be drawn in {dtype}. Use a floating dtype.")
     where = torch.device(device) if device is not None else torch.get_default_device()
+    declared = specs(structure, shape)
+    if where.type == "meta":
+        return {name: torch.empty(s.shape, dtype=s.dtype or dtype, device=where) for name, s in declared.items()}
+    factor, scaled = padding_factor(structure, shape)
     tensors = {}
-    for name, spec in specs(structure, shape).items():
-        kind = spec.dtype or dtype
-        if where.type == "meta":
-            tensors[name] = torch.empty(spec.shape, dtype=kind, device=where)
-        else:
-            tensors[name] = spec.init.draw(spec.shape, generator=generator, dtype=kind, device=where)
+    for name, spec in declared.items():
+        drawn = spec.init.draw(spec.shape, generator=generator, dtype=spec.dtype or dtype, device=where)
+        tensors[name] = drawn * factor if name in scaled else drawn
     return tensors

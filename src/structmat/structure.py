@@ -77,6 +77,19 @@ class Arange:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Another initialisation times a constant."""
+
+    init: Init
+    factor: float
+
+    def draw(
+        self, shape: tuple[int, ...], *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return self.init.draw(shape, generator=generator, dtype=dtype, device=device) * self.factor
+
+
+@dataclass(frozen=True)
 class ParameterSpec:
     """One named tensor of a family.
 
@@ -107,6 +120,9 @@ class Structure(ABC):
 
     closed_under_scaling: ClassVar[bool] = True
     """False for families such as orthogonal matrices: ``2 * S`` is not a member. Their initial gain is 1."""
+
+    supports_complex: ClassVar[bool] = True
+    """False where the tensors must be real; of a family with parts, :func:`allows_complex` asks these too."""
 
     weighs_outputs: ClassVar[bool] = False
     """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
@@ -150,7 +166,23 @@ class Structure(ABC):
 
 
 def _show(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_show, value))}{',' if len(value) == 1 else ''})"
     return str(value) if isinstance(value, Structure) else repr(value)
+
+
+def parts(structure: Structure) -> Iterator[Structure]:
+    """The structures that a sum or a product is made of; none for the others."""
+    for field in dataclasses.fields(structure):  # type: ignore[arg-type]
+        value = getattr(structure, field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Structure):
+                yield part
+
+
+def allows_complex(structure: Structure) -> bool:
+    """Whether the tensors may be complex: the family and all its parts say so."""
+    return type(structure).supports_complex and all(allows_complex(part) for part in parts(structure))
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from structmat.errors import StructureError
 from structmat.matrix import StructuredMatrix, draw
 from structmat.program import Contraction, Program, apply, build, cost, form, fuse, stages, table
 from structmat.projection.project import DEFAULT_SWEEPS, project
@@ -86,8 +87,10 @@ class StructuredLinear(nn.Module):
         """Rows (..., in_features) to (..., out_features)."""
         tensors = self.tensors()
         bias = None if self.bias is None else self._loaded(self.bias)
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            dtype = torch.get_autocast_dtype(x.device.type)
+        kind = x.device.type
+        # The meta device knows no autocast, and asking it is an error.
+        if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point():
+            dtype = torch.get_autocast_dtype(kind)
             x = x.to(dtype)
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
             bias = bias.to(dtype) if bias is not None and bias.is_floating_point() else bias
@@ -115,8 +118,16 @@ class StructuredLinear(nn.Module):
 
     @classmethod
     def from_matrix(cls, matrix: StructuredMatrix, bias: Tensor | None = None) -> Self:
-        """The layer that owns a copy of a structured matrix and, if given, a bias (out_features,)."""
-        assert build(matrix.structure, matrix.shape) == matrix.program, "a transposed matrix is no member by itself"
+        """The layer that owns a copy of a structured matrix and, if given, a bias (out_features,).
+
+        Raises:
+            StructureError: the matrix is a transpose, which is in general no member of its family.
+        """
+        if matrix.is_transposed:
+            raise StructureError(
+                f"{matrix.structure} of shape {matrix.shape} is given transposed, which is in general no member of the "
+                "family. Give matrix.T, or project matrix.to_dense() on the family."
+            )
         out_features, in_features = matrix.shape
         layer = cls(
             in_features, out_features, bias is not None, structure=matrix.structure, device="meta", dtype=matrix.dtype

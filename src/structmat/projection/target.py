@@ -86,14 +86,25 @@ class Target:
 
     def replace_weight(self, weight: Tensor) -> Target:
         """The same norm and options for another matrix; what was computed from the second moment is kept."""
-        other = replace(self, weight=weight)
+        return self._keeping_norm(replace(self, weight=weight))
+
+    def replace_sweeps(self, sweeps: int) -> Target:
+        """The same problem with another number of sweeps; what was computed from the second moment is kept."""
+        return self._keeping_norm(replace(self, sweeps=sweeps))
+
+    def _keeping_norm(self, other: Target) -> Target:
         for name in ("_eigen", "root", "inverse_root", "_output_eigen", "output_root", "inverse_output_root"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
 
     def unweighted(self) -> Target:
-        return replace(self, second_moment=None, output_moment=None)
+        """The same matrix in the Frobenius norm. Always the same object, so that its decomposition is shared."""
+        if self.second_moment is None and self.output_moment is None:
+            return self
+        if "plain" not in self._derived:
+            self._derived["plain"] = replace(self, second_moment=None, output_moment=None)
+        return self._derived["plain"]
 
     def without_output_moment(self) -> Target:
         """The same target with all outputs weighing the same."""
@@ -180,6 +191,12 @@ class Target:
         if self.output_root is not None:
             difference = self.output_root[:rows, :rows] @ difference
         return float(torch.linalg.norm(difference))
+
+    def squared(self, difference: Tensor) -> float:
+        """``||B^(1/2) difference C^(1/2)||_F^2`` for a difference of the native shape, without taking roots."""
+        image = difference if self.second_moment is None else difference @ self.second_moment
+        image = image if self.output_moment is None else self.output_moment @ image
+        return float((image * difference.conj()).real.sum().clamp(min=0.0))
 
     def norm(self) -> float:
         """The size of the target in its own norm."""

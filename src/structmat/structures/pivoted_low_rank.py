@@ -73,7 +73,7 @@ class PivotedLowRank(Structure):
         rank, rows = whole(self.rank), target.native[0]
         left, right, tail = truncate(target, rank)
         frame, triangle = torch.linalg.qr(left)
-        _, _, pivots = scipy.linalg.qr(frame.mH.numpy(), mode="economic", pivoting=True)
+        _, _, pivots = scipy.linalg.qr(frame.mH.resolve_conj().numpy(), mode="economic", pivoting=True)
         pivots = torch.from_numpy(pivots).to(torch.int64)
         chosen, others = frame[pivots[:rank]], frame[pivots[rank:]]
         tensors = {"basis": chosen @ (triangle @ right), "order": torch.argsort(pivots)}

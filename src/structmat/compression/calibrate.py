@@ -1,0 +1,296 @@
+"""Second moments of the inputs of layers, and of the loss's gradients in their outputs, streamed over batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from structmat.compression.progress import Progress
+from structmat.compression.running import (
+    GIVEN,
+    LABELS,
+    SQUARES,
+    Forward,
+    Loss,
+    call,
+    detached,
+    device_of,
+    evaluating,
+    frozen,
+    outcome,
+    own_loss,
+    sampled_loss,
+    samples_in,
+    to_device,
+)
+from structmat.compression.scan import Site
+from structmat.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 4096
+"""Rows whose products are summed in float32 before they are added up in float64."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What one layer saw.
+
+    Args:
+        second_moment: (in, in) float64, the mean of ``x x^T`` over input rows.
+        gradient_moment: (out, out) float64, the mean of ``g g^T`` over output rows, ``g`` the gradient of the summed
+            loss in the layer's output; None where no gradient arrives.
+        rows: input rows in all.
+        calls: how often the layer was called.
+    """
+
+    second_moment: Tensor
+    gradient_moment: Tensor | None
+    rows: int
+    calls: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was seen of all layers.
+
+    Args:
+        moments: by the sites' names, in the order of their first calls; a layer that was never called is missing.
+        loss: the mean loss of the batches, where there is one.
+        batches: how many were read.
+        samples: first axes of the batches, summed.
+        terms: independent terms of the loss, such as predicted tokens, summed.
+        kind: which loss the gradients are of.
+    """
+
+    moments: Mapping[str, Moments]
+    loss: float | None
+    batches: int
+    samples: int
+    terms: int
+    kind: str
+
+    def rows_per_sample(self, name: str) -> float:
+        """Input rows that a layer sees for one sample; 1 for a layer that was never called."""
+        found = self.moments.get(name)
+        return 1.0 if found is None else found.rows / self.samples
+
+
+def calibrate(
+    model: nn.Module,
+    sites: Sequence[Site],
+    loader: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    gradients: bool = True,
+    seed: int = 0,
+    progress: bool = False,
+) -> Calibration:
+    """Run a model over calibration data and keep second moments.
+
+    The loss whose gradients are kept is the user's if given; otherwise, for logits, the cross-entropy to labels drawn
+    from the model's own softmax, and for any other output the squared error (see :func:`running.sampled_loss`), so that
+    no labels are needed. Memory: the moments (float64) plus one batch with its activations. Time: a forward and a
+    backward pass, and ``in**2 + out**2`` multiply-adds a row for every layer; layers that read the same input share
+    that work.
+
+    Args:
+        model: run in evaluation mode and without gradients for its parameters; both are restored.
+        sites: the layers to watch, from :func:`structmat.compression.scan.scan`.
+        loader: batches: tensors, tuples ``(inputs, labels)``, or dicts of arguments. Read once.
+        forward: ``forward(model, batch)``, if a batch is none of these.
+        loss: ``loss(output, batch)``, a scalar.
+        gradients: False leaves out the backward pass.
+        seed: of the sampled labels.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DataError: no batch came, a batch can't be run, or activations or gradients are NaN or infinite.
+    """
+    watch = _Watch(sites, model)
+    generator = torch.Generator().manual_seed(seed)
+    device = device_of(model)
+    losses: list[float] = []
+    batches = samples = terms = 0
+    kind = SQUARES
+    with evaluating(model), frozen(model), watch, torch.set_grad_enabled(gradients), Progress(progress) as bar:
+        for batch in bar.track(loader, "calibrate"):
+            batch = to_device(batch, device)
+            watch.start()
+            output = call(model, batch, forward)
+            own = own_loss(output, batch, loss)
+            result = outcome(output, batch) if loss is None or own is None else None
+            kind = GIVEN if result is None else LABELS if result.classes else SQUARES
+            count = samples_in(batch) if result is None else result.values.shape[0]
+            if own is not None:
+                losses.append(detached(own) or 0.0)
+            if gradients:
+                # The mean of a user's loss over its terms is undone, so that gradients are those of a sum.
+                objective = own * count if result is None and own is not None else None
+                if result is not None:
+                    objective = sampled_loss(result, generator)
+                if objective is not None and objective.requires_grad:
+                    objective.backward()
+            watch.finish()
+            batches, samples, terms = batches + 1, samples + samples_in(batch), terms + count
+    if batches == 0:
+        raise DataError(
+            "The calibration data is empty: not one batch came. "
+            "Pass at least one batch; a generator that has been read once is empty."
+        )
+    if gradients and not any(record.gradient is not None for record in watch.records.values()):
+        logger.warning("No gradient reached any layer: the model's output does not depend on them differentiably.")
+    mean_loss = sum(losses) / len(losses) if losses else None
+    return Calibration(watch.moments(), mean_loss, batches, samples, terms, kind)
+
+
+@dataclass
+class _Record:
+    inputs: Tensor
+    gradient: Tensor | None = None
+    rows: int = 0
+    calls: int = 0
+
+
+@dataclass
+class _Shared:
+    """The last input seen and its product: query, key and value read the same one."""
+
+    tensor: Tensor | None = None
+    version: int = 0
+    product: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+class _Watch:
+    """Hooks on the sites' modules while a model runs."""
+
+    def __init__(self, sites: Sequence[Site], model: nn.Module) -> None:
+        self.sites = {site.name: site for site in sites}
+        self.modules = {site.name: model.get_submodule(site.name) for site in sites}
+        self.records: dict[str, _Record] = {}
+        self._handles: list[RemovableHandle] = []
+        self._last = _Shared()
+
+    def __enter__(self) -> _Watch:
+        for name, module in self.modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._last = _Shared()
+
+    def start(self) -> None:
+        self._last = _Shared()
+
+    def finish(self) -> None:
+        self._last = _Shared()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+            x = arguments[0]
+            rows = x.numel() // x.shape[-1] if x.numel() else 0
+            record = self.records.get(name)
+            if record is None:
+                size = self.sites[name].shape[1]
+                record = self.records[name] = _Record(torch.zeros(size, size, dtype=torch.float64))
+            record.inputs += self._product(name, x)
+            record.rows += rows
+            record.calls += 1
+            if not torch.is_grad_enabled():
+                return None
+            fresh = not output.requires_grad
+            if fresh:
+                output.requires_grad_()
+            output.register_hook(lambda g: self._gradient(name, g))
+            # What follows may work in place, which a leaf that requires a gradient forbids.
+            return output.clone() if fresh else None
+
+        return hook
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        last = self._last
+        if last.tensor is x and last.version == x._version:
+            return last.product
+        product = _gram(x)
+        _check_finite(product, name, "inputs")
+        self._last = _Shared(x, x._version, product)
+        return product
+
+    def _gradient(self, name: str, gradient: Tensor) -> None:
+        product = _gram(gradient)
+        _check_finite(product, name, "gradients in the outputs")
+        record = self.records[name]
+        record.gradient = product if record.gradient is None else record.gradient.add_(product)
+
+    def moments(self) -> dict[str, Moments]:
+        found: dict[str, Moments] = {}
+        for name, record in self.records.items():
+            if record.rows == 0:
+                continue
+            inputs = record.inputs / record.rows
+            for other in found.values():  # layers that read the same input share one tensor
+                if other.rows == record.rows and torch.equal(other.second_moment, inputs):
+                    inputs = other.second_moment
+                    break
+            gradient = None if record.gradient is None else record.gradient / record.rows
+            found[name] = Moments(inputs, gradient, record.rows, record.calls)
+        return found
+
+
+def _gram(x: Tensor) -> Tensor:
+    """The sum of ``x x^T`` over rows, in float64 on the CPU."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
+    for chunk in rows.split(_CHUNK):
+        wide = chunk if chunk.dtype == torch.float64 else chunk.float()
+        total += (wide.T @ wide).to(device="cpu", dtype=torch.float64)
+    return total
+
+
+def _check_finite(product: Tensor, name: str, what: str) -> None:
+    if not bool(torch.isfinite(product).all()):
+        raise DataError(
+            f"The {what} of {name} are NaN or infinite on the calibration data. "
+            f"Look at the batches and at the layers before it, or run the model in float32."
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- disk
+
+
+def facts(seen: Calibration) -> dict[str, Any]:
+    """What there is besides moments, as JSON values."""
+    return {n: getattr(seen, n) for n in ("loss", "batches", "samples", "terms", "kind")}
+
+
+def to_tensors(seen: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """JSON values and tensors; moments that layers share are kept once."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    layers = []
+    for number, (name, moments) in enumerate(seen.moments.items()):
+        shared = names.setdefault(id(moments.second_moment), f"second.{number}")
+        tensors[shared] = moments.second_moment
+        if moments.gradient_moment is not None:
+            tensors[f"gradient.{number}"] = moments.gradient_moment
+        layers.append({"name": name, "second": shared, "rows": moments.rows, "calls": moments.calls})
+    return {**facts(seen), "layers": layers}, tensors
+
+
+def from_tensors(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
+    """Read what :func:`to_tensors` made."""
+    moments = {
+        layer["name"]: Moments(tensors[layer["second"]], tensors.get(f"gradient.{i}"), layer["rows"], layer["calls"])
+        for i, layer in enumerate(data["layers"])
+    }
+    known = {n: data[n] for n in ("loss", "batches", "samples", "terms", "kind")}
+    return Calibration(moments, **known)

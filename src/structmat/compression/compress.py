@@ -1,0 +1,470 @@
+"""The whole way: a trained model and a budget in, a smaller model, its plan and an honest report out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch import nn
+
+from structmat.compression import budget as budgets
+from structmat.compression.allocate import Allocation, allocate
+from structmat.compression.budget import Budget, Latency
+from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
+from structmat.compression.plan import Plan
+from structmat.compression.replace import Replaced, replace_layers
+from structmat.compression.report import LayerReport, Report, Timing, Totals, environment
+from structmat.compression.running import Forward, Loss, check_loader
+from structmat.compression.scan import Scan, Site, Skipped, is_meta, matching, scan
+from structmat.compression.score import Measurement, score
+from structmat.compression.screen import Choice, Screening, candidate_to_json, screen
+from structmat.compression.timing import model_milliseconds
+from structmat.compression.workfolder import WorkFolder, digest, fingerprint
+from structmat.errors import BudgetError, DataError, ModelError, StructureError
+from structmat.nn.linear import StructuredLinear
+from structmat.projection.project import DEFAULT_SWEEPS
+from structmat.structure import Structure, resolve
+from structmat.structure import to_json as structure_to_json
+from structmat.structures.dense import Dense
+
+if TYPE_CHECKING:
+    from structmat.compression.recover import Distill
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
+"""A user's measure of quality: a number, or several by name."""
+
+BATCHES = (1, 8, 32)
+"""Numbers of samples at which the report states times."""
+
+
+@dataclass(frozen=True)
+class Result(Generic[Model]):
+    """What :func:`compress` returns: the smaller model, the plan that made it, and the report."""
+
+    model: Model
+    plan: Plan
+    report: Report
+
+
+def compress(model: Model, *, budget: Budget, **options: Any) -> Result[Model]:
+    """:func:`compress_` on a copy: the model that is given is not modified."""
+    return compress_(copy.deepcopy(model), budget=budget, **options)
+
+
+def compress_(
+    model: Model,
+    *,
+    budget: Budget,
+    calibration: Iterable[Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, Structure] | None = None,
+    structures: Sequence[Choice] | None = None,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    recover: Distill | None = None,
+    evaluate: Evaluate | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    floor: float = 0.0,
+    measure: bool = True,
+    sequential: bool = False,
+    sweeps: int = DEFAULT_SWEEPS,
+    progress: bool = False,
+) -> Result[Model]:
+    """Compress a trained model in place, choosing a structure for each linear layer under one global budget.
+
+    The steps, each callable alone: scan, calibrate, screen, score, allocate, replace, recover, evaluate, report.
+
+    Args:
+        model: any module with ``nn.Linear`` layers (or transformers' ``Conv1D``).
+        budget: :class:`Parameters`, :class:`Flops` or :class:`Latency` of all compressible layers together.
+        calibration: batches of data that can be read again and again: tensors, tuples ``(inputs, labels)`` or dicts.
+            Without it only the weights count, and errors are those of the weights.
+        include, exclude: glob patterns on names of layers; an exact name in ``include`` also asks for a layer that
+            would be kept, see :func:`scan`.
+        overrides: glob pattern to the structure that the matching layers get; later patterns win. Their cost is part of
+            the budget. ``Dense()`` keeps layers.
+        structures: families (names or classes) and single structures to choose from; None for all.
+        forward: ``forward(model, batch)`` returns the output, if a batch is none of the usual.
+        loss: ``loss(output, batch)`` returns a scalar; without it the effect on the output itself counts.
+        recover: how to train afterwards, from the original; None for not at all.
+        evaluate: ``evaluate(model)`` returns the quality, a number or several by name.
+        seed: of every random choice.
+        folder: where finished work is kept. If the work is interrupted, the same call goes on from there, with the same
+            result. Also gets ``plan.json`` and ``report.json``.
+        floor: no layer goes below this share of its dense cost.
+        measure: measure the effect of single layers, to correct the predictions (needs calibration data).
+        sequential: refit each layer on the inputs that it sees behind the compressed layers before it.
+        sweeps: that the final fits may spend.
+        progress: show progress on stderr.
+
+    Raises:
+        BudgetError: the budget can't be met; the message names the smallest feasible one.
+        DataError: weights, activations or gradients are NaN or infinite, or there is no calibration data in the loader.
+        ModelError: there is nothing to compress, or a pattern matches nothing.
+    """
+    _check(model, budget, calibration, overrides, floor)
+    clock = _Clock()
+    work = WorkFolder(folder)
+    overrides = overrides or {}
+    with clock("scan"):
+        asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
+        found = scan(model, include, exclude, [p for p in asked if _is_exact(p)])
+        fixed = _fixed(found, overrides, model)
+        base = digest(fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
+    original = copy.deepcopy(model) if recover is not None else None
+    with clock("evaluate"):
+        quality = {"before": _quality(evaluate, model, work, "before", base)} if evaluate else {}
+    with clock("calibrate"):
+        seen = _calibrated(model, found, calibration, forward, loss, seed, work, base, progress)
+        sites, skipped = _called(found, seen)
+        key = digest(base, seen is not None)
+    with clock("screen"):
+        screening = screen(
+            model,
+            sites,
+            budget,
+            calibration=seen,
+            structures=structures,
+            overrides=fixed,
+            seed=seed,
+            folder=work,
+            key=key,
+            progress=progress,
+        )
+    measured: Mapping[str, tuple[Measurement, ...]] = {}
+    if seen is not None and measure:
+        assert calibration is not None
+        with clock("score"):
+            screening, measured = score(
+                model,
+                sites,
+                screening,
+                seen,
+                calibration,
+                forward=forward,
+                loss=loss,
+                seed=seed,
+                folder=work,
+                key=key,
+                progress=progress,
+            )
+    with clock("allocate"):
+        allocation = allocate(screening, budget, fixed=fixed, floor=floor)
+        plan = Plan(
+            {name: candidate.structure for name, candidate in allocation.chosen.items()},
+            {site.name: site.shape for site in sites},
+            budget,
+            seed,
+        )
+        if folder is not None:
+            plan.write(Path(folder) / "plan.json")
+    timer = _Timer(model, calibration, forward, seen)
+    with clock("time"):
+        before = timer.model_times(model)
+    parameters_before = _stored(model)
+    with clock("replace"):
+        replaced = replace_layers(
+            model,
+            plan,
+            calibration=seen,
+            sequential=sequential and seen is not None,
+            loader=calibration,
+            forward=forward,
+            sweeps=sweeps,
+            seed=seed,
+            folder=work,
+            key=key,
+            progress=progress,
+        )
+    if evaluate:
+        with clock("evaluate"):
+            quality["after"] = _quality(evaluate, model, work, "after", digest(key, plan.to_json(), sequential, sweeps))
+    recovery = None
+    if original is not None:
+        assert recover is not None
+        with clock("recover"):
+            recovery = _recovered(model, original, calibration, recover, forward, loss, seed, folder, progress)
+        if evaluate:
+            with clock("evaluate"):
+                quality["recovered"] = _numbers(evaluate(model))
+    with clock("time"):
+        timings = timer.compare(before, model, plan)
+    report = Report(
+        model=type(model).__name__,
+        budget={
+            **budgets.to_json(budget),
+            "unit": budget.unit,
+            "limit": allocation.limit,
+            "spent": allocation.cost,
+            "dense": allocation.dense_cost,
+        },
+        parameters=Totals(
+            sum(s.shape[0] * s.shape[1] for s in sites),
+            sum(c.parameters for c in allocation.chosen.values()),
+        ),
+        model_parameters=Totals(parameters_before, _stored(model)),
+        flops=_total_flops(sites, allocation, seen),
+        quality=quality,
+        timings=timings,
+        layers=tuple(_layer_report(site, allocation, screening, measured, replaced, fixed, timer) for site in sites),
+        skipped=tuple(dataclasses.asdict(s) for s in skipped),
+        predicted_loss=allocation.loss,
+        loss_bound=allocation.bound,
+        exact=allocation.exact,
+        calibration=None if seen is None else facts(seen),
+        recovery=recovery,
+        seconds=clock.seconds,
+        environment=environment(),
+        seed=seed,
+    )
+    if folder is not None:
+        report.write(Path(folder) / "report.json")
+    return Result(model, plan, report)
+
+
+# ---------------------------------------------------------------------------------------------------------- steps
+
+
+def _check(
+    model: nn.Module,
+    budget: Budget,
+    calibration: Iterable[Any] | None,
+    overrides: Mapping[str, Structure] | None,
+    floor: float,
+) -> None:
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"A budget is Parameters(0.4), Flops(0.4) or Latency(0.5); got {budget!r}.")
+    if is_meta(model):
+        raise ModelError("The model is on the meta device: its weights have no values. Load them first.")
+    if calibration is not None:
+        check_loader(calibration)
+    for pattern, structure in (overrides or {}).items():
+        if not isinstance(structure, Structure):
+            raise StructureError(f"overrides[{pattern!r}] is a structure such as LowRank(rank=64); got {structure!r}.")
+    if not 0.0 <= floor < 1.0:
+        raise BudgetError(f"floor={floor!r} is a share of each layer's dense cost, at least 0 and below 1.")
+
+
+def _is_exact(pattern: str) -> bool:
+    return not any(c in pattern for c in "*?[")
+
+
+def _fixed(found: Scan, overrides: Mapping[str, Structure], model: nn.Module) -> dict[str, Structure]:
+    """The structures of overridden sites, resolved."""
+    fixed: dict[str, Structure] = {}
+    shapes = {site.name: site.shape for site in found.sites}
+    for pattern, structure in overrides.items():
+        names = matching(pattern, found.sites)
+        if not names and not isinstance(structure, Dense):
+            raise ModelError(
+                f"The pattern {pattern!r} in overrides matches none of the {len(found.sites)} layers that are "
+                f"compressed, such as {found.sites[0].name}. Name a kept layer exactly, without wildcards."
+            )
+        fixed |= {name: resolve(structure, shapes[name]) for name in names}
+    return fixed
+
+
+def _calibrated(
+    model: nn.Module,
+    found: Scan,
+    loader: Iterable[Any] | None,
+    forward: Forward | None,
+    loss: Loss | None,
+    seed: int,
+    work: WorkFolder,
+    base: str,
+    progress: bool,
+) -> Calibration | None:
+    if loader is None:
+        return None
+    key = digest(base, forward is not None, loss is not None)
+    kept = work.load("calibration", key)
+    if kept is not None:
+        return from_tensors(*kept)
+    seen = calibrate(model, found.sites, loader, forward=forward, loss=loss, seed=seed, progress=progress)
+    work.store("calibration", key, *to_tensors(seen))
+    return seen
+
+
+def _called(found: Scan, seen: Calibration | None) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
+    """The sites that take part: those that calibration saw."""
+    if seen is None:
+        return found.sites, found.skipped
+    sites = tuple(site for site in found.sites if site.name in seen.moments)
+    idle = tuple(
+        Skipped(site.name, site.kind, site.shape, site.shape[0] * site.shape[1], "never called on calibration data")
+        for site in found.sites
+        if site.name not in seen.moments
+    )
+    if not sites:
+        raise ModelError(
+            f"None of the {len(found.sites)} linear layers was called on the calibration data. "
+            f"Pass forward=... that runs the part of the model which holds them."
+        )
+    return sites, found.skipped + idle
+
+
+def _recovered(
+    model: nn.Module,
+    original: nn.Module,
+    data: Iterable[Any] | None,
+    settings: Distill,
+    forward: Forward | None,
+    loss: Loss | None,
+    seed: int,
+    folder: str | os.PathLike[str] | None,
+    progress: bool,
+) -> dict[str, Any]:
+    from structmat.compression.recover import recover
+
+    if data is None and settings.data is None:
+        raise DataError("Recovery needs data. Pass calibration=..., or Distill(data=...).")
+    where = None if folder is None else Path(folder) / "recovery"
+    outcome = recover(
+        model, original, data or (), settings, forward=forward, loss=loss, seed=seed, folder=where, show=progress
+    )
+    return dataclasses.asdict(outcome)
+
+
+def _quality(evaluate: Evaluate, model: nn.Module, work: WorkFolder, moment: str, key: str) -> dict[str, float]:
+    """The quality, or what was kept of it: evaluations can take long."""
+    key = digest(key, getattr(evaluate, "__qualname__", ""))
+    kept = work.load(f"quality-{moment}", key)
+    if kept is not None:
+        return dict(kept[0])
+    found = _numbers(evaluate(model))
+    work.store(f"quality-{moment}", key, found)
+    return found
+
+
+def _numbers(value: float | Mapping[str, float]) -> dict[str, float]:
+    named: Mapping[str, Any] = value if isinstance(value, Mapping) else {"quality": value}
+    found = {}
+    for name, number in named.items():
+        try:
+            found[str(name)] = float(number)
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(f"evaluate(model) returns a number or a dict of numbers; {name} is {number!r}.") from None
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+class _Clock:
+    """Seconds of each step; a step that comes twice adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+            logger.info("%s: %.1f s so far", step, self.seconds[step])
+
+
+class _Timer:
+    """Times of layers and of the whole model at several batch sizes."""
+
+    def __init__(
+        self, model: nn.Module, loader: Iterable[Any] | None, forward: Forward | None, seen: Calibration | None
+    ) -> None:
+        self.batch = next(iter(loader)) if loader is not None else None
+        self.forward, self.seen = forward, seen
+
+    def model_times(self, model: nn.Module) -> dict[int, float]:
+        """Milliseconds of the whole model by batch size, as far as the first batch of the data reaches."""
+        if self.batch is None:
+            return {}
+        return model_milliseconds(model, self.batch, BATCHES, forward=self.forward)
+
+    def layer(self, structure: Structure, site_name: str, shape: tuple[int, int], batch: int) -> float:
+        rows = 1.0 if self.seen is None else self.seen.rows_per_sample(site_name)
+        return Latency(0.5, batch).cost(structure, shape, rows)
+
+    def compare(self, before: Mapping[int, float], model: nn.Module, plan: Plan) -> tuple[Timing, ...]:
+        after = self.model_times(model)
+        timings = []
+        for batch in before or BATCHES[:1]:
+            dense = sum(self.layer(Dense(), n, s, batch) for n, s in plan.shapes.items())
+            now = sum(self.layer(plan.layers[n], n, s, batch) for n, s in plan.shapes.items())
+            timings.append(Timing(batch, dense / 1e3, now / 1e3, before.get(batch), after.get(batch)))
+        return tuple(timings)
+
+
+def _layer_report(
+    site: Site,
+    allocation: Allocation,
+    screening: Screening,
+    measured: Mapping[str, tuple[Measurement, ...]],
+    replaced: Sequence[Replaced],
+    fixed: Mapping[str, Structure],
+    timer: _Timer,
+) -> LayerReport:
+    layer, chosen = screening[site.name], allocation.chosen[site.name]
+    final = next((r for r in replaced if r.name == site.name), None)
+    dense = layer.keep
+    now = timer.layer(chosen.structure, site.name, site.shape, 1)
+    then = timer.layer(Dense(), site.name, site.shape, 1)
+    return LayerReport(
+        name=site.name,
+        shape=site.shape,
+        kind=site.kind,
+        structure=str(chosen.structure),
+        structure_json=structure_to_json(chosen.structure),
+        reason="by override" if site.name in fixed else "chosen",
+        parameters=chosen.parameters,
+        dense_parameters=dense.parameters,
+        flops=chosen.flops,
+        dense_flops=dense.flops,
+        error=final.error if final else 0.0,
+        lower_bound=final.lower_bound if final else 0.0,
+        certificate=final.certificate if final else "optimal",
+        method=final.method if final else "kept",
+        norm=final.norm if final else layer.norm,
+        predicted_loss=chosen.loss,
+        microseconds=now,
+        dense_microseconds=then,
+        slower=now > then,
+        candidates=tuple(candidate_to_json(c) for c in layer.candidates),
+        measured=tuple(
+            {"structure": str(m.structure), "predicted": m.predicted, "measured": m.measured}
+            for m in measured.get(site.name, ())
+        ),
+        refused=layer.refused,
+    )
+
+
+def _total_flops(sites: Sequence[Site], allocation: Allocation, seen: Calibration | None) -> Totals:
+    def total(dense: bool) -> float:
+        return sum(
+            budgets.flops(Dense() if dense else allocation.chosen[s.name].structure, s.shape)
+            * (1.0 if seen is None else seen.rows_per_sample(s.name))
+            for s in sites
+        )
+
+    return Totals(total(True), total(False))
+
+
+def _stored(model: nn.Module) -> int:
+    """Stored numbers of a whole model: parameters, and the indices of structured layers."""
+    size = sum(p.numel() for p in model.parameters())
+    structured = {id(m): m for m in model.modules() if isinstance(m, StructuredLinear)}
+    return size + sum(b.numel() for m in structured.values() for b in m.buffers())

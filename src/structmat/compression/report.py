@@ -1,0 +1,159 @@
+"""Everything that a compression found, as plain values."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structmat.compression.workfolder import write_json
+
+VERSION = 1
+"""Of the report's format."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A figure before and after compression; of the compressible layers, or of the whole model."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one run before and after, for a number of samples at once.
+
+    ``layers`` are sums of medians of single layers; ``model`` are runs of the whole model, where data was given.
+    """
+
+    batch: int
+    layers_before: float
+    layers_after: float
+    model_before: float | None = None
+    model_after: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressible layer.
+
+    Args:
+        name, shape, kind: of the layer.
+        structure: chosen, as text, and as JSON in ``structure_json``; "Dense()" is kept.
+        reason: why it is kept, if it is: ``"chosen"`` by allocation, or why it could not take part.
+        parameters, flops: of the chosen structure; ``dense_parameters`` and ``dense_flops`` of the layer before.
+        error, lower_bound, certificate, method, norm: of the final fit.
+        predicted_loss: of the chosen candidate.
+        microseconds, dense_microseconds: medians on this machine at the first batch size; ``slower`` compares them.
+        candidates: all of them: structure, parameters, flops, error, loss, cost, and so on.
+        measured: effects of replacing this layer alone: structure, predicted, measured.
+        refused: how many candidates were refused, by reason.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kind: str
+    structure: str
+    structure_json: Mapping[str, Any]
+    reason: str
+    parameters: int
+    dense_parameters: int
+    flops: int
+    dense_flops: int
+    error: float
+    lower_bound: float
+    certificate: str
+    method: str
+    norm: str
+    predicted_loss: float
+    microseconds: float
+    dense_microseconds: float
+    slower: bool
+    candidates: tuple[Mapping[str, Any], ...]
+    measured: tuple[Mapping[str, Any], ...]
+    refused: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of :func:`structmat.compress`, every figure of it.
+
+    Args:
+        model: the class of the model.
+        budget: as JSON, with ``unit``, ``limit``, ``spent`` and ``dense`` in that unit.
+        parameters: stored numbers of the compressible weights; ``model_parameters`` of the whole model.
+        flops: of the compressible layers for one sample.
+        quality: what ``evaluate`` returned, by moment: ``before``, ``after``, and ``recovered`` if there was recovery.
+        timings: milliseconds at several batch sizes.
+        layers: the compressible layers.
+        skipped: layers that are kept: name, kind, shape, parameters, reason.
+        predicted_loss: the sum over layers; ``loss_bound`` is what no choice within the budget is below, and
+            ``exact`` says whether the solver proved the choice optimal.
+        calibration: batches, samples, terms, kind of loss, mean loss; None without data.
+        recovery: what the recovery reported, or None.
+        seconds: of each step.
+        environment: versions, processor, threads.
+        seed: of every random choice.
+        version: of this format.
+    """
+
+    model: str
+    budget: Mapping[str, Any]
+    parameters: Totals
+    model_parameters: Totals
+    flops: Totals
+    quality: Mapping[str, Mapping[str, float]]
+    timings: tuple[Timing, ...]
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[Mapping[str, Any], ...]
+    predicted_loss: float
+    loss_bound: float
+    exact: bool
+    calibration: Mapping[str, Any] | None
+    recovery: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    environment: Mapping[str, Any]
+    seed: int
+    version: int = VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the format's version first."""
+        data = asdict(self)
+        return {"structmat_report": data.pop("version"), **data}
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write ``report.json``; the file appears whole or not at all."""
+        write_json(path, self.to_json())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine: figures without them mean little."""
+    from structmat import __version__
+
+    return {
+        "structmat": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@cache
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,319 @@
+"""Which layers of a model can be compressed, and why the others are kept."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+import textwrap
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from structmat.errors import ModelError
+from structmat.nn.linear import StructuredLinear
+from structmat.structure import Shape
+
+LARGE_SHARE = 0.01
+"""A layer of another type is reported from this share of the model's parameters on."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that can be compressed.
+
+    Args:
+        name: of the module in the model, as in ``model.get_submodule(name)``.
+        kind: ``"Linear"``, or ``"Conv1D"`` for that of transformers, whose weight is stored transposed.
+        shape: ``(out_features, in_features)``, whatever the storage.
+        bias: whether it has one.
+        dtype: of the weight, such as ``"float32"``.
+        aliases: other names of the same module.
+    """
+
+    name: str
+    kind: str
+    shape: Shape
+    bias: bool
+    dtype: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that is kept as it is, with the reason."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a model consists of. ``sites`` in the order of ``model.named_modules()``."""
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...]
+    total_parameters: int
+
+    @property
+    def compressible_parameters(self) -> int:
+        """Numbers in the weights of the sites, biases not counted."""
+        return sum(site.shape[0] * site.shape[1] for site in self.sites)
+
+
+def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), asked: Sequence[str] = ()) -> Scan:
+    """Find the layers to compress: ``nn.Linear``, and ``Conv1D`` of transformers.
+
+    Kept unless asked for are layers that are more than a linear map with a weight of their own: weights that are shared
+    or tied, output heads, weights that another module reads, and layers with hooks or parametrizations. A layer is
+    asked for by its exact name (without wildcards) in ``include`` or by a match in ``asked``.
+
+    Args:
+        model: any module; it may be on the meta device.
+        include: glob patterns on names; empty means all. Exact names also ask for layers that would be kept.
+        exclude: glob patterns of layers to keep; it wins over ``include``.
+        asked: further glob patterns of layers to compress even if they would be kept.
+
+    Raises:
+        ModelError: a pattern matches no layer, a layer that was asked for can't be replaced at all, or nothing is
+            left to compress.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        owner = first.setdefault(id(module), name)
+        aliases.setdefault(owner, [])
+        if owner != name:
+            aliases[owner].append(name)
+    layers = {name: modules[name] for name in aliases if kind_of(modules[name]) is not None}
+    _check_patterns(layers, aliases, include, exclude, asked)
+    owners = _weight_owners(modules)
+    heads = _heads(model)
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    for name, module in layers.items():
+        names = (name, *aliases[name])
+        wanted = any(n in include for n in names) or _matches(names, asked)
+        reason = None
+        if _matches(names, exclude):
+            reason = "excluded by name"
+        elif include and not _matches(names, include) and not wanted:
+            reason = "not among the included names"
+        else:
+            forbidden = _forbidden(name, module, modules)
+            if forbidden and wanted:
+                raise ModelError(f"{name} was asked for but can't be replaced: {forbidden}. Leave it out.")
+            reason = forbidden or (None if wanted else _doubt(name, names, module, modules, owners, heads))
+        weight = cast(Tensor, module.weight)
+        if reason is None:
+            kind = cast(str, kind_of(module))
+            shape = (weight.shape[0], weight.shape[1]) if kind == "Linear" else (weight.shape[1], weight.shape[0])
+            dtype = str(weight.dtype).removeprefix("torch.")
+            sites.append(Site(name, kind, shape, module.bias is not None, dtype, tuple(aliases[name])))
+        else:
+            shape_ = () if is_lazy(weight) else tuple(weight.shape)
+            skipped.append(Skipped(name, type(module).__name__, shape_, _own_parameters(module), reason))
+    total = sum(_numel(p) for p in model.parameters())
+    skipped += _others({n: modules[n] for n in aliases if n not in layers}, total)
+    if not sites:
+        kept = "; ".join(f"{s.name or 'the model itself'} ({s.kind}): {s.reason}" for s in skipped[:3])
+        raise ModelError(
+            f"{type(model).__name__} has no layer that can be compressed: {kept or 'it holds no layer with a weight'}. "
+            f"Ask for a kept layer by its exact name in include, or pass a model with nn.Linear layers."
+        )
+    return Scan(tuple(sites), tuple(skipped), total)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """``"Linear"``, ``"Conv1D"`` or None; subclasses of ``nn.Linear`` are recognised, and judged later."""
+    if isinstance(module, nn.Linear):
+        return "Linear"
+    origin = type(module)
+    if origin.__name__ == "Conv1D" and origin.__module__.startswith("transformers."):
+        return "Conv1D"
+    return None
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a site's module as (out_features, in_features)."""
+    weight = cast(Tensor, module.weight)
+    return weight.T if kind_of(module) == "Conv1D" else weight
+
+
+def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds ``name``, and the attribute's name."""
+    parent, _, child = name.rpartition(".")
+    return model.get_submodule(parent), child
+
+
+# ------------------------------------------------------------------------------------------------------- reasons
+
+
+def _forbidden(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """Why a layer can't be replaced even if asked for, or None."""
+    if is_lazy(cast(Tensor, module.weight)):
+        return "its weight has no shape yet; run the model once"
+    parent = modules.get(name.rpartition(".")[0])
+    if name and isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    if not name:
+        return "it is the model itself; wrap it in nn.Sequential"
+    if not cast(Tensor, module.weight).is_floating_point():
+        return f"its weight has dtype {module.weight.dtype}, which is not real floating point"
+    return None
+
+
+def _doubt(
+    name: str,
+    names: tuple[str, ...],
+    module: nn.Module,
+    modules: dict[str, nn.Module],
+    owners: dict[int, list[str]],
+    heads: set[int],
+) -> str | None:
+    """Why a layer is kept unless asked for, or None."""
+    if len(names) > 1:
+        return f"the module is shared, its other names are {', '.join(names[1:])}"
+    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
+        return "its weight is computed by a parametrization"
+    others = [o for o in owners.get(id(module.weight), []) if o != f"{name}.weight"]
+    if others:
+        return f"its weight is shared with {', '.join(others)}"
+    if id(module) in heads:
+        return "it is the output head"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "it is of a class that marks weights which the parent reads"
+    if kind_of(module) == "Linear" and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it has hooks, which a replacement would lose"
+    parent_name, _, child = name.rpartition(".")
+    parent = modules[parent_name]
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads its weight in the fast path of evaluation"
+    if child in _weights_read_by(cast(Hashable, type(parent))):
+        return f"{type(parent).__name__} reads its weight"
+    return None
+
+
+@cache
+def _weights_read_by(parent: Hashable) -> frozenset[str]:
+    """Names ``child`` for which the source of a class reads ``self.child.weight`` outside of initialisation."""
+    found: set[str] = set()
+    for name, method in inspect.getmembers(parent, inspect.isfunction):
+        if name.startswith("__") or "init" in name or name in ("reset_parameters", "extra_repr"):
+            continue
+        if (getattr(method, "__module__", None) or "").startswith("torch.nn.modules.module"):
+            continue
+        try:
+            source = textwrap.dedent(inspect.getsource(method))
+        except (OSError, TypeError):
+            continue  # a class without source: what it reads shows in calibration, where such layers are never called
+        found.update(re.findall(r"\bself\.(\w+)\.weight\b", source))
+    return frozenset(found)
+
+
+def _weight_owners(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
+    """All full names of every parameter, by identity; shared storage counts as shared."""
+    owners: dict[int, list[str]] = {}
+    by_storage: dict[tuple[int, int], list[int]] = {}
+    for name, module in modules.items():
+        for key, parameter in module._parameters.items():
+            if parameter is None or is_lazy(parameter):
+                continue
+            owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+            if parameter.device.type != "meta" and parameter.numel():
+                where = (parameter.untyped_storage().data_ptr(), int(parameter.storage_offset()))
+                by_storage.setdefault(where, []).append(id(parameter))
+    for identities in by_storage.values():
+        together = list(dict.fromkeys(n for i in dict.fromkeys(identities) for n in owners[i]))
+        for identity in set(identities):
+            owners[identity] = together
+    return owners
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """Output heads, where the model (of transformers) says which they are."""
+    found: set[int] = set()
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if isinstance(head, nn.Module):
+            found.add(id(head))
+    return found
+
+
+def _others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
+    """Layers of other types that hold parameters of their own: embeddings, and whatever is large."""
+    for name, module in modules.items():
+        size = _own_parameters(module)
+        if not size or isinstance(module, parametrize.ParametrizationList):
+            continue
+        kind = type(module).__name__
+        largest = max(module.parameters(recurse=False), key=_numel, default=torch.empty(0))
+        shape = () if is_lazy(largest) else tuple(largest.shape)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            yield Skipped(name, kind, shape, size, "an embedding: rows of a table, not a linear map")
+        elif isinstance(module, StructuredLinear):
+            yield Skipped(name, kind, shape, size, f"already structured: {module.structure}")
+        elif len(shape) >= 2 and size >= LARGE_SHARE * total:
+            yield Skipped(name, kind, shape, size, f"layers of type {kind} are not known to compress")
+
+
+def _own_parameters(module: nn.Module) -> int:
+    size = sum(_numel(p) for p in module.parameters(recurse=False))
+    if parametrize.is_parametrized(module):
+        size += sum(_numel(p) for p in cast(nn.Module, module.parametrizations).parameters())
+    return size
+
+
+def _numel(parameter: Tensor) -> int:
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
+# ------------------------------------------------------------------------------------------------------- patterns
+
+
+def matching(pattern: str, sites: Sequence[Site]) -> list[str]:
+    """Names of the sites that a glob pattern matches, by any of their names."""
+    return [site.name for site in sites if _matches((site.name, *site.aliases), (pattern,))]
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _check_patterns(
+    layers: dict[str, nn.Module],
+    aliases: dict[str, list[str]],
+    include: Sequence[str],
+    exclude: Sequence[str],
+    asked: Sequence[str],
+) -> None:
+    names = [n for layer in layers for n in (layer, *aliases[layer])]
+    for option, patterns in (("include", include), ("exclude", exclude), ("overrides", asked)):
+        if isinstance(patterns, str):
+            raise ModelError(f"{option}={patterns!r} is one string. Use a tuple of patterns: {option}=({patterns!r},).")
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+                raise ModelError(
+                    f"The pattern {pattern!r} in {option} matches none of the {len(names)} linear layers. "
+                    f"Their names are {shown or 'none'}."
+                )
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether any parameter has no values."""
+    return any(p.device == torch.device("meta") for p in model.parameters())

@@ -1,0 +1,142 @@
+"""Fitting a sum of structures: each part in turn takes what the others leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from structmat.matrix import StructuredMatrix
+from structmat.program import Chain, Program, Stage
+from structmat.program import Sparse as SparseStage
+from structmat.projection.low_rank import balance, truncate
+from structmat.projection.project import fit
+from structmat.projection.sparse import entries, improve
+from structmat.projection.target import Target
+from structmat.structure import Structure, whole
+from structmat.structures.low_rank import LowRank
+from structmat.structures.sparse import Sparse
+
+_INNER_SWEEPS = 4
+"""Sweeps that a part without a closed form may spend each time that it is fitted again."""
+
+_SUBSPACE_STEPS = 4
+"""Steps of subspace iteration in place of the decomposition of a residual."""
+
+_PATIENCE = 1e-5
+"""The descent ends when a sweep lowers the squared error by less than this share."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One part of a sum: its tensors and its dense matrix."""
+
+    tensors: Mapping[str, Tensor]
+    dense: Tensor
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Members of all parts, and the squared error of their sum in the target's norm."""
+
+    members: tuple[Member, ...]
+    squared: float
+
+
+def fit_sum(parts: Sequence[Structure], target: Target) -> tuple[Member, ...]:
+    """Members of resolved ``parts`` whose sum is near the target, by alternating projections of the residual.
+
+    One start for each part: that part is fitted first, alone, the others in their order to what is left. Hence no
+    worse than the best single part. Then every sweep fits each part again to the target minus the others and keeps it
+    if the error does not rise: monotone, in the target's own norm. For low rank and sparse parts this is the scheme of
+    GoDec (Zhou and Tao 2011), with one step of subspace iteration in place of each singular value decomposition.
+    All starts spend a quarter of ``target.sweeps``; the best one goes on. With 0 sweeps only the starts are made.
+    """
+    trials = [_start(parts, target, first) for first in range(len(parts))]
+    if target.sweeps and len(parts) > 1:
+        quick = max(1, target.sweeps // 4)
+        trials = [_descend(parts, target, trial, quick) for trial in trials]
+        best = min(trials, key=lambda trial: trial.squared)
+        trials = [_descend(parts, target, best, target.sweeps - quick)]
+    return min(trials, key=lambda trial: trial.squared).members
+
+
+def rank_bound(program: Program) -> int:
+    """No matrix of this program has a larger rank."""
+    if isinstance(program, Stage):
+        most = min(program.in_features, program.out_features)
+        return min(most, program.capacity) if isinstance(program, SparseStage) else most
+    if isinstance(program, Chain):
+        return min(rank_bound(step) for step in program.steps)
+    return min(program.in_features, program.out_features, sum(rank_bound(part) for part in program.parts))
+
+
+def _start(parts: Sequence[Structure], target: Target, first: int) -> _Trial:
+    found = {first: _fit(parts[first], target)}
+    left = target.weight - found[first].dense
+    for index, part in enumerate(parts):
+        if index != first:
+            found[index] = _fit_rest(part, target, target.replace_weight(left))
+            left = left - found[index].dense
+    return _Trial(tuple(found[i] for i in range(len(parts))), target.squared(left))
+
+
+def _descend(parts: Sequence[Structure], target: Target, trial: _Trial, sweeps: int) -> _Trial:
+    members, squared = list(trial.members), trial.squared
+    norm = target.replace_sweeps(min(target.sweeps, _INNER_SWEEPS))
+    left = target.weight - sum(member.dense for member in members)
+    for _ in range(sweeps):
+        before = squared
+        for index, part in enumerate(parts):
+            wanted = left + members[index].dense
+            other = _again(part, norm.replace_weight(wanted), members[index])
+            error = target.squared(wanted - other.dense)
+            if error <= squared:
+                members[index], left, squared = other, wanted - other.dense, error
+        if before - squared <= _PATIENCE * before:
+            break
+    return _Trial(tuple(members), squared)
+
+
+def _fit(part: Structure, target: Target) -> Member:
+    tensors = fit(part, target).tensors
+    return Member(tensors, StructuredMatrix(part, target.shape, tensors).to_dense())
+
+
+def _fit_rest(part: Structure, target: Target, rest: Target) -> Member:
+    """A member for what other parts have left of a target whose decomposition is known already."""
+    if not isinstance(part, LowRank):
+        return _fit(part, rest)
+    left, right, _ = truncate(target, whole(part.rank))
+    member = Member({"left": left, "right": right}, left @ right)
+    for _ in range(_SUBSPACE_STEPS):
+        member = _low_rank_step(rest, member)
+    return member
+
+
+def _again(part: Structure, target: Target, current: Member) -> Member:
+    """A better member for a target that has moved a little: a cheap step where the family offers one."""
+    if isinstance(part, LowRank):
+        return _low_rank_step(target, current)
+    if isinstance(part, Sparse) and target.second_moment is not None:
+        support = torch.zeros(target.native, dtype=torch.bool)
+        support[current.tensors["rows"], current.tensors["columns"]] = True
+        dense, mask = improve(target, current.dense, support)
+        return Member(entries(dense, mask), dense)
+    return _fit(part, target)
+
+
+def _low_rank_step(target: Target, current: Member) -> Member:
+    """One step of subspace iteration from the current row space.
+
+    The columns of ``W C right^H`` span the best left factor for the present right one; for an orthonormal basis ``Q``
+    of them the best right factor is ``Q^H W``, in every norm of this kind. So the error does not rise.
+    """
+    right = current.tensors["right"]
+    rows = right if target.second_moment is None else right @ target.second_moment
+    basis = torch.linalg.qr(target.weight @ rows.mH).Q
+    reached = basis.mH @ target.weight
+    left, right = balance(basis, reached)
+    return Member({"left": left, "right": right}, basis @ reached)

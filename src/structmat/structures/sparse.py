@@ -1,0 +1,138 @@
+"""Sparse matrices with a fixed number of nonzeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from structmat.errors import ShapeError, StructureError
+from structmat.program import Program
+from structmat.program import Sparse as SparseStage
+from structmat.projection.sparse import entries, lower_bound, sparsify
+from structmat.projection.target import Certificate, Fit, Target
+from structmat.structure import (
+    DENSE_GAIN,
+    Normal,
+    ParameterSpec,
+    Shape,
+    Structure,
+    check_count,
+    check_size,
+    largest_fitting,
+    whole,
+)
+
+
+@dataclass(frozen=True)
+class _EvenRows:
+    """Row indices in order, all rows holding equally many entries up to one."""
+
+    height: int
+
+    def draw(
+        self, shape: tuple[int, ...], *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return _even_rows(shape[0], self.height).to(dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class _RandomColumns:
+    """Column indices that go with :class:`_EvenRows`: drawn without repetition in each row, ascending."""
+
+    height: int
+    width: int
+
+    def draw(
+        self, shape: tuple[int, ...], *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        counts = torch.bincount(_even_rows(shape[0], self.height), minlength=self.height)
+        order = torch.rand(self.height, self.width, generator=generator).argsort(dim=1)
+        mask = torch.zeros(self.height, self.width, dtype=torch.bool)
+        mask.scatter_(1, order, torch.arange(self.width) < counts[:, None])
+        return torch.nonzero(mask)[:, 1].to(dtype=dtype, device=device)
+
+
+def _even_rows(count: int, height: int) -> Tensor:
+    return torch.arange(count) * height // count
+
+
+@final
+@dataclass(frozen=True)
+class Sparse(Structure):
+    """A fixed number of nonzeros: ``values`` (nonzeros,), with fixed ``rows`` and ``columns`` (nonzeros,) of int64.
+
+    ``nonzeros`` parameters and multiply-adds; stored are as many indices twice. The support stays where initialisation or
+    projection put it. Projection: the largest entries, optimal in the Frobenius norm; in an activation-weighted norm
+    (where the problem is NP-hard in general) thresholding by the inputs' sizes, exact least squares on the support and
+    monotone rounds of iterative hard thresholding, with a lower bound.
+
+    Args:
+        density: a fraction of the entries, strictly between 0 and 1.
+        nonzeros: their exact number, instead of the density.
+    """
+
+    density: float | None = None
+    nonzeros: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.density is None) == (self.nonzeros is None):
+            raise StructureError(
+                f"Sparse(density={self.density!r}, nonzeros={self.nonzeros!r}): exactly one of the two is given. "
+                "Use Sparse(density=0.1), or Sparse(nonzeros=1000)."
+            )
+        if self.nonzeros is not None:
+            check_count(self, "nonzeros", self.nonzeros)
+            return
+        check_size(self, "density", self.density)
+        if isinstance(self.density, int):
+            raise StructureError(
+                f"Sparse(density={self.density!r}): a density lies strictly between 0 and 1. "
+                f"Use Sparse(nonzeros={self.density}) for a number of entries."
+            )
+
+    def resolve(self, shape: Shape) -> Sparse:
+        if self.density is None:
+            return self
+        count = int(self.density * shape[0] * shape[1])
+        if count < 1:
+            raise ShapeError(
+                f"{self} of a matrix of shape {shape} is less than one of its {shape[0] * shape[1]} entries. "
+                "Use nonzeros=1 or a larger density."
+            )
+        return Sparse(nonzeros=count)
+
+    def restriction(self, shape: Shape) -> str | None:
+        entries_in_all = shape[0] * shape[1]
+        if self.nonzeros is not None and self.nonzeros > entries_in_all:
+            return f"it has {entries_in_all} entries in all. Use nonzeros={entries_in_all} or less, or density=0.5."
+        return None
+
+    def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
+        (height, width), count = shape, whole(self.nonzeros)
+        return {
+            "values": ParameterSpec((count,), Normal((DENSE_GAIN * height / count) ** 0.5)),
+            "rows": ParameterSpec((count,), _EvenRows(height), learned=False, dtype=torch.int64),
+            "columns": ParameterSpec((count,), _RandomColumns(height, width), learned=False, dtype=torch.int64),
+        }
+
+    def program(self, shape: Shape) -> Program:
+        return SparseStage("values", "rows", "columns", shape[0], shape[1], whole(self.nonzeros))
+
+    def project(self, target: Target) -> Fit:
+        count = whole(self.nonzeros)
+        dense, mask = sparsify(target, count, target.sweeps)
+        if target.second_moment is None:
+            return Fit(entries(dense, mask), Certificate.OPTIMAL, target.error(dense), "largest entries")
+        bound = lower_bound(target, count)
+        certificate = Certificate.BOUND if bound > 0 else Certificate.NONE
+        return Fit(entries(dense, mask), certificate, bound, "iterative hard thresholding")
+
+    @classmethod
+    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
+        count = largest_fitting(lambda k: 3 * k, budget, shape[0] * shape[1])
+        if count:
+            yield cls(nonzeros=count)

@@ -1,0 +1,167 @@
+"""Programs written out as explicit matrices, from the definitions of their stages and nothing else.
+
+Slow and simple on purpose: it shares no code with the backends, so that both can't be wrong in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from structmat.program import (
+    Call,
+    Chain,
+    Complex,
+    Contraction,
+    Crop,
+    Diagonal,
+    Fourier,
+    Pad,
+    Permute,
+    Program,
+    Real,
+    Shuffle,
+    Sparse,
+    Stage,
+    Sum,
+    Windowed,
+)
+
+Tensors = Mapping[str, Tensor]
+
+
+def explicit(program: Program, tensors: Tensors) -> Tensor:
+    """The matrix (out_features, in_features) of a program, in the dtype of its tensors (float64 where it has none).
+
+    A section between ``Complex`` and ``Real`` is linear over the reals only as a whole: the real part is taken where
+    the program says so, which for real inputs is the same as taking it of the matrix.
+    """
+    if isinstance(program, Chain):
+        matrix = explicit(program.steps[0], tensors)
+        for step in program.steps[1:]:
+            if isinstance(step, Real):
+                matrix = matrix.real if matrix.is_complex() else matrix
+                continue
+            left = explicit(step, tensors)
+            wide = torch.promote_types(left.dtype, matrix.dtype)
+            matrix = left.to(wide) @ matrix.to(wide)
+        return matrix
+    if isinstance(program, Sum):
+        return torch.stack([explicit(part, tensors) for part in program.parts]).sum(0)
+    return _stage(program, tensors)
+
+
+def _stage(stage: Stage, tensors: Tensors) -> Tensor:
+    match stage:
+        case Contraction():
+            rows, columns = _contraction_support(stage)
+            stored = tensors[stage.weight].reshape(stage.stored_shape)
+            weight = (stored.transpose(1, 2) if stage.transposed else stored).expand(stage.pattern)
+            matrix = weight.new_zeros(stage.out_features, stage.in_features)
+            matrix[rows, columns] = weight
+            return matrix
+        case Diagonal(weight=name, spectrum=spectrum):
+            weight = tensors[name].reshape(-1)
+            return torch.diag(_fourier(stage.size) @ weight.to(torch.complex128) if spectrum else weight)
+        case Permute(index=name, inverse=inverse):
+            matrix = torch.zeros(stage.in_features, stage.in_features, dtype=torch.float64)
+            for i, j in enumerate(tensors[name].tolist()):
+                matrix[(j, i) if inverse else (i, j)] = 1.0
+            return matrix
+        case Shuffle(sizes=sizes, axes=axes):
+            matrix = torch.zeros(stage.in_features, stage.in_features, dtype=torch.float64)
+            order = torch.arange(stage.in_features).reshape(sizes).permute(axes).flatten()
+            matrix[torch.arange(stage.in_features), order] = 1.0
+            return matrix
+        case Fourier(size=size, inverse=inverse):
+            return _fourier(size).conj() / size if inverse else _fourier(size)
+        case Sparse():
+            matrix = tensors[stage.values].new_zeros(stage.out_features, stage.in_features)
+            entries = zip(tensors[stage.rows].tolist(), tensors[stage.columns].tolist(), strict=True)
+            for k, (i, j) in enumerate(entries):
+                matrix[i, j] += tensors[stage.values].reshape(-1)[k]
+            return matrix
+        case Windowed():
+            left, right = _window_factors(stage, tensors)
+            matrix = left @ right
+            return matrix.T if stage.transposed else matrix
+        case Pad(before=before) | Crop(before=before):
+            offset = -before if isinstance(stage, Pad) else before
+            ones = torch.ones(min(stage.in_features, stage.out_features), dtype=torch.float64)
+            matrix = torch.zeros(stage.out_features, stage.in_features, dtype=torch.float64)
+            matrix.diagonal(offset)[: len(ones)] = ones
+            return matrix
+        case Real() | Complex():
+            return torch.eye(stage.out_features, dtype=torch.float64)
+        case _:
+            assert isinstance(stage, Call), f"unknown stage {type(stage).__name__}"
+            weights = [tensors[name] for name, _ in stage.tensors]
+            eye = torch.eye(stage.width, dtype=weights[0].dtype if weights else torch.float64)
+            matrix = stage.function(eye, *weights)
+            return matrix if stage.transposed else matrix.T
+
+
+def _fourier(size: int) -> Tensor:
+    index = torch.arange(size, dtype=torch.float64)
+    angle = -2 * math.pi * (torch.outer(index, index) % size) / size
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def _contraction_support(stage: Contraction) -> tuple[Tensor, Tensor]:
+    """Row and column of each entry (a, b, c, d) of the full weight."""
+    a, b, c, d = stage.pattern
+    i, j = torch.arange(a).reshape(-1, 1, 1, 1), torch.arange(b).reshape(1, -1, 1, 1)
+    k, l = torch.arange(c).reshape(1, 1, -1, 1), torch.arange(d).reshape(1, 1, 1, -1)
+    rows, columns = (i * b + j) * d + l, (i * c + k) * d + l
+    return rows.expand(a, b, c, d), columns.expand(a, b, c, d)
+
+
+def _window_factors(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    left = tensors[stage.left].new_zeros(stage.height, stage.terms)
+    right = tensors[stage.right].new_zeros(stage.terms, stage.width)
+    at_left = at_right = 0
+    for term, (row, height, column, width) in enumerate(tensors[stage.windows].tolist()):
+        for step in range(height):
+            left[(row + step) % stage.height, term] += tensors[stage.left].reshape(-1)[at_left + step]
+        for step in range(width):
+            right[term, (column + step) % stage.width] += tensors[stage.right].reshape(-1)[at_right + step]
+        at_left, at_right = at_left + height, at_right + width
+    return left, right
+
+
+# --------------------------------------------------------------------------------------------------------- counting
+
+
+def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int] | None:
+    """Multiplications, additions and empty rows of one product with a real vector, by counting non-zero positions.
+
+    A matrix with ``q`` positions in ``p`` non-empty rows takes ``q`` multiplications and ``q - p`` additions. None
+    for a program with stages whose count is a model (``Fourier``) or stated (``Call``).
+    """
+    if isinstance(program, Chain | Sum):
+        inner = program.steps if isinstance(program, Chain) else program.parts
+        counts = [count_operations(part, tensors) for part in inner]
+        known = [c for c in counts if c is not None]
+        if len(known) < len(counts):
+            return None
+        joins = program.out_features * (len(inner) - 1) if isinstance(program, Sum) else 0
+        return sum(c[0] for c in known), sum(c[1] for c in known) + joins, sum(c[2] for c in known)
+    if isinstance(program, Fourier | Call):
+        return None
+    if not program.weights:
+        return 0, 0, 0
+    ones = {name: torch.ones_like(t) if t.is_floating_point() else t for name, t in tensors.items()}
+    if isinstance(program, Windowed):
+        left, right = _window_factors(program, ones)
+        factors = [left.T, right.T] if program.transposed else [right, left]
+    elif isinstance(program, Diagonal):
+        factors = [torch.eye(program.size)]
+    else:
+        factors = [explicit(program, ones)]
+    entries = [round(float(f.sum())) for f in factors]  # counts an entry that is written twice twice
+    filled = [int((f.sum(1) > 0).sum()) for f in factors]
+    empty = sum(f.shape[0] for f in factors) - sum(filled)
+    return sum(entries), sum(entries) - sum(filled), empty
