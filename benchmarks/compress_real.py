@@ -1,0 +1,343 @@
+"""``compress`` on trained models, beside baselines at the same budget, calibration and recovery time.
+
+    python -m benchmarks.compress_real                      every cell that is not done, seed 0 before seed 1
+    python -m benchmarks.compress_real --phase before       without recovery (minutes instead of hours)
+    python -m benchmarks.compress_real table                the tables again, from what is there
+
+A cell is (model, method, budget, seed). Each phase of a cell runs in a process of its own, so that its peak memory is
+its own, and is written when it ends: a study that was interrupted goes on where it stopped. Compressed models and
+checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.real_models import MODELS, RealModel, require_data
+from benchmarks.tables import write_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "compress_real"
+RESULTS = ROOT / "benchmarks" / "results" / "compress_real"
+
+BUDGETS = (0.75, 0.5, 0.25)
+"""Shares of the parameters of the compressible layers. 0.75 is judged before recovery only."""
+
+RECOVERED = (0.5, 0.25)
+
+METHODS = {
+    "ours": "compress, every family, our allocation",
+    "low rank, allocated": "compress with low rank alone, our allocation",
+    "whitened SVD, uniform": "activation-whitened SVD, one ratio for all layers",
+    "SVD, uniform": "truncated SVD of the weights, one ratio for all layers",
+    "Monarch, uniform": "Monarch with 4 blocks, one ratio for all layers",
+    "BLAST, uniform": "BLAST with 4 blocks, one ratio for all layers",
+    "dense": "the original under the same recovery",
+}
+SEEDED = ("ours", "low rank, allocated")
+"""Ours and the best baseline get three seeds, the others one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of the study."""
+
+    model: str
+    method: str
+    budget: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        method = self.method.replace(",", "").replace(" ", "-")
+        return f"{self.model}_{method}_{self.budget:g}_{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / f"{self.key}.json"
+
+    @property
+    def folder(self) -> Path:
+        return WORK / self.key
+
+
+def cells(seeds: int) -> list[Cell]:
+    """Every cell in the order in which they are run: seed 0 of every cell before seed 1 of any."""
+    everything = []
+    for seed in range(seeds):
+        for model, budget, method in itertools.product(MODELS, BUDGETS, METHODS):
+            if seed > 0 and method not in SEEDED:
+                continue
+            if method == "dense" and budget != RECOVERED[0]:
+                continue
+            everything.append(Cell(model, method, budget, seed))
+    return everything
+
+
+# -------------------------------------------------------------------------------------------------- one cell's run
+
+
+def compressed(cell: Cell, real: RealModel, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The compressed model of a cell, before recovery, with what is known about its making."""
+    import structmat as sm
+
+    start = time.perf_counter()
+    if cell.method == "dense":
+        return model, {"seconds": {}, "layers": {}}
+    if cell.method in ("ours", "low rank, allocated"):
+        result = sm.compress(
+            model,
+            budget=sm.Parameters(cell.budget),
+            calibration=real.calibration(cell.seed),
+            structures=None if cell.method == "ours" else ("LowRank",),
+            sequential=True,
+            seed=cell.seed,
+            folder=cell.folder / "work",
+            progress=True,
+        )
+        report = result.report
+        return result.model, {
+            "seconds": {**report.seconds, "all": time.perf_counter() - start},
+            "layers": {layer.name: layer.structure for layer in report.layers},
+            "predicted_loss": report.predicted_loss,
+        }
+    return uniform(cell, real, model, start)
+
+
+def uniform(cell: Cell, real: RealModel, model: nn.Module, start: float) -> tuple[nn.Module, dict[str, Any]]:
+    """One family at one ratio for all layers, fitted on second moments of the inputs (but for the plain SVD)."""
+    from structmat.compression.calibrate import Calibration, calibrate
+    from structmat.compression.plan import Plan
+    from structmat.compression.replace import replace_layers
+    from structmat.compression.scan import scan
+
+    import structmat as sm
+
+    structure = {
+        "SVD, uniform": sm.LowRank(rank=cell.budget),
+        "whitened SVD, uniform": sm.LowRank(rank=cell.budget),
+        "Monarch, uniform": sm.Monarch(blocks=4, rank=cell.budget),
+        "BLAST, uniform": sm.BLAST(blocks=4, rank=cell.budget),
+    }[cell.method]
+    sites = scan(model).sites
+    seen: Calibration | None = None
+    if cell.method != "SVD, uniform":
+        seen = calibrate(model, sites, real.calibration(cell.seed), gradients=False, seed=cell.seed)
+    shapes = {site.name: site.shape for site in sites}
+    plan = Plan({name: fitting(structure, shape) for name, shape in shapes.items()}, shapes, seed=cell.seed)
+    replace_layers(model, plan, calibration=seen, seed=cell.seed, progress=True)
+    layers = {name: str(s) for name, s in plan.layers.items()}
+    return model, {"seconds": {"all": time.perf_counter() - start}, "layers": layers}
+
+
+def fitting(structure: Any, shape: tuple[int, int]) -> Any:
+    """The structure at this shape, or dense where even its smallest member holds more than the ratio allows."""
+    from structmat import Dense
+    from structmat.errors import ShapeError
+    from structmat.structure import resolve
+
+    try:
+        return resolve(structure, shape)
+    except ShapeError:
+        return Dense()
+
+
+def run_before(cell: Cell) -> dict[str, Any]:
+    """Compress, save and measure, without recovery."""
+    import structmat as sm
+
+    real = MODELS[cell.model]
+    torch.manual_seed(cell.seed)
+    original = real.load()
+    model, facts = compressed(cell, real, real.load())
+    folder = sm.save(model, cell.folder / "before")
+    return {
+        "cell": dataclasses.asdict(cell),
+        "metric": real.metric,
+        "lower_is_better": real.lower_is_better,
+        "quality": {"original": real.evaluate(original), "before": real.evaluate(model), "after": None},
+        **facts,
+        **sizes(original, model),
+        "milliseconds": milliseconds(real, original, model),
+        "bytes": {"original": disk(sm.save(original, cell.folder / "original")), "compressed": disk(folder)},
+        "peak_memory_mb": {"before": peak(), "recovery": None},
+        "recovery": None,
+        "environment": environment(),
+    }
+
+
+def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
+    """Recover what the first phase saved, and complete its result."""
+    from structmat.compression.recover import recover
+
+    import structmat as sm
+
+    real = MODELS[cell.model]
+    result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
+    original = real.load()
+    model = sm.load(cell.folder / "before", real.load())
+    settings = sm.Distill(
+        steps=None,
+        minutes=minutes or real.minutes,
+        data=real.training(cell.seed),
+        held_out=real.held_out(),
+        **RECOVERY.get(cell.model, {}),
+    )
+    outcome = recover(model, original, (), settings, seed=cell.seed, folder=cell.folder / "recovery")
+    sm.save(model, cell.folder / "after")
+    result["quality"]["after"] = real.evaluate(model)
+    result["peak_memory_mb"]["recovery"] = peak()
+    result["recovery"] = {
+        "minutes": minutes or real.minutes,
+        "steps": outcome.steps,
+        "kept_step": outcome.kept_step,
+        "held_out": list(outcome.held_out),
+        "environment": environment(),
+    }
+    return result
+
+
+RECOVERY: dict[str, dict[str, Any]] = {
+    "novel-lm": {"learning_rate": 1e-3, "check_every": 100},
+    "mnist-mlp": {"learning_rate": 1e-3, "check_every": 200},
+}
+"""Settings of the recovery: the same for every method."""
+
+
+# ---------------------------------------------------------------------------------------------------- measurements
+
+
+def sizes(original: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """Stored numbers and FLOPs, of the compressible layers and of the whole model."""
+    from structmat.compression.budget import flops
+    from structmat.compression.scan import scan
+
+    from structmat.nn import StructuredLinear
+    from structmat.structure import count_stored
+    from structmat.structures.dense import Dense
+
+    sites = scan(original).sites
+    before = {"parameters": 0, "flops": 0}
+    after = {"parameters": 0, "flops": 0}
+    for site in sites:
+        module = model.get_submodule(site.name)
+        structure = module.structure if isinstance(module, StructuredLinear) else Dense()
+        for totals, chosen in ((before, Dense()), (after, structure)):
+            totals["parameters"] += count_stored(chosen, site.shape)
+            totals["flops"] += flops(chosen, site.shape)
+    whole = sum(p.numel() for p in original.parameters())
+    return {
+        "compressible": {"original": before, "compressed": after},
+        "model_parameters": {
+            "original": whole,
+            "compressed": whole - before["parameters"] + after["parameters"],
+        },
+    }
+
+
+def milliseconds(real: RealModel, original: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """Medians of both models, run in turns in this process, and their ratio."""
+    from structmat.compression.evaluate import sized, time_models
+
+    timings = time_models(original, model, sized(real.sample(), real.batches), seconds=3.0)
+    return {str(t.batch): {"original": t.before, "compressed": t.after, "ratio": t.ratio} for t in timings}
+
+
+def disk(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.iterdir())
+
+
+def peak() -> int:
+    """Megabytes that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def environment() -> dict[str, Any]:
+    from structmat.compression.report import environment as machine
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {**machine(), "system": platform.system(), "commit": commit}
+
+
+# ------------------------------------------------------------------------------------------------------ the driver
+
+
+def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
+    """Run what is not done, each phase of a cell in its own process."""
+    work: list[tuple[str, Cell]] = []
+    for seed in sorted({c.seed for c in chosen}):
+        own = [c for c in chosen if c.seed == seed]
+        work += [("before", c) for c in own if not c.result.exists()]
+        if phase == "all":
+            work += [("recovery", c) for c in own if c.budget in RECOVERED]
+    for number, (step, cell) in enumerate(work, 1):
+        if step == "recovery" and json.loads(cell.result.read_text(encoding="utf-8"))["recovery"] is not None:
+            continue
+        print(f"[{number}/{len(work)}] {step}: {cell.key}", flush=True)
+        command = [sys.executable, "-m", "benchmarks.compress_real", "cell", "--phase", step, "--key", cell.key]
+        command += ["--minutes", str(minutes)] if minutes else []
+        outcome = subprocess.run(command, cwd=ROOT, check=False)
+        if outcome.returncode:
+            print(f"    failed with exit code {outcome.returncode}; the next run tries again", flush=True)
+        write_tables(RESULTS, cells(3))
+
+
+def write(path: Path, data: Any) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".partial")
+    draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=("run", "cell", "table"), default="run")
+    parser.add_argument("--phase", choices=("all", "before", "recovery"), default="all")
+    parser.add_argument("--model", choices=tuple(MODELS), action="append", help="only these models")
+    parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only these methods")
+    parser.add_argument("--budget", type=float, action="append", help="only these budgets")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds of ours and the best baseline")
+    parser.add_argument("--minutes", type=float, help="of recovery, if not the study's")
+    parser.add_argument("--key", help="the cell that this process runs")
+    options = parser.parse_args()
+    if options.action == "table":
+        write_tables(RESULTS, cells(3))
+        return
+    require_data()
+    if options.action == "cell":
+        cell = next(c for c in cells(99) if c.key == options.key)
+        work: Callable[[], dict[str, Any]] = (
+            (lambda: run_before(cell)) if options.phase == "before" else (lambda: run_recovery(cell, options.minutes))
+        )
+        write(cell.result, work())
+        return
+    chosen = [
+        c
+        for c in cells(options.seeds)
+        if (not options.model or c.model in options.model)
+        and (not options.method or c.method in options.method)
+        and (not options.budget or c.budget in options.budget)
+    ]
+    run(options.phase, chosen, options.minutes)
+
+
+if __name__ == "__main__":
+    main()
