@@ -90,8 +90,8 @@ def test_explain_counts_the_batch() -> None:
 
 def test_names_of_the_state_are_the_structures_own() -> None:
     layer = StructuredLinear(6, 4, structure=sm.PivotedLowRank(2))
-    assert set(layer.state_dict()) == {"basis", "extension", "order", "bias"}
-    assert {name for name, _ in layer.named_buffers()} == {"order"}
+    assert set(layer.state_dict()) == {"basis", "extension", "places", "bias"}
+    assert {name for name, _ in layer.named_buffers()} == {"places"}
     assert set(StructuredLinear(6, 4, False, structure=sm.Dense()).state_dict()) == {"weight"}
     assert "structure=PivotedLowRank(rank=2)" in repr(layer)
     assert "bias=True" in repr(layer)

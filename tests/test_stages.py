@@ -19,6 +19,7 @@ from structmat.program import (
     Crop,
     Diagonal,
     Fourier,
+    Interpolation,
     Pad,
     Permute,
     Program,
@@ -37,6 +38,7 @@ from structmat.program import (
     tensor_sizes,
     transpose,
 )
+from structmat.program.fuse import fuse
 from structmat.program.reference import Form
 from structmat.program.scaling import scaling_cut
 
@@ -302,3 +304,16 @@ def test_scaling_cut() -> None:
     assert scaling_cut(twice) is None
     assert scaling_cut(Chain((*twice.steps, Diagonal("d", 4)))) == {"d"}
     assert scaling_cut(Call(scale_rows, (("w", 5),), 6, 5, 5, 4, 4)) is None
+
+
+@given(rank=st.integers(1, 5), others=st.integers(1, 5))
+def test_interpolation(rank: int, others: int) -> None:
+    weight, places = torch.randn(rank, others, dtype=F64), torch.randperm(rank + others)
+    dense = torch.cat([torch.eye(rank, dtype=F64), weight], 1)[:, places]
+    stage, tensors = Interpolation("w", "p", rank, rank + others), {"w": weight, "p": places}
+    check(stage, tensors, dense)
+    program, written = fuse(stage, tensors, growth=100.0)
+    x = torch.randn(3, rank + others, dtype=F64)
+    torch.testing.assert_close(apply(program, written, x), x @ dense.T)
+    assert "p" not in written
+    assert fuse(stage, tensors, growth=1.0)[0] == stage

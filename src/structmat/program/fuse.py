@@ -7,8 +7,9 @@ from fractions import Fraction
 
 from torch import Tensor
 
+from structmat.program.reference import interpolation_matrix
 from structmat.program.simplify import simplify
-from structmat.program.stages import Chain, Contraction, Diagonal, Program, Stage, Sum
+from structmat.program.stages import Chain, Contraction, Diagonal, Interpolation, Program, Stage, Sum
 
 Tensors = Mapping[str, Tensor]
 
@@ -69,8 +70,9 @@ def fuse(program: Program, tensors: Tensors, *, growth: float = 2.0) -> tuple[Pr
         program: what is to run.
         tensors: its tensors by name.
         growth: a run of contractions is merged while the multiplications of the merged one are at most ``growth``
-            times those of the run. Few fat stages run faster than many thin ones: with the default 2, four stages
-            of a butterfly become one of radix 16. With 1 no operation is added.
+            times those of the run; an interpolation is written out by the same rule. Few fat stages run faster than
+            many thin ones: with the default 2, four stages of a butterfly become one of radix 16. With 1 no operation
+            is added.
 
     Returns:
         The program and the tensors that it reads, all others dropped. Exact up to rounding.
@@ -88,6 +90,8 @@ def _stages(program: Program) -> tuple[Stage, ...]:
 
 
 def _fuse(program: Program, tensors: Tensors, growth: float, made: dict[str, Tensor]) -> Program:
+    if isinstance(program, Interpolation):
+        return _written_out(program, tensors, growth, made)
     if isinstance(program, Stage):
         return program
     if isinstance(program, Sum):
@@ -108,6 +112,23 @@ def _fuse(program: Program, tensors: Tensors, growth: float, made: dict[str, Ten
     return Chain(tuple(done)) if len(done) > 1 else done[0]
 
 
+def _written_out(stage: Interpolation, tensors: Tensors, growth: float, made: dict[str, Tensor]) -> Stage:
+    """The matrix itself instead of its parts, where that multiplies no more than allowed: nothing is left to gather."""
+    if stage.rank * stage.size > growth * stage.multiplications:
+        return stage
+    matrix = interpolation_matrix(stage, tensors)
+    name = _new_name(tensors, made)
+    made[name] = (matrix.T if stage.transposed else matrix).contiguous()
+    return Contraction(name, 1, stage.out_features, stage.in_features, 1)
+
+
+def _new_name(tensors: Tensors, made: Tensors) -> str:
+    name = f"fused{len(made)}"
+    while name in tensors:
+        name += "_"
+    return name
+
+
 def _join(
     first: Program, second: Program, tensors: Tensors, growth: float, run: int, made: dict[str, Tensor]
 ) -> Contraction | None:
@@ -126,8 +147,6 @@ def _join(
         weight = full_weight(first, tensors) * tensors[second.weight].reshape(a, b, 1, d)
     else:
         return None
-    name = f"fused{len(made)}"
-    while name in tensors:
-        name += "_"
+    name = _new_name(tensors, made)
     made[name] = weight.contiguous()
     return Contraction(name, a, b, c, d)

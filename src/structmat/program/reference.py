@@ -22,6 +22,7 @@ from structmat.program.stages import (
     Crop,
     Diagonal,
     Fourier,
+    Interpolation,
     Pad,
     Permute,
     Program,
@@ -68,7 +69,7 @@ def form(stage: Stage) -> Form:
     if isinstance(stage, Sparse):
         dense = stage.capacity > _MATERIALISED_DENSITY * stage.height * stage.width
         return Form.MATERIALISED if dense else Form.GATHER
-    if isinstance(stage, Windowed):
+    if isinstance(stage, Windowed | Interpolation):
         return Form.MATERIALISED
     if isinstance(stage, Diagonal):
         return Form.ELEMENTWISE
@@ -121,6 +122,9 @@ def _run(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
         return _ifft(x) if program.inverse else _fft(x)
     if isinstance(program, Sparse):
         return _sparse(program, tensors, x)
+    if isinstance(program, Interpolation):
+        matrix = interpolation_matrix(program, tensors)
+        return x @ matrix if program.transposed else x @ matrix.T
     if isinstance(program, Windowed):
         return _windowed(program, tensors, x)
     if isinstance(program, Pad):
@@ -203,6 +207,17 @@ def _sparse(stage: Sparse, tensors: Tensors, x: Tensor) -> Tensor:
 def _scatter(values: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
     flat = values.new_zeros(height * width).index_add(0, rows * width + columns, values)
     return flat.reshape(height, width)
+
+
+def interpolation_matrix(stage: Interpolation, tensors: Tensors) -> Tensor:
+    """``[I, w] P`` as a matrix (rank, size).
+
+    Gathering columns of the weight moves far fewer numbers than gathering inputs, for all but the smallest batches,
+    and the product with the identity's part costs less than the two passes over the inputs that it saves.
+    """
+    weight = tensors[stage.weight].reshape(stage.rank, stage.size - stage.rank)
+    identity = torch.eye(stage.rank, dtype=weight.dtype, device=weight.device)
+    return torch.cat([identity, weight], 1).index_select(1, tensors[stage.places])
 
 
 def window_matrices(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:

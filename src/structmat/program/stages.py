@@ -341,6 +341,63 @@ class Sparse(Stage):
 
 
 @dataclass(frozen=True)
+class Interpolation(Stage):
+    """``[I, w] P``: ``rank`` chosen inputs, to which the others are added with weights.
+
+    ``weight`` is (rank, size - rank); ``places`` is an integer tensor (size,): column ``j`` of the matrix is column
+    ``places[j]`` of ``[I, w]``. The right factor of an interpolative decomposition (Cheng, Gimbutas, Martinsson,
+    Rokhlin 2005).
+    """
+
+    weight: str
+    places: str
+    rank: int
+    size: int
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        assert 0 < self.rank < self.size, self
+
+    @property
+    def in_features(self) -> int:
+        return self.rank if self.transposed else self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.size if self.transposed else self.rank
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        return (self.places,)
+
+    def transpose(self) -> Interpolation:
+        return replace(self, transposed=not self.transposed)
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return {self.weight: self.rank * (self.size - self.rank)}
+
+    def rename(self, name: Callable[[str], str]) -> Interpolation:
+        return replace(self, weight=name(self.weight), places=name(self.places))
+
+    @property
+    def multiplications(self) -> int:
+        return self.rank * (self.size - self.rank)
+
+    @property
+    def additions(self) -> int:
+        terms = self.rank - 1 if self.transposed else self.rank
+        return terms * (self.size - self.rank)
+
+    @property
+    def depth(self) -> int:
+        return binary_depth(self.rank if self.transposed else self.size - self.rank + 1)
+
+    def __str__(self) -> str:
+        return f"Interpolation of rank {self.rank}{', transposed' if self.transposed else ''}"
+
+
+@dataclass(frozen=True)
 class Windowed(Stage):
     """A sum of windowed rank-one terms (generalized block low rank).
 

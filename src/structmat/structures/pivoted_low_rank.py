@@ -9,7 +9,7 @@ from typing import ClassVar, Self, final
 import scipy.linalg
 import torch
 
-from structmat.program import Chain, Contraction, Crop, Permute, Program, Sum
+from structmat.program import Chain, Contraction, Interpolation, Permute, Program
 from structmat.projection.low_rank import truncate
 from structmat.projection.target import Certificate, Fit, Target
 from structmat.structure import (
@@ -30,7 +30,7 @@ from structmat.structure import (
 class PivotedLowRank(Structure):
     """``W = basis @ [I, extension] @ P``: the same matrices as :class:`LowRank`, with ``rank**2`` fewer numbers.
 
-    ``order`` (in,) puts ``rank`` chosen inputs first, ``extension`` (rank, in - rank) adds what the other inputs share
+    ``places`` (in,) puts ``rank`` chosen inputs first, ``extension`` (rank, in - rank) adds what the other inputs share
     with them, and ``basis`` (out, rank) holds the chosen columns of the matrix. ``rank * (out + in - rank)`` parameters
     and multiply-adds, the dimension of the set of such matrices: always less than dense. Projection: truncated SVD,
     then columns chosen by a pivoted QR factorisation, which keeps ``extension`` small; optimal as low rank is.
@@ -58,16 +58,15 @@ class PivotedLowRank(Structure):
         specs = {"basis": ParameterSpec((shape[0], rank), Normal((DENSE_GAIN / columns) ** 0.5))}
         if rank < columns:
             specs["extension"] = ParameterSpec((rank, columns - rank), Normal(rank**-0.5))
-        specs["order"] = ParameterSpec((columns,), Arange(), learned=False, dtype=torch.int64)
+        specs["places"] = ParameterSpec((columns,), Arange(), learned=False, dtype=torch.int64)
         return specs
 
     def program(self, shape: Shape) -> Program:
         rank, columns = whole(self.rank), shape[1]
-        order, basis = Permute("order", columns), Contraction("basis", 1, shape[0], rank, 1)
+        basis = Contraction("basis", 1, shape[0], rank, 1)
         if rank == columns:
-            return Chain((order, basis))
-        others = Chain((Crop(columns, columns - rank, rank), Contraction("extension", 1, rank, columns - rank, 1)))
-        return Chain((order, Sum((Crop(columns, rank), others)), basis))
+            return Chain((Permute("places", columns, inverse=True), basis))
+        return Chain((Interpolation("extension", "places", rank, columns), basis))
 
     def project(self, target: Target) -> Fit:
         rank, columns = whole(self.rank), target.native[1]
@@ -77,7 +76,7 @@ class PivotedLowRank(Structure):
         _, _, pivots = scipy.linalg.qr(rows.numpy(), mode="economic", pivoting=True)
         order = torch.from_numpy(pivots).to(torch.int64)
         chosen, others = rows[:, order[:rank]], rows[:, order[rank:]]
-        tensors = {"basis": left @ (triangle.mH @ chosen), "order": order}
+        tensors = {"basis": left @ (triangle.mH @ chosen), "places": torch.argsort(order)}
         if rank < columns:
             tensors["extension"] = torch.linalg.solve(chosen, others)
         return Fit(tensors, Certificate.OPTIMAL, tail, "truncated SVD, pivoted")

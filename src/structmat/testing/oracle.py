@@ -19,6 +19,7 @@ from structmat.program import (
     Crop,
     Diagonal,
     Fourier,
+    Interpolation,
     Pad,
     Permute,
     Program,
@@ -84,6 +85,15 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             for k, (i, j) in enumerate(entries):
                 matrix[i, j] += tensors[stage.values].reshape(-1)[k]
             return matrix
+        case Interpolation(rank=rank, size=size):
+            weight = tensors[stage.weight].reshape(rank, size - rank)
+            matrix = weight.new_zeros(rank, size)
+            for j, place in enumerate(tensors[stage.places].tolist()):
+                if place < rank:
+                    matrix[place, j] = 1.0
+                else:
+                    matrix[:, j] = weight[:, place - rank]
+            return matrix.T if stage.transposed else matrix
         case Windowed():
             left, right = _window_factors(stage, tensors)
             matrix = left @ right
@@ -164,4 +174,5 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
     entries = [round(float(f.sum())) for f in factors]  # counts an entry that is written twice twice
     filled = [int((f.sum(1) > 0).sum()) for f in factors]
     empty = sum(f.shape[0] for f in factors) - sum(filled)
-    return sum(entries), sum(entries) - sum(filled), empty
+    copied = program.rank if isinstance(program, Interpolation) else 0  # the identity's ones are no multiplications
+    return sum(entries) - copied, sum(entries) - sum(filled), empty
