@@ -121,12 +121,11 @@ def compressed(cell: Cell, real: RealModel, model: nn.Module) -> tuple[nn.Module
 
 def uniform(cell: Cell, real: RealModel, model: nn.Module, start: float) -> tuple[nn.Module, dict[str, Any]]:
     """One family at one ratio for all layers, fitted on second moments of the inputs (but for the plain SVD)."""
+    import structmat as sm
     from structmat.compression.calibrate import Calibration, calibrate
     from structmat.compression.plan import Plan
     from structmat.compression.replace import replace_layers
     from structmat.compression.scan import scan
-
-    import structmat as sm
 
     structure = {
         "SVD, uniform": sm.LowRank(rank=cell.budget),
@@ -183,9 +182,8 @@ def run_before(cell: Cell) -> dict[str, Any]:
 
 def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
     """Recover what the first phase saved, and complete its result."""
-    from structmat.compression.recover import recover
-
     import structmat as sm
+    from structmat.compression.recover import recover
 
     real = MODELS[cell.model]
     result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
@@ -226,7 +224,6 @@ def sizes(original: nn.Module, model: nn.Module) -> dict[str, Any]:
     """Stored numbers and FLOPs, of the compressible layers and of the whole model."""
     from structmat.compression.budget import flops
     from structmat.compression.scan import scan
-
     from structmat.nn import StructuredLinear
     from structmat.structure import count_stored
     from structmat.structures.dense import Dense

@@ -82,6 +82,6 @@ def test_counts_and_words(matrix: sm.StructuredMatrix) -> None:
 def test_conversion_leaves_index_tensors_alone(generator: torch.Generator) -> None:
     matrix = sm.StructuredMatrix.random(sm.PivotedLowRank(2), (4, 6), generator=generator)
     half = matrix.to(dtype=torch.bfloat16)
-    assert half.tensors["order"].dtype == torch.int64
+    assert half.tensors["places"].dtype == torch.int64
     assert half.dtype == torch.bfloat16
     assert half.to(device="meta").device.type == "meta"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,8 +47,11 @@ FINE = tuple(i / 24 for i in range(1, 24))
 """Shares for those of them whose fits are optimal."""
 
 DOMINATED = 1.5
-"""Sizes of a family near a coarse one whose predicted loss is this many times that of the best at its cost are not
-tried."""
+"""A family whose predicted loss at a coarse share, without sweeps, is this many times that of the best at its cost is
+not improved there."""
+
+BEHIND = 1.05
+"""A family that is this far behind the best even then is not tried near that share."""
 
 OUTPUT_DAMPING = 0.1
 """Share of the mean gradient energy that is added to every output: the quadratic model is not to be trusted where it
@@ -123,9 +128,9 @@ def screen(
 ) -> Screening:
     """Fit every family at several sizes to every layer, cheaply.
 
-    Each family is first tried at the shares ``COARSE`` of the dense parameters, without sweeps. Then it is tried at the
-    shares ``MEDIUM``, or at ``FINE`` if its fits are optimal, except near coarse ones at which it was far behind the
-    best; of fits that are not optimal the best of each share is improved by ``sweeps``. Fits of a layer share its
+    Each family is first tried at the shares ``COARSE`` of the dense parameters, without sweeps, and its best fit there
+    is improved by ``sweeps`` where it is within reach of the best of all. Then it is tried at the shares ``MEDIUM``, or
+    at ``FINE`` if its fits are optimal, except near coarse ones at which it stayed behind. Fits of a layer share its
     decompositions. Candidates that are not cheaper than the dense layer in the budget's unit are refused and counted.
 
     Args:
@@ -147,31 +152,57 @@ def screen(
         DataError: a weight is NaN or infinite.
     """
     folder = folder or WorkFolder(None)
-    found: dict[str, LayerScreen] = {}
     unit = {k: v for k, v in to_json(budget).items() if k != "amount"}
     menu = [structure_to_json(c) if isinstance(c, Structure) else _name(c) for c in structures or sorted(families())]
-    shared = _SharedRoots()
-    with Progress(progress) as bar:
-        for number, site in enumerate(bar.track(sites, "screen")):
-            fixed = (overrides or {}).get(site.name)
-            piece = f"screen/{number:04d}"
-            own = digest(key, site.name, unit, menu, sweeps, seed, fixed and structure_to_json(fixed))
-            kept = folder.load(piece, own)
-            if kept is not None:
-                found[site.name] = layer_from_json(kept[0])
-                continue
-            moments = calibration.moments.get(site.name) if calibration is not None else None
-            target = shared.target(site, dense_weight(model.get_submodule(site.name)), moments, sweeps, seed)
-            rows = calibration.rows_per_sample(site.name) if calibration is not None else 1.0
-            terms = rows * calibration.samples / calibration.terms if calibration is not None else 1.0
-            worker = _Layer(site, target, moments, terms, budget, rows)
-            if fixed is not None:
-                worker.run((fixed,), forced=True)
-            else:
-                worker.run(structures)
-            found[site.name] = worker.result()
-            folder.store(piece, own, layer_to_json(found[site.name]))
-    return found
+
+    def work(number: int, site: Site) -> LayerScreen:
+        fixed = (overrides or {}).get(site.name)
+        piece = f"screen/{number:04d}"
+        own = digest(key, site.name, unit, menu, sweeps, seed, fixed and structure_to_json(fixed))
+        kept = folder.load(piece, own)
+        if kept is not None:
+            return layer_from_json(kept[0])
+        worker = layer_worker(model, site, budget, calibration, sweeps=sweeps, seed=seed)
+        if fixed is not None:
+            worker.run((fixed,), forced=True)
+        else:
+            worker.run(structures)
+        found = worker.result()
+        folder.store(piece, own, layer_to_json(found))
+        return found
+
+    families_of(structures)  # a wrong name is an error before the work begins
+    with Progress(progress) as bar, _one_thread_each() as pool:
+        pending = [pool.submit(work, number, site) for number, site in enumerate(sites)]
+        try:
+            screens = [job.result() for job in bar.track(pending, "screen")]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return {screen.name: screen for screen in screens}
+
+
+def layer_worker(
+    model: nn.Module, site: Site, budget: Budget, calibration: Calibration | None, *, sweeps: int, seed: int
+) -> LayerWorker:
+    """What fits candidates to one layer."""
+    moments = calibration.moments.get(site.name) if calibration is not None else None
+    target = layer_target(site, dense_weight(model.get_submodule(site.name)), moments, sweeps=sweeps, seed=seed)
+    rows = calibration.rows_per_sample(site.name) if calibration is not None else 1.0
+    terms = rows * calibration.samples / calibration.terms if calibration is not None else 1.0
+    return LayerWorker(site, target, moments, terms, budget, rows)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
+    """As many workers as PyTorch has threads, each with one: decompositions of small matrices gain little from more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def layer_target(
@@ -249,26 +280,7 @@ class Judge:
         return error / self.norm if self.norm > 0 else 0.0, 0.5 * self.terms * form * size**2
 
 
-class _SharedRoots:
-    """Targets of layers that read the same input share the decomposition of its second moment."""
-
-    def __init__(self) -> None:
-        self._last: Target | None = None
-        self._moment: Tensor | None = None
-
-    def target(self, site: Site, weight: Tensor, moments: Moments | None, sweeps: int, seed: int) -> Target:
-        target = layer_target(site, weight, moments, sweeps=sweeps, seed=seed)
-        if moments is None:
-            return target
-        if self._last is not None and self._moment is moments.second_moment:
-            for name in ("_eigen", "root", "inverse_root"):
-                if name in self._last.__dict__:
-                    target.__dict__[name] = self._last.__dict__[name]
-        self._last, self._moment = target, moments.second_moment
-        return target
-
-
-class _Layer:
+class LayerWorker:
     """The screening of one layer."""
 
     def __init__(
@@ -296,10 +308,11 @@ class _Layer:
         coarse = {(kind, share): self.try_share(kind, share) for kind in kinds for share in COARSE}
         for kind in kinds:
             tried = [c for share in COARSE for c in coarse[kind, share]]
-            behind = {share: self.is_behind(coarse[kind, share]) for share in COARSE}
+            optimal = all(c.certificate == Certificate.OPTIMAL.value for c in tried)
+            behind = {share: self.is_behind(coarse[kind, share], sweep=not optimal) for share in COARSE}
             for share in COARSE:
-                self.refused[f"far behind the best at {share:.0%} of the parameters: {kind.__name__}"] += behind[share]
-            if all(c.certificate == Certificate.OPTIMAL.value for c in tried):
+                self.refused[f"behind the best at {share:.0%} of the parameters: {kind.__name__}"] += behind[share]
+            if optimal:
                 for share in FINE:
                     if not behind[_nearest(share)]:
                         self.try_share(kind, share)
@@ -307,13 +320,17 @@ class _Layer:
             for share in MEDIUM:
                 if behind[_nearest(share)]:
                     continue
-                found = self.try_share(kind, share)
-                if found and not self.is_behind(found):
-                    self.improve(min(found, key=lambda c: c.loss))
+                self.is_behind(self.try_share(kind, share), sweep=True)
 
-    def is_behind(self, tried: Sequence[Candidate]) -> bool:
-        """Whether each of these has a far larger loss than something that costs no more."""
-        return bool(tried) and all(c.loss > DOMINATED * self.best(c.cost) for c in tried)
+    def is_behind(self, tried: Sequence[Candidate], *, sweep: bool) -> bool:
+        """Whether each of these has a larger loss than something that costs no more; the best one's fit is improved
+        before that is said, unless it is far behind (or its fit is optimal as it is: no ``sweep``)."""
+        if not tried:
+            return True
+        nearest = min(tried, key=lambda c: c.loss / max(self.best(c.cost), 1e-300))
+        if sweep and nearest.loss <= DOMINATED * self.best(nearest.cost):
+            nearest = self.improve(nearest)
+        return nearest.loss > BEHIND * self.best(nearest.cost)
 
     def best(self, cost: float) -> float:
         """The smallest loss that some candidate reaches at most at a cost."""
@@ -333,11 +350,13 @@ class _Layer:
                 found.append(candidate)
         return found
 
-    def improve(self, candidate: Candidate) -> None:
+    def improve(self, candidate: Candidate) -> Candidate:
         """Fit again, with sweeps, and keep what is better."""
         better = self.fitted(candidate.structure, self.target, candidate.cost)
-        if better.loss < candidate.loss:
-            self.found[self.found.index(candidate)] = better
+        if better.loss >= candidate.loss:
+            return candidate
+        self.found[self.found.index(candidate)] = better
+        return better
 
     def try_one(self, structure: Structure, target: Target, *, forced: bool = False) -> Candidate | None:
         if structure in self.seen:
