@@ -19,6 +19,7 @@ from structmat.compression import budget as budgets
 from structmat.compression.allocate import Allocation, allocate
 from structmat.compression.budget import Budget, Latency
 from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
+from structmat.compression.fill import fill
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, replace_layers
 from structmat.compression.report import LayerReport, Report, Timing, Totals, environment
@@ -167,6 +168,18 @@ def compress_(
             )
     with clock("allocate"):
         allocation = allocate(screening, budget, fixed=fixed, floor=floor)
+        screening, allocation = fill(
+            model,
+            sites,
+            screening,
+            allocation,
+            budget,
+            calibration=seen,
+            measured=measured,
+            fixed=fixed,
+            floor=floor,
+            seed=seed,
+        )
         plan = Plan(
             {name: candidate.structure for name, candidate in allocation.chosen.items()},
             {site.name: site.shape for site in sites},

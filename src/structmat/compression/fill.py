@@ -1,0 +1,98 @@
+"""Spending what an allocation leaves: the candidates of the screening lie on a grid, the budget does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from structmat.compression.allocate import Allocation, allocate
+from structmat.compression.budget import Budget
+from structmat.compression.calibrate import Calibration
+from structmat.compression.scan import Site
+from structmat.compression.score import Correction, Measurement
+from structmat.compression.screen import SWEEPS, Candidate, LayerScreen, Screening, layer_worker
+from structmat.structure import Structure
+from structmat.structures.dense import Dense
+
+ENOUGH = 0.005
+"""An allocation that leaves less than this share of the budget is left alone."""
+
+ROUNDS = 3
+"""How often at most."""
+
+
+def fill(
+    model: nn.Module,
+    sites: Sequence[Site],
+    screening: Screening,
+    allocation: Allocation,
+    budget: Budget,
+    *,
+    calibration: Calibration | None = None,
+    measured: Mapping[str, Sequence[Measurement]] | None = None,
+    fixed: Mapping[str, Structure] | None = None,
+    floor: float = 0.0,
+    seed: int = 0,
+) -> tuple[Screening, Allocation]:
+    """Try larger members of the chosen families that fit into what is left, and allocate again.
+
+    For each layer that is not kept or fixed, the chosen family is asked what it would do with the layer's share and
+    all, half or a quarter of what is left. The new candidates get losses as all others (corrected by the layer's
+    measurements), so the allocation can only get better. Cost: three fits a layer and round.
+
+    Args:
+        model, sites, screening, allocation, budget, calibration: from the steps before.
+        measured: what :func:`structmat.compression.score.score` measured.
+        fixed, floor: as for :func:`structmat.compression.allocate.allocate`.
+        seed: of fits with random starts.
+
+    Returns:
+        The screening with the new candidates, and the allocation.
+    """
+    for _ in range(ROUNDS):
+        left = allocation.limit - allocation.cost
+        if left <= ENOUGH * allocation.limit:
+            break
+        grown = dict(screening)
+        for site in sites:
+            chosen = allocation.chosen[site.name]
+            if site.name in (fixed or {}) or isinstance(chosen.structure, Dense):
+                continue
+            pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
+            found = _larger(model, site, chosen, left, screening[site.name], budget, calibration, pairs, seed)
+            layer = screening[site.name]
+            ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
+            grown[site.name] = replace(layer, candidates=tuple(ordered))
+        if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
+            break
+        screening = grown
+        allocation = allocate(screening, budget, fixed=fixed, floor=floor)
+    return screening, allocation
+
+
+def _larger(
+    model: nn.Module,
+    site: Site,
+    chosen: Candidate,
+    left: float,
+    layer: LayerScreen,
+    budget: Budget,
+    calibration: Calibration | None,
+    pairs: Sequence[tuple[float, float]],
+    seed: int,
+) -> list[Candidate]:
+    """New candidates of the chosen family whose cost is at most the chosen one's and what is left."""
+    worker = layer_worker(model, site, budget, calibration, sweeps=SWEEPS, seed=seed)
+    worker.seen |= {c.structure for c in layer.candidates}
+    curve = Correction(pairs)
+    numbers_a_unit = chosen.parameters / chosen.cost if chosen.cost > 0 else 0.0
+    found: list[Candidate] = []
+    for part in (1.0, 0.5, 0.25):
+        size = site.shape[0] * site.shape[1]
+        share = min(chosen.parameters + part * left * numbers_a_unit, size - 1) / size
+        for candidate in worker.try_share(type(chosen.structure), share):
+            if chosen.cost < candidate.cost <= chosen.cost + left:
+                found.append(replace(candidate, loss=curve(candidate.loss)))
+    return found
