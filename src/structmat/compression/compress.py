@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 from structmat.compression import budget as budgets
@@ -23,6 +24,7 @@ from structmat.compression.fill import fill
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, replace_layers
 from structmat.compression.report import LayerReport, Report, Timing, Totals, environment
+from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss, check_loader
 from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
 from structmat.compression.score import Measurement, score
@@ -104,7 +106,8 @@ def compress_(
         evaluate: ``evaluate(model)`` returns the quality, a number or several by name.
         seed: of every random choice.
         folder: where finished work is kept. If the work is interrupted, the same call goes on from there, with the same
-            result. Also gets ``plan.json`` and ``report.json``.
+            result. Also gets ``plan.json``, ``report.json`` and
+            ``report.html``.
         floor: no layer goes below this share of its dense cost.
         measure: measure the effect of single layers, to correct the predictions (needs calibration data).
         sequential: fit each layer behind the compressed layers before it, so that it makes up for what they lost (needs
@@ -216,7 +219,7 @@ def compress_(
             recovery = _recovered(model, original, calibration, recover, forward, loss, seed, folder, progress)
         if evaluate:
             with clock("evaluate"):
-                quality["recovered"] = _numbers(evaluate(model))
+                quality["recovered"] = _numbers(evaluate, model)
     with clock("time"):
         timings = timer.compare(before, model, plan)
     report = Report(
@@ -249,6 +252,7 @@ def compress_(
     )
     if folder is not None:
         report.write(Path(folder) / "report.json")
+        write_html(report, Path(folder) / "report.html")
     return Result(model, plan, report)
 
 
@@ -362,12 +366,14 @@ def _quality(evaluate: Evaluate, model: nn.Module, work: WorkFolder, moment: str
     kept = work.load(f"quality-{moment}", key)
     if kept is not None:
         return dict(kept[0])
-    found = _numbers(evaluate(model))
+    found = _numbers(evaluate, model)
     work.store(f"quality-{moment}", key, found)
     return found
 
 
-def _numbers(value: float | Mapping[str, float]) -> dict[str, float]:
+def _numbers(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
+    with torch.no_grad():
+        value = evaluate(model)
     named: Mapping[str, Any] = value if isinstance(value, Mapping) else {"quality": value}
     found = {}
     for name, number in named.items():
