@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from structmat.errors import StructureError
 from structmat.matrix import StructuredMatrix, draw
-from structmat.program import Contraction, Program, apply, build, cost, form, fuse, stages, table
+from structmat.program import Contraction, Program, affine, apply, build, cost, form, fuse, stages, table
 from structmat.projection.project import DEFAULT_SWEEPS, project
 from structmat.structure import Structure, resolve, specs
 
@@ -94,8 +94,7 @@ class StructuredLinear(nn.Module):
             x = x.to(dtype)
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
             bias = bias.to(dtype) if bias is not None and bias.is_floating_point() else bias
-        y = apply(self._program, tensors, x)
-        return y if bias is None else y + bias
+        return apply(self._program, tensors, x) if bias is None else affine(self._program, tensors, x, bias)
 
     @property
     def matrix(self) -> StructuredMatrix:
@@ -193,8 +192,8 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
-        y = apply(self.program, {name: getattr(self, name) for name in self._names}, x)
-        return y if self.bias is None else y + self.bias
+        tensors = {name: getattr(self, name) for name in self._names}
+        return apply(self.program, tensors, x) if self.bias is None else affine(self.program, tensors, x, self.bias)
 
     def extra_repr(self) -> str:
         patterns = [s.pattern if isinstance(s, Contraction) else str(s) for s in stages(self.program)]

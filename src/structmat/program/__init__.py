@@ -3,7 +3,7 @@
 from structmat.program.build import build
 from structmat.program.cost import Cost, cost
 from structmat.program.fuse import chainable, fuse, merge, merged_pattern
-from structmat.program.reference import apply, form
+from structmat.program.reference import affine, apply, form
 from structmat.program.simplify import simplify
 from structmat.program.stages import (
     Call,
@@ -49,6 +49,7 @@ __all__ = [
     "Stage",
     "Sum",
     "Windowed",
+    "affine",
     "apply",
     "build",
     "chainable",

@@ -86,14 +86,36 @@ def apply(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
     Raises:
         ShapeError: the last axis of ``x`` is not ``in_features``.
     """
+    rows = _run(program, tensors, _rows(program, x))
+    return rows if x.dim() == 2 else rows.reshape(*x.shape[:-1], program.out_features)
+
+
+def affine(program: Program, tensors: Tensors, x: Tensor, bias: Tensor) -> Tensor:
+    """``apply(program, tensors, x) + bias``, with ``bias`` (out_features,).
+
+    The bias is added before a final ``Crop``, not after: torch.compile with inductor (PyTorch 2.13, CPU) reads beyond
+    the end of a vector that is added to the cropped result of blocks which do not divide it.
+    """
+    last = program.steps[-1] if isinstance(program, Chain) else None
+    if not isinstance(program, Chain) or not isinstance(last, Crop):
+        return apply(program, tensors, x) + bias
+    rows = _rows(program, x)
+    for step in program.steps[:-1]:
+        rows = _run(step, tensors, rows)
+    after = last.size - last.kept - last.before
+    rows = rows + torch.cat([bias.new_zeros(last.before), bias, bias.new_zeros(after)])
+    return rows[:, last.before : last.before + last.kept].reshape(*x.shape[:-1], last.kept)
+
+
+def _rows(program: Program, x: Tensor) -> Tensor:
+    """The input (..., in_features) as rows (batch, in_features)."""
     if x.dim() == 0 or x.shape[-1] != program.in_features:
         raise ShapeError(
             f"The input has shape {tuple(x.shape)}; its last axis must hold in_features={program.in_features} numbers."
         )
     if x.dim() == 2:
-        return _run(program, tensors, x)
-    rows = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-    return _run(program, tensors, rows).reshape(*x.shape[:-1], program.out_features)
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def _run(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
