@@ -249,7 +249,7 @@ def sizes(original: nn.Module, model: nn.Module) -> dict[str, Any]:
 
 def milliseconds(real: RealModel, original: nn.Module, model: nn.Module) -> dict[str, Any]:
     """Medians of both models, run in turns in this process, and their ratio."""
-    from structmat.compression.evaluate import sized, time_models
+    from structmat.compression.timing import sized, time_models
 
     timings = time_models(original, model, sized(real.sample(), real.batches), seconds=3.0)
     return {str(t.batch): {"original": t.before, "compressed": t.after, "ratio": t.ratio} for t in timings}

@@ -21,6 +21,7 @@ import structmat as sm
 from structmat.compression.plan import Plan
 from structmat.compression.replace import replace_layers
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
+from structmat.io import size_on_disk
 from structmat.structure import count_stored
 
 CLOSED = ("LowRank", "PivotedLowRank", "BlockDiagonal")
@@ -53,6 +54,25 @@ def test_the_budget_is_kept_and_used(share: float) -> None:
     assert 0.98 * share * dense <= spent <= share * dense
     assert result.report.parameters.before == dense
     assert result.report.model_parameters.before - result.report.model_parameters.after == dense - spent
+
+
+@pytest.mark.parametrize("place", [True, False])
+def test_one_copy_of_the_model_is_made(place: bool) -> None:
+    copies = []
+
+    class Counted(nn.Sequential):
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+            copies.append(self)
+            return Counted(*(copy.deepcopy(m, memo) for m in self))
+
+    model = Counted(*mlp())
+    run = sm.compress_ if place else sm.compress
+    options: dict[str, Any] = {"calibration": labelled(), "structures": CLOSED, "recover": sm.Distill(steps=3)}
+    result = run(model, budget=sm.Parameters(0.4), **options)
+    assert len(copies) == 1
+    assert (result.model is model) == place
+    with pytest.raises(ModelError, match="in place"):
+        sm.compress_(model, budget=sm.Parameters(0.4), original=model)
 
 
 def test_the_given_model_is_not_modified_and_compress__works_in_place() -> None:
@@ -199,7 +219,10 @@ def test_the_report_has_every_figure(tmp_path: Path) -> None:
         assert layer["dense_microseconds"] > 0
         assert layer["slower"] == (layer["microseconds"] > layer["dense_microseconds"])
     assert [t["batch"] for t in data["timings"]] == [1, 8, 32]
-    assert all(t["model_after"] > 0 for t in data["timings"])
+    assert all(t["model_after"] > 0 and t["model_ratio"] > 0 for t in data["timings"])
+    for moment, model in (("before", mlp()), ("after", result.model)):
+        on_disk = size_on_disk(sm.save(model, tmp_path / moment))
+        assert 0 <= on_disk - data["model_bytes"][moment] < 5000  # names and structures
     assert {"scan", "calibrate", "screen", "score", "allocate", "replace"} <= set(data["seconds"])
     assert {"torch", "processor", "threads"} <= set(data["environment"])
 

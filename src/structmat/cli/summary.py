@@ -29,15 +29,15 @@ def summary(report: Report) -> Group:
     for name, totals in (
         ("parameters, compressible layers", report.parameters),
         ("parameters, whole model", report.model_parameters),
+        ("bytes, whole model", report.model_bytes),
         ("FLOPs a sample, those layers", report.flops),
     ):
         figures.add_row(name, f"{totals.before:,.0f}", f"{totals.after:,.0f}", _share(totals))
     for timing in report.timings:
         if timing.model_before is not None and timing.model_after is not None:
-            pair = Totals(timing.model_before, timing.model_after)
-            figures.add_row(
-                f"milliseconds, batch {timing.batch}", f"{pair.before:.3f}", f"{pair.after:.3f}", _share(pair)
-            )
+            before, after, ratio = timing.model_before, timing.model_after, timing.model_ratio
+            share = f"{after / before if ratio is None else ratio:.1%}"
+            figures.add_row(f"milliseconds, batch {timing.batch}", f"{before:.3f}", f"{after:.3f}", share)
     parts: list[Table | Text] = [layers, figures]
     if report.quality:
         quality = Table(title="quality")

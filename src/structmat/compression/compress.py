@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structmat.compression import budget as budgets
 from structmat.compression.allocate import Allocation, allocate
@@ -29,7 +29,7 @@ from structmat.compression.running import Forward, Loss, check_loader
 from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
 from structmat.compression.score import Measurement, score
 from structmat.compression.screen import Choice, Screening, candidate_to_json, check_weight, screen
-from structmat.compression.timing import model_milliseconds
+from structmat.compression.timing import sized, time_models
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
 from structmat.nn.linear import StructuredLinear
@@ -50,6 +50,9 @@ Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 BATCHES = (1, 8, 32)
 """Numbers of samples at which the report states times."""
 
+MODEL_SECONDS = 0.3
+"""To spend on timing both models at each of them."""
+
 
 @dataclass(frozen=True)
 class Result(Generic[Model]):
@@ -62,13 +65,14 @@ class Result(Generic[Model]):
 
 def compress(model: Model, *, budget: Budget, **options: Any) -> Result[Model]:
     """:func:`compress_` on a copy: the model that is given is not modified."""
-    return compress_(copy.deepcopy(model), budget=budget, **options)
+    return compress_(copy.deepcopy(model), budget=budget, original=model, **options)
 
 
 def compress_(
     model: Model,
     *,
     budget: Budget,
+    original: nn.Module | None = None,
     calibration: Iterable[Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -93,6 +97,8 @@ def compress_(
     Args:
         model: any module with ``nn.Linear`` layers (or transformers' ``Conv1D``).
         budget: :class:`Parameters`, :class:`Flops` or :class:`Latency` of all compressible layers together.
+        original: the same model as another object, which is not modified, if there is one at hand. Otherwise a copy is
+            made where one is needed: with calibration data or recovery.
         calibration: batches of data that can be read again and again: tensors, tuples ``(inputs, labels)`` or dicts.
             Without it only the weights count, and errors are those of the weights.
         include, exclude: glob patterns on names of layers; an exact name in ``include`` also asks for a layer that
@@ -106,12 +112,11 @@ def compress_(
         evaluate: ``evaluate(model)`` returns the quality, a number or several by name.
         seed: of every random choice.
         folder: where finished work is kept. If the work is interrupted, the same call goes on from there, with the same
-            result. Also gets ``plan.json``, ``report.json`` and
-            ``report.html``.
+            result. Also gets ``plan.json``, ``report.json`` and ``report.html``.
         floor: no layer goes below this share of its dense cost.
         measure: measure the effect of single layers, to correct the predictions (needs calibration data).
         sequential: fit each layer behind the compressed layers before it, so that it makes up for what they lost (needs
-            calibration data; a copy of the original model is held meanwhile).
+            calibration data).
         sweeps: that the final fits may spend.
         progress: show progress on stderr.
 
@@ -121,6 +126,8 @@ def compress_(
         ModelError: there is nothing to compress, or a pattern matches nothing.
     """
     _check(model, budget, calibration, overrides, floor)
+    if original is model:
+        raise ModelError("The original is the model that is compressed in place. Pass a copy of it, or nothing.")
     clock = _Clock()
     work = WorkFolder(folder)
     overrides = overrides or {}
@@ -132,7 +139,8 @@ def compress_(
             check_weight(site, dense_weight(model.get_submodule(site.name)))
         base = digest(fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
     sequential = sequential and calibration is not None
-    original = copy.deepcopy(model) if recover is not None or sequential else None
+    if original is None and (recover is not None or calibration is not None):
+        original = copy.deepcopy(model)
     with clock("evaluate"):
         quality = {"before": _quality(evaluate, model, work, "before", base)} if evaluate else {}
     with clock("calibrate"):
@@ -191,10 +199,7 @@ def compress_(
         )
         if folder is not None:
             plan.write(Path(folder) / "plan.json")
-    timer = _Timer(model, calibration, forward, seen)
-    with clock("time"):
-        before = timer.model_times(model)
-    parameters_before = _stored(model)
+    parameters_before, bytes_before = _stored(model), _bytes(model)
     with clock("replace"):
         replaced = replace_layers(
             model,
@@ -221,7 +226,8 @@ def compress_(
             with clock("evaluate"):
                 quality["recovered"] = _numbers(evaluate, model)
     with clock("time"):
-        timings = timer.compare(before, model, plan)
+        timer = _Timer(calibration, forward, seen)
+        timings = timer.compare(original, model, plan)
     report = Report(
         model=type(model).__name__,
         budget={
@@ -236,6 +242,7 @@ def compress_(
             sum(c.parameters for c in allocation.chosen.values()),
         ),
         model_parameters=Totals(parameters_before, _stored(model)),
+        model_bytes=Totals(bytes_before, _bytes(model)),
         flops=_total_flops(sites, allocation, seen),
         quality=quality,
         timings=timings,
@@ -406,30 +413,26 @@ class _Clock:
 class _Timer:
     """Times of layers and of the whole model at several batch sizes."""
 
-    def __init__(
-        self, model: nn.Module, loader: Iterable[Any] | None, forward: Forward | None, seen: Calibration | None
-    ) -> None:
+    def __init__(self, loader: Iterable[Any] | None, forward: Forward | None, seen: Calibration | None) -> None:
         self.batch = next(iter(loader)) if loader is not None else None
         self.forward, self.seen = forward, seen
-
-    def model_times(self, model: nn.Module) -> dict[int, float]:
-        """Milliseconds of the whole model by batch size, as far as the first batch of the data reaches."""
-        if self.batch is None:
-            return {}
-        return model_milliseconds(model, self.batch, BATCHES, forward=self.forward)
 
     def layer(self, structure: Structure, site_name: str, shape: tuple[int, int], batch: int) -> float:
         rows = 1.0 if self.seen is None else self.seen.rows_per_sample(site_name)
         return Latency(0.5, batch).cost(structure, shape, rows)
 
-    def compare(self, before: Mapping[int, float], model: nn.Module, plan: Plan) -> tuple[Timing, ...]:
-        after = self.model_times(model)
-        timings = []
-        for batch in before or BATCHES[:1]:
-            dense = sum(self.layer(Dense(), n, s, batch) for n, s in plan.shapes.items())
-            now = sum(self.layer(plan.layers[n], n, s, batch) for n, s in plan.shapes.items())
-            timings.append(Timing(batch, dense / 1e3, now / 1e3, before.get(batch), after.get(batch)))
-        return tuple(timings)
+    def compare(self, original: nn.Module | None, model: nn.Module, plan: Plan) -> tuple[Timing, ...]:
+        """Layers alone at every batch size; both models in turns where there is data to run them on."""
+        if self.batch is None or original is None:
+            return (Timing(BATCHES[0], *self._layers(plan, BATCHES[0])),)
+        batches = sized(self.batch, BATCHES)
+        found = time_models(original, model, batches, forward=self.forward, seconds=MODEL_SECONDS)
+        return tuple(Timing(t.batch, *self._layers(plan, t.batch), t.before, t.after, t.ratio) for t in found)
+
+    def _layers(self, plan: Plan, batch: int) -> tuple[float, float]:
+        dense = sum(self.layer(Dense(), n, s, batch) for n, s in plan.shapes.items())
+        now = sum(self.layer(plan.layers[n], n, s, batch) for n, s in plan.shapes.items())
+        return dense / 1e3, now / 1e3
 
 
 def _layer_report(
@@ -491,3 +494,9 @@ def _stored(model: nn.Module) -> int:
     size = sum(p.numel() for p in model.parameters())
     structured = {id(m): m for m in model.modules() if isinstance(m, StructuredLinear)}
     return size + sum(b.numel() for m in structured.values() for b in m.buffers())
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of all tensors that are saved, each once."""
+    kept = {(t.data_ptr(), t.shape, t.dtype): t for t in model.state_dict().values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in kept.values())

@@ -30,7 +30,8 @@ class Totals:
 class Timing:
     """Milliseconds of one run before and after, for a number of samples at once.
 
-    ``layers`` are sums of medians of single layers; ``model`` are runs of the whole model, where data was given.
+    ``layers`` are sums over single layers; ``model`` are medians of runs of the whole model, where data was given: both
+    models run in turns, and ``model_ratio`` is the median over turns of after by before.
     """
 
     batch: int
@@ -38,6 +39,7 @@ class Timing:
     layers_after: float
     model_before: float | None = None
     model_after: float | None = None
+    model_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Report:
         model: the class of the model.
         budget: as JSON, with ``unit``, ``limit``, ``spent`` and ``dense`` in that unit.
         parameters: stored numbers of the compressible weights; ``model_parameters`` of the whole model.
+        model_bytes: of all tensors of the whole model, as they are saved.
         flops: of the compressible layers for one sample.
         quality: what ``evaluate`` returned, by moment: ``before``, ``after``, and ``recovered`` if there was recovery.
         timings: milliseconds at several batch sizes.
@@ -108,6 +111,7 @@ class Report:
     budget: Mapping[str, Any]
     parameters: Totals
     model_parameters: Totals
+    model_bytes: Totals
     flops: Totals
     quality: Mapping[str, Mapping[str, float]]
     timings: tuple[Timing, ...]

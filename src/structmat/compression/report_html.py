@@ -118,13 +118,19 @@ def _time_remarks(data: Mapping[str, Any]) -> list[Remark]:
     parts, tones = [], []
     for timing in data["timings"]:
         if timing["model_before"] is not None and timing["model_after"] is not None:
-            tone, words = _speed(float(timing["model_after"]) / float(timing["model_before"]))
+            tone, words = _speed(_ratio(timing, "model"))
             parts.append(f"{words} at batch size {int(timing['batch'])}")
             tones.append(tone)
     if not parts:
         return [Remark("plain", "The whole model was not timed: no data was given to run it on.")]
     tone = "bad" if "bad" in tones else "good" if "good" in tones else "plain"
     return [Remark(tone, f"On this machine the whole model is {', '.join(parts)}.")]
+
+
+def _ratio(timing: Mapping[str, Any], kind: str) -> float:
+    """After by before: as it was measured in turns, where it was."""
+    measured = timing.get(f"{kind}_ratio")
+    return float(measured) if measured is not None else float(timing[f"{kind}_after"]) / float(timing[f"{kind}_before"])
 
 
 def _speed(ratio: float) -> tuple[str, str]:
@@ -209,6 +215,7 @@ def _tiles(data: Mapping[str, Any]) -> str:
     tiles = [
         _tile("Compressible parameters", data["parameters"]),
         _tile("Whole model", data["model_parameters"]),
+        _tile("Whole model, bytes", data["model_bytes"]),
         _tile("FLOPs a sample, those layers", data["flops"]),
     ]
     timed = [t for t in data["timings"] if t["model_before"] is not None and t["model_after"] is not None]
@@ -395,11 +402,12 @@ def _times(data: Mapping[str, Any]) -> str:
             if before is None or after is None:
                 cells += "<td></td><td></td>"
                 continue
-            tone, _ = _speed(float(after) / float(before))
+            ratio = _ratio(timing, kind)
+            tone, _ = _speed(ratio)
             scale = max(float(before), float(after))
             cells += (
                 f"<td>{charts.pair(float(before), float(after), scale)}</td>"
-                f'<td class="num {"slow" if tone == "bad" else ""}">{float(after) / float(before):.2f}&#215;</td>'
+                f'<td class="num {"slow" if tone == "bad" else ""}">{ratio:.2f}&#215;</td>'
             )
         rows.append(f"<tr>{cells}</tr>")
     environment = data["environment"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structmat.compression.budget import Budget, flops, to_json
+from structmat.compression.budget import Budget, Latency, flops, to_json
 from structmat.compression.calibrate import Calibration, Moments
 from structmat.compression.progress import Progress
 from structmat.compression.scan import Site, dense_weight
@@ -172,7 +172,7 @@ def screen(
         return found
 
     families_of(structures)  # a wrong name is an error before the work begins
-    with Progress(progress) as bar, _one_thread_each() as pool:
+    with Progress(progress) as bar, _workers(alone=isinstance(budget, Latency)) as pool:
         pending = [pool.submit(work, number, site) for number, site in enumerate(sites)]
         try:
             screens = [job.result() for job in bar.track(pending, "screen")]
@@ -194,9 +194,14 @@ def layer_worker(
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[ThreadPoolExecutor]:
-    """As many workers as PyTorch has threads, each with one: decompositions of small matrices gain little from more."""
+def _workers(*, alone: bool) -> Iterator[ThreadPoolExecutor]:
+    """As many workers as PyTorch has threads, each with one: decompositions of small matrices gain little from more.
+    Or one worker ``alone`` with all threads, as times are measured."""
     threads = torch.get_num_threads()
+    if alone:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool
+        return
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-"""Timing in turns, size, memory, quality."""
+"""Timing in turns."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ import torch
 from torch import nn
 
 import structmat as sm
-from structmat.compression.evaluate import (
-    bytes_on_disk,
-    evaluated,
-    first_batch,
-    interleaved,
-    peak_memory,
-    sized,
-    time_models,
-)
+from structmat.compression.timing import interleaved, layer_microseconds, sized, time_models
 from structmat.errors import DataError
+from structmat.structures.dense import Dense
 
 
 class Sleeper(nn.Module):
@@ -78,37 +71,9 @@ def test_batches_that_can_not_be_cut_stay() -> None:
         sized(torch.zeros(0, 2), [1])
 
 
-def test_bytes_on_disk_are_those_of_the_tensors() -> None:
-    dense = nn.Sequential(nn.Linear(256, 256, bias=False))
-    small = nn.Sequential(sm.nn.StructuredLinear.from_linear(dense[0], sm.LowRank(rank=8)))
-    assert 0 <= bytes_on_disk(dense) - 4 * 256 * 256 < 2000
-    assert 0 <= bytes_on_disk(small) - 4 * 256 * 16 < 2000
-
-
-def test_peak_memory_sees_what_is_freed_again() -> None:
-    size = 64 * 2**20
-
-    def allocate() -> int:
-        return int(torch.ones(size // 4).sum()) * 4
-
-    value, peak = peak_memory(allocate)
-    assert value == size
-    if peak is None:
-        pytest.skip("this system does not tell the peak of resident memory")
-    assert 0.9 * size < peak < 3 * size
-
-
-def test_quality_is_one_number() -> None:
-    model = nn.Dropout()
-    model.train()
-    assert evaluated(None, model) is None
-    assert evaluated(lambda m: torch.tensor(float(m.training)), model) == 0.0
-    assert model.training
-    with pytest.raises(DataError, match="one number"):
-        evaluated(lambda m: "good", model)  # type: ignore[arg-type,return-value]
-
-
-def test_first_batch() -> None:
-    assert first_batch([3, 4]) == 3
-    with pytest.raises(DataError, match="no batches"):
-        first_batch([])
+def test_a_layer_s_time_is_that_of_the_dense_one_times_their_ratio() -> None:
+    shape, rows = (512, 512), 256
+    dense = layer_microseconds(Dense(), shape, rows)
+    assert dense > 0
+    assert layer_microseconds(sm.LowRank(rank=8), shape, rows) < 0.7 * dense
+    assert layer_microseconds(Dense(), shape, rows) == dense  # measured once a process
