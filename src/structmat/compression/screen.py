@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from structmat.compression.budget import Budget, Latency, flops, to_json
@@ -28,11 +29,15 @@ from structmat.structure import to_json as structure_to_json
 from structmat.structures import families
 from structmat.structures import from_json as structure_from_json
 from structmat.structures.dense import Dense
+from structmat.structures.sum_of import Sum
 
 logger = logging.getLogger(__name__)
 
 Choice = str | type[Structure] | Structure
 """A family by name or class (tried at several sizes), or one structure with its sizes."""
+
+Variant = tuple[str, ...]
+"""What is judged together: a family, or a sum of certain families."""
 
 SWEEPS = 1
 """Sweeps that a cheap fit may spend."""
@@ -46,11 +51,15 @@ MEDIUM = (0.1, 0.3, 0.4, 0.7)
 FINE = tuple(i / 24 for i in range(1, 24))
 """Shares for those of them whose fits are optimal."""
 
+EXPECTED = ", expected with sweeps"
+"""Marks the method of a candidate that was fitted without sweeps, with an error and a loss scaled by what sweeps gained
+at another size."""
+
 DOMINATED = 1.5
 """A family whose predicted loss at a coarse share, without sweeps, is this many times that of the best at its cost is
 not improved there."""
 
-BEHIND = 1.05
+BEHIND = 1.02
 """A family that is this far behind the best even then is not tried near that share."""
 
 OUTPUT_DAMPING = 0.1
@@ -128,10 +137,12 @@ def screen(
 ) -> Screening:
     """Fit every family at several sizes to every layer, cheaply.
 
-    Each family is first tried at the shares ``COARSE`` of the dense parameters, without sweeps, and its best fit there
-    is improved by ``sweeps`` where it is within reach of the best of all. Then it is tried at the shares ``MEDIUM``, or
-    at ``FINE`` if its fits are optimal, except near coarse ones at which it stayed behind. Fits of a layer share its
-    decompositions. Candidates that are not cheaper than the dense layer in the budget's unit are refused and counted.
+    Each family is first tried at the shares ``COARSE`` of the dense parameters, without sweeps; a family whose fits are
+    optimal then at the shares ``FINE``. Of every other one the best fit at each coarse share is improved by ``sweeps``,
+    if it is within reach of the best of all at its cost, and the family is tried at the shares ``MEDIUM`` near those
+    where it is then not behind: there the loss of a fit without sweeps is scaled by what the sweeps gained.
+    Sums count as one family for each choice of their parts'. Fits of a layer share its decompositions. Candidates that
+    are not cheaper than the dense layer in the budget's unit are refused and counted.
 
     Args:
         model: read only.
@@ -204,7 +215,7 @@ def _workers(*, alone: bool) -> Iterator[ThreadPoolExecutor]:
         return
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:  # SciPy has a BLAS of its own
             yield pool
     finally:
         torch.set_num_threads(threads)
@@ -291,7 +302,7 @@ class LayerWorker:
     def __init__(
         self, site: Site, target: Target, moments: Moments | None, terms: float, budget: Budget, rows: float
     ) -> None:
-        self.site, self.target, self.quick = site, target, _without_sweeps(target)
+        self.site, self.target, self.quick = site, target, target.replace_sweeps(0)
         self.judge = Judge(target, moments, terms)
         self.budget, self.rows = budget, rows
         self.dense_cost = budget.cost(Dense(), site.shape, rows)
@@ -310,41 +321,54 @@ class LayerWorker:
                 self.refused[f"refuses the shape: {type(structure).__name__}"] += 1
                 logger.info("%s: %s", self.site.name, error)
         kinds = [kind for kind in families_of(structures) if kind is not Dense]
-        coarse = {(kind, share): self.try_share(kind, share) for kind in kinds for share in COARSE}
-        for kind in kinds:
-            tried = [c for share in COARSE for c in coarse[kind, share]]
-            optimal = all(c.certificate == Certificate.OPTIMAL.value for c in tried)
-            behind = {share: self.is_behind(coarse[kind, share], sweep=not optimal) for share in COARSE}
-            for share in COARSE:
-                self.refused[f"behind the best at {share:.0%} of the parameters: {kind.__name__}"] += behind[share]
-            if optimal:
-                for share in FINE:
-                    if not behind[_nearest(share)]:
-                        self.try_share(kind, share)
-                continue
-            for share in MEDIUM:
-                if behind[_nearest(share)]:
-                    continue
-                self.is_behind(self.try_share(kind, share), sweep=True)
+        coarse = {share: [c for kind in kinds for c in self.try_share(kind, share)] for share in COARSE}
+        # Optimal fits are cheap: they come first, so that the others are held against all of them.
+        for optimal in (True, False):
+            shares = FINE if optimal else MEDIUM
+            near = {share: self.contenders(share, coarse[share], optimal) for share in COARSE}
+            for share in shares:
+                gains = near[_nearest(share)]
+                for candidate in [c for kind in kinds for c in self.try_share(kind, share, gains)]:
+                    if not optimal:
+                        self.scale(candidate, gains[_variant(candidate.structure)])
 
-    def is_behind(self, tried: Sequence[Candidate], *, sweep: bool) -> bool:
-        """Whether each of these has a larger loss than something that costs no more; the best one's fit is improved
-        before that is said, unless it is far behind (or its fit is optimal as it is: no ``sweep``)."""
-        if not tried:
-            return True
-        nearest = min(tried, key=lambda c: c.loss / max(self.best(c.cost), 1e-300))
-        if sweep and nearest.loss <= DOMINATED * self.best(nearest.cost):
-            nearest = self.improve(nearest)
-        return nearest.loss > BEHIND * self.best(nearest.cost)
+    def contenders(self, share: float, tried: Sequence[Candidate], optimal: bool) -> dict[Variant, float]:
+        """The variants with optimal fits, or those without, that are not behind the best at a coarse share, and the
+        factor by which sweeps changed the loss of the best fit of each (if these could bring it there)."""
+        found = {}
+        for variant, candidates in _by_variant(tried).items():
+            if optimal != all(c.certificate == Certificate.OPTIMAL.value for c in candidates):
+                continue
+            best = before = min(candidates, key=lambda c: c.loss / max(self.best(c.cost), 1e-300))
+            if not optimal and before.loss <= DOMINATED * self.best(before.cost):
+                best = self.improve(before)
+            if best.loss > BEHIND * self.best(best.cost):
+                self.refused[f"behind the best at {share:.0%} of the parameters: {' + '.join(variant)}"] += 1
+            else:
+                found[variant] = best.loss / before.loss if before.loss > 0 else 1.0
+        return found
+
+    def scale(self, candidate: Candidate, gain: float) -> None:
+        """Expect of a candidate what sweeps gained for a like one."""
+        self.found[self.found.index(candidate)] = replace(
+            candidate,
+            error=candidate.error * gain**0.5,
+            loss=candidate.loss * gain,
+            method=candidate.method + EXPECTED,
+        )
 
     def best(self, cost: float) -> float:
         """The smallest loss that some candidate reaches at most at a cost."""
         return min((c.loss for c in self.found if c.cost <= cost), default=math.inf)
 
-    def try_share(self, kind: type[Structure], share: float) -> list[Candidate]:
+    def try_share(
+        self, kind: type[Structure], share: float, wanted: Container[Variant] | None = None
+    ) -> list[Candidate]:
         """Try what a family would do with a share of the dense parameters, without sweeps; nothing twice."""
         shape, found = self.site.shape, []
         for structure in kind.configurations(shape, int(share * shape[0] * shape[1])):
+            if wanted is not None and _variant(structure) not in wanted:
+                continue
             try:
                 candidate = self.try_one(resolve(structure, shape), self.quick)
             except (ShapeError, StructureError) as error:
@@ -399,12 +423,19 @@ class LayerWorker:
         return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(+self.refused))
 
 
-def _without_sweeps(target: Target) -> Target:
-    """The same target for closed-form starts; decompositions are shared."""
-    target.whitened_svd, target.inverse_root, target.inverse_output_root  # noqa: B018
-    quick = replace(target, sweeps=0)
-    quick.__dict__.update({k: v for k, v in target.__dict__.items() if k not in {"sweeps", "_derived"}})
-    return quick
+def _variant(structure: Structure) -> Variant:
+    return (
+        tuple(type(part).__name__ for part in structure.parts)
+        if isinstance(structure, Sum)
+        else (type(structure).__name__,)
+    )
+
+
+def _by_variant(candidates: Sequence[Candidate]) -> dict[Variant, list[Candidate]]:
+    found: dict[Variant, list[Candidate]] = {}
+    for candidate in candidates:
+        found.setdefault(_variant(candidate.structure), []).append(candidate)
+    return found
 
 
 def _nearest(share: float) -> float:

@@ -48,15 +48,16 @@ def fit_chain(target: Target, patterns: Sequence[Pattern]) -> Fit:
 
 def _fit_weighted(target: Target, patterns: Sequence[Pattern]) -> Fit:
     a, b, c, d = patterns[0]
-    inputs = None if target.second_moment is None else _Absorbed(target.second_moment, a, c, d)
+    inputs = outputs = None
     weight, share = target.weight, 1.0
-    if inputs is not None:
-        weight, share = inputs.multiply(weight, inputs.blocks.root), inputs.blocks.smallest_share()
+    if (moment := target.second_moment) is not None:
+        inputs = target.input_fact(("absorbed", a, c, d), lambda: _Absorbed(moment, a, c, d))
+        weight, share = inputs.multiply(weight, inputs.blocks.root), inputs.blocks.smallest_share
     e, f, g, h = patterns[-1]
-    outputs = None if target.output_moment is None else _Absorbed(target.output_moment, e, f, h)
-    if outputs is not None:
+    if (weights := target.output_moment) is not None:
+        outputs = target.output_fact(("absorbed", e, f, h), lambda: _Absorbed(weights, e, f, h))
         weight = outputs.multiply(weight.mH, outputs.blocks.root).mH
-        share *= outputs.blocks.smallest_share()
+        share *= outputs.blocks.smallest_share
     bound = max(split_errors(weight, patterns)) * share**0.5
     factors = factorize(weight, patterns)
     if inputs is not None:

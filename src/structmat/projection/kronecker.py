@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -195,21 +195,38 @@ def separable_start(target: Target, pairs: Pairs, terms: int) -> tuple[Tensor, T
     """
     assert target.second_moment is not None
     (m1, n1), (m2, n2) = pairs
-    c1, c2 = separable_moment(target.second_moment, (n1, n2))
-    floor = 1e-9
-    roots = [_power(c, 0.5, floor) for c in (c1, c2)]
-    inverses = [_power(c, -0.5, floor) for c in (c1, c2)]
-    a, b, tail = nearest_terms(target.weight @ torch.kron(*roots), pairs, terms)
-    a = (a.reshape(-1, m1, n1) @ inverses[0]).reshape(terms, -1)
-    b = (b.reshape(-1, m2, n2) @ inverses[1]).reshape(terms, -1)
-    smallest = min(float(torch.linalg.eigvalsh(c)[0] / c.diagonal().real.max().clamp(min=1e-300)) for c in (c1, c2))
-    if smallest <= floor or target.is_padded:
-        return a, b, 0.0
-    scale = torch.kron(*inverses)
-    relative = scale @ target.second_moment @ scale
-    values = torch.linalg.eigvalsh((relative + relative.mH) / 2)
-    alpha = float(values[0]) - 1e-13 * len(values) * float(values[-1])  # less what rounding may have added
-    return a, b, math.sqrt(max(alpha, 0.0)) * tail
+    moment = target.second_moment
+    weigh = target.input_fact(("separable", n1, n2), lambda: _Separable(moment, (n1, n2)))
+    a, b, tail = nearest_terms(target.weight @ torch.kron(*weigh.roots), pairs, terms)
+    a = (a.reshape(-1, m1, n1) @ weigh.inverses[0]).reshape(terms, -1)
+    b = (b.reshape(-1, m2, n2) @ weigh.inverses[1]).reshape(terms, -1)
+    return a, b, 0.0 if target.is_padded else math.sqrt(weigh.share) * tail
+
+
+_SEPARABLE_FLOOR = 1e-9
+"""Share of the largest eigenvalue below which one of a separable moment counts as zero."""
+
+
+class _Separable:
+    """The roots of ``C1`` and ``C2`` whose Kronecker product is near a moment, and their pseudo-inverses."""
+
+    def __init__(self, moment: Tensor, inner: tuple[int, int]) -> None:
+        self.moment = moment
+        self.parts = separable_moment(moment, inner)
+        self.roots = [_power(part, 0.5, _SEPARABLE_FLOOR) for part in self.parts]
+        self.inverses = [_power(part, -0.5, _SEPARABLE_FLOOR) for part in self.parts]
+
+    @cached_property
+    def share(self) -> float:
+        """The largest known alpha with ``C >= alpha C1 (x) C2``; 0 if one of these is singular."""
+        for part in self.parts:
+            if float(torch.linalg.eigvalsh(part)[0]) <= _SEPARABLE_FLOOR * float(part.diagonal().real.max()):
+                return 0.0
+        scale = torch.kron(*self.inverses)
+        relative = scale @ self.moment @ scale
+        values = torch.linalg.eigvalsh((relative + relative.mH) / 2)
+        # less what rounding may have added
+        return max(0.0, float(values[0]) - 1e-13 * len(values) * float(values[-1]))
 
 
 def gram_entries(pairs: Pairs, terms: int) -> int:

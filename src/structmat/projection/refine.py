@@ -63,6 +63,8 @@ def refine(program: Program, tensors: Mapping[str, Tensor], target: Target, swee
         All tensors by name. Cost: a step multiplies the program with ``in`` vectors, forward and backward.
     """
     current = {name: tensor.detach() for name, tensor in tensors.items()}
+    if sweeps == 0:
+        return current
     problem = _Problem.of(target)
     program = simplify(program)
     names = [name for name in _learned(program) if _is_linear(program, name)]

@@ -15,11 +15,12 @@ the start is optimal.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from structmat.projection.target import Certificate
+from structmat.projection.target import Certificate, Target
 
 _RANK_TOLERANCE = 1e-12
 """Eigenvalues below this share of the largest are rounding: directions in which the inputs never vary."""
@@ -42,29 +43,27 @@ class SliceFit:
     method: str
 
 
-def fit_slices(
-    slices: Tensor, second_moment: Tensor | None, output_moment: Tensor | None, rank: int, sweeps: int
-) -> SliceFit:
+def fit_slices(slices: Tensor, inputs: Blocks | None, outputs: Blocks | None, rank: int, sweeps: int) -> SliceFit:
     """The nearest matrix whose slices have a rank.
 
     Args:
         slices: (g, k, s, p): slice ``[g, k]`` holds the rows of group g at the columns of block k. Zero padding of
             whole rows or columns of a slice changes neither its singular values nor the bound.
-        second_moment: (k * p, k * p) positive semidefinite in the order of the column blocks, or None.
-        output_moment: (g * s, g * s) positive semidefinite in the order of the row groups, or None.
+        inputs: the second moment (k * p, k * p) in the order of the column blocks, or None for the identity.
+        outputs: the moment (g * s, g * s) of the outputs in the order of the row groups, or None.
         rank: of every slice, at most min(s, p).
         sweeps: how many passes over the slices may follow the closed-form start in a weighted norm.
 
     Cost: one batched SVD of the slices; a sweep costs ``out * in**2`` multiply-adds (and ``out**2 * in`` with an output
     moment) and eigenvectors of size min(s, p).
     """
-    if second_moment is None and output_moment is None:
+    if inputs is None and outputs is None:
         u, s, vh = torch.linalg.svd(slices, full_matrices=False)
         root = s[..., :rank].sqrt()
         tail = float(torch.linalg.norm(s[..., rank:]))
         left, right = u[..., :rank] * root[..., None, :], root[..., None] * vh[..., :rank, :]
         return SliceFit(left, right, Certificate.OPTIMAL, tail, "truncated SVD of every slice")
-    weighted = _Weighted(slices, second_moment, output_moment)
+    weighted = _Weighted(slices, inputs, outputs)
     left, right, tail = weighted.start(rank)
     if weighted.is_separable:
         return SliceFit(*_balance(left, right), Certificate.OPTIMAL, tail, "whitened truncated SVD of every slice")
@@ -76,7 +75,7 @@ def fit_slices(
 
 
 class Blocks:
-    """The diagonal blocks of a second moment: roots, pseudo-inverse roots and the directions that occur."""
+    """``count`` diagonal blocks of a moment: roots, pseudo-inverse roots and the directions that occur."""
 
     def __init__(self, moment: Tensor, count: int) -> None:
         width = moment.shape[0] // count
@@ -93,6 +92,7 @@ class Blocks:
         between = torch.linalg.norm(moment - torch.block_diag(*self.own))
         self.is_whole = bool(between <= _BLOCK_DIAGONAL * torch.linalg.norm(moment))
 
+    @cached_property
     def smallest_share(self) -> float:
         """The largest known mu with ``C >= mu D``, D the block diagonal of C (on the directions that occur in D)."""
         if self.is_whole:
@@ -104,16 +104,27 @@ class Blocks:
         return max(0.0, smallest - 1e-12 * size)  # less its rounding, so that a bound stays a bound
 
 
+def input_blocks(target: Target, count: int) -> Blocks | None:
+    """Blocks of the second moment of the inputs, made once; None for the identity."""
+    moment = target.second_moment
+    return None if moment is None else target.input_fact(("blocks", count), lambda: Blocks(moment, count))
+
+
+def output_blocks(target: Target, count: int) -> Blocks | None:
+    """The same for the moment of the outputs."""
+    moment = target.output_moment
+    return None if moment is None else target.output_fact(("blocks", count), lambda: Blocks(moment, count))
+
+
 class _Weighted:
     """What the weighted fits of one grid of slices share."""
 
-    def __init__(self, slices: Tensor, moment: Tensor | None, output_moment: Tensor | None) -> None:
+    def __init__(self, slices: Tensor, inputs: Blocks | None, outputs: Blocks | None) -> None:
         self.groups, self.blocks, self.rows, self.width = slices.shape
-        self.slices = slices
-        if moment is None:
-            moment = torch.eye(self.blocks * self.width, dtype=slices.dtype)
-        self.inputs = Blocks(moment, self.blocks)
-        self.outputs = None if output_moment is None else Blocks(output_moment, self.groups)
+        self.slices, self.outputs = slices, outputs
+        if inputs is None:
+            inputs = Blocks(torch.eye(self.blocks * self.width, dtype=slices.dtype), self.blocks)
+        self.inputs = inputs
         # what a slice does on inputs that never occur is free: it follows the matrix itself
         self.unseen = slices - slices @ self.inputs.support
         self.is_separable = self.inputs.is_whole and (self.outputs is None or self.outputs.is_whole)
@@ -134,7 +145,7 @@ class _Weighted:
     def lower_bound(self, rank: int, tail: float) -> float:
         """No member is nearer. With D the block diagonal of C and C >= mu D, errors are at least sqrt(mu) times those
         in the norm of D, whose optimum is known; and the rows of a group have at most rank ``blocks * rank``."""
-        share = self.inputs.smallest_share() * (1.0 if self.outputs is None else self.outputs.smallest_share())
+        share = self.inputs.smallest_share * (1.0 if self.outputs is None else self.outputs.smallest_share)
         by_blocks = share**0.5 * tail
         if self.outputs is not None or self.blocks * rank >= self.rows:
             return float(by_blocks)

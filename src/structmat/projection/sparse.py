@@ -159,10 +159,14 @@ def lower_bound(target: Target, nonzeros: int) -> float:
         diagonal = moment.diagonal().real.clamp(min=0.0)
         if not bool((diagonal > 0).all()):
             return 0.0
-        scale = diagonal.rsqrt()
-        # Rounding may make the smallest eigenvalue of a singular matrix look positive.
-        alpha = float(torch.linalg.eigvalsh(moment * scale * scale[:, None])[0]) - 1e-13 * len(diagonal)
+        alpha = target.input_fact("smallest correlation", lambda: _smallest_correlation(moment, diagonal))
     costs = (target.weight.abs().square() * diagonal).reshape(-1)
     left_out = costs.numel() - nonzeros
     tail = float(torch.topk(costs, left_out, largest=False, sorted=False).values.sum()) if left_out else 0.0
     return float((max(alpha, 0.0) * tail) ** 0.5)
+
+
+def _smallest_correlation(moment: Tensor, diagonal: Tensor) -> float:
+    scale = diagonal.rsqrt()
+    # Rounding may make the smallest eigenvalue of a singular matrix look positive.
+    return float(torch.linalg.eigvalsh(moment * scale * scale[:, None])[0]) - 1e-13 * len(diagonal)

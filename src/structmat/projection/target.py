@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from structmat.structure import Shape
+
+_T = TypeVar("_T")
+
+Facts = dict[Hashable, Any]
+"""What was computed from one moment, by key; shared by all targets with that moment."""
 
 _RELATIVE_RANK_TOLERANCE = 1e-12
 """Eigenvalues of a second moment below this share of the largest are rounding: inputs that never occur."""
@@ -85,18 +91,29 @@ class Target:
         return torch.Generator().manual_seed(self.seed)
 
     def replace_weight(self, weight: Tensor) -> Target:
-        """The same norm and options for another matrix; what was computed from the second moment is kept."""
-        return self._keeping_norm(replace(self, weight=weight))
+        """The same norm and options for another matrix; what was computed from the moments is kept."""
+        return self._sharing(replace(self, weight=weight))
 
     def replace_sweeps(self, sweeps: int) -> Target:
-        """The same problem with another number of sweeps; what was computed from the second moment is kept."""
-        return self._keeping_norm(replace(self, sweeps=sweeps))
-
-    def _keeping_norm(self, other: Target) -> Target:
-        for name in ("_eigen", "root", "inverse_root", "_output_eigen", "output_root", "inverse_output_root"):
+        """The same problem with another number of sweeps; what was computed from it is kept."""
+        other = self._sharing(replace(self, sweeps=sweeps))
+        for name in ("whitened", "whitened_svd"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
+
+    def _sharing(self, other: Target) -> Target:
+        other.__dict__.update(_input_facts=self._input_facts, _output_facts=self._output_facts)
+        return other
+
+    def input_fact(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """What depends on the second moment of the inputs alone, made once for all targets that were made from one
+        another and have the same."""
+        return _remember(self._input_facts, key, make)
+
+    def output_fact(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """The same for the moment of the outputs."""
+        return _remember(self._output_facts, key, make)
 
     def unweighted(self) -> Target:
         """The same matrix in the Frobenius norm. Always the same object, so that its decomposition is shared."""
@@ -112,9 +129,7 @@ class Target:
             return self
         if "inputs" not in self._derived:
             other = replace(self, output_moment=None)
-            for name in ("_eigen", "root", "inverse_root"):
-                if name in self.__dict__:
-                    other.__dict__[name] = self.__dict__[name]
+            other.__dict__["_input_facts"] = self._input_facts
             self._derived["inputs"] = other
         return self._derived["inputs"]
 
@@ -125,8 +140,11 @@ class Target:
         if native not in self._derived:
             weight = self.weight.new_zeros(native)
             weight[: self.native[0], : self.native[1]] = self.weight
-            inputs, outputs = _embed(self.second_moment, native[1]), _embed(self.output_moment, native[0])
-            self._derived[native] = replace(self, weight=weight, second_moment=inputs, output_moment=outputs)
+            inputs, input_facts = _embedded(self.second_moment, native[1], self._input_facts)
+            outputs, output_facts = _embedded(self.output_moment, native[0], self._output_facts)
+            larger = replace(self, weight=weight, second_moment=inputs, output_moment=outputs)
+            larger.__dict__.update(_input_facts=input_facts, _output_facts=output_facts)
+            self._derived[native] = larger
         return self._derived[native]
 
     @cached_property
@@ -135,40 +153,32 @@ class Target:
         return {}
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (rounding removed) and eigenvectors of the second moment."""
-        assert self.second_moment is not None
-        return _eigen(self.second_moment)
+    def _input_facts(self) -> Facts:
+        return {}
 
     @cached_property
+    def _output_facts(self) -> Facts:
+        return {}
+
+    @property
     def root(self) -> Tensor | None:
         """``C^(1/2)``, symmetric, or None for the identity."""
-        if self.second_moment is None:
-            return None
-        return _root(*self._eigen)
+        return _root(self.second_moment, self._input_facts)
 
-    @cached_property
+    @property
     def inverse_root(self) -> Tensor | None:
         """The pseudo-inverse of ``C^(1/2)``: zero on inputs that never occur. None for the identity."""
-        if self.second_moment is None:
-            return None
-        return _inverse_root(*self._eigen)
+        return _inverse_root(self.second_moment, self._input_facts)
 
-    @cached_property
-    def _output_eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (rounding removed) and eigenvectors of the output moment."""
-        assert self.output_moment is not None
-        return _eigen(self.output_moment)
-
-    @cached_property
+    @property
     def output_root(self) -> Tensor | None:
         """``B^(1/2)``, symmetric, or None for the identity."""
-        return None if self.output_moment is None else _root(*self._output_eigen)
+        return _root(self.output_moment, self._output_facts)
 
-    @cached_property
+    @property
     def inverse_output_root(self) -> Tensor | None:
         """The pseudo-inverse of ``B^(1/2)``: zero on outputs that do not count. None for the identity."""
-        return None if self.output_moment is None else _inverse_root(*self._output_eigen)
+        return _inverse_root(self.output_moment, self._output_facts)
 
     @cached_property
     def whitened(self) -> Tensor:
@@ -203,24 +213,62 @@ class Target:
         return self.error(torch.zeros_like(self.weight))
 
 
-def _embed(moment: Tensor | None, size: int) -> Tensor | None:
-    if moment is None:
-        return None
+def _remember(facts: Facts, key: Hashable, make: Callable[[], _T]) -> _T:
+    if key not in facts:
+        facts[key] = make()
+    return cast(_T, facts[key])
+
+
+def _embedded(moment: Tensor | None, size: int, facts: Facts) -> tuple[Tensor | None, Facts]:
+    """A moment among zeros, and what is known of it: roots of what is padded are padded roots."""
+    if moment is None or moment.shape[0] == size:
+        return moment, facts
+
+    def make() -> tuple[Tensor, Facts]:
+        known = {name: _embed(facts[name], size) for name in (_ROOT, _INVERSE_ROOT) if name in facts}
+        return _embed(moment, size), cast(Facts, known)
+
+    return _remember(facts, ("embedded", size), make)
+
+
+def _embed(moment: Tensor, size: int) -> Tensor:
     larger = moment.new_zeros(size, size)
     larger[: moment.shape[0], : moment.shape[0]] = moment
     return larger
 
 
-def _eigen(moment: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(moment)
-    floor = values.max().clamp(min=0.0) * _RELATIVE_RANK_TOLERANCE
-    return torch.where(values > floor, values, torch.zeros_like(values)), vectors
+_EIGEN, _ROOT, _INVERSE_ROOT = "eigenvectors", "root", "inverse root"
 
 
-def _root(values: Tensor, vectors: Tensor) -> Tensor:
-    return (vectors * values.sqrt()) @ vectors.mH
+def _eigen(moment: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (rounding removed) and eigenvectors."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(moment)
+        floor = values.max().clamp(min=0.0) * _RELATIVE_RANK_TOLERANCE
+        return torch.where(values > floor, values, torch.zeros_like(values)), vectors
+
+    return _remember(facts, _EIGEN, make)
 
 
-def _inverse_root(values: Tensor, vectors: Tensor) -> Tensor:
-    inverse = torch.where(values > 0, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), values)
-    return (vectors * inverse) @ vectors.mH
+def _root(moment: Tensor | None, facts: Facts) -> Tensor | None:
+    if moment is None:
+        return None
+
+    def make() -> Tensor:
+        values, vectors = _eigen(moment, facts)
+        return (vectors * values.sqrt()) @ vectors.mH
+
+    return _remember(facts, _ROOT, make)
+
+
+def _inverse_root(moment: Tensor | None, facts: Facts) -> Tensor | None:
+    if moment is None:
+        return None
+
+    def make() -> Tensor:
+        values, vectors = _eigen(moment, facts)
+        inverse = torch.where(values > 0, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), values)
+        return (vectors * inverse) @ vectors.mH
+
+    return _remember(facts, _INVERSE_ROOT, make)

@@ -57,7 +57,8 @@ class BlockDiagonal(Structure):
             wanted = torch.stack([reached[i, :, i] for i in range(k)])
             weight = wanted @ torch.linalg.pinv(own, rtol=1e-12, hermitian=True)
         blocks = torch.block_diag(*weight)
-        return Fit({"weight": weight}, Certificate.OPTIMAL, target.error(blocks), "blocks of the matrix")
+        distance = target.squared(target.weight - blocks) ** 0.5
+        return Fit({"weight": weight}, Certificate.OPTIMAL, distance, "blocks of the matrix")
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Self, final
 
 from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Program, Shuffle
-from structmat.projection.slices import fit_slices
+from structmat.projection.slices import fit_slices, input_blocks, output_blocks
 from structmat.projection.target import Fit, Target
 from structmat.sizes import even_factors
 from structmat.structure import (
@@ -104,7 +104,7 @@ class BlockTensorTrain(Structure):
     def project(self, target: Target) -> Fit:
         (m1, m2, n2, n1), rank = self._factors, whole(self.rank)
         slices = target.weight.reshape(m1, m2, n2, n1).permute(0, 2, 1, 3)
-        found = fit_slices(slices, target.second_moment, target.output_moment, rank, target.sweeps)
+        found = fit_slices(slices, input_blocks(target, n2), output_blocks(target, m1), rank, target.sweeps)
         tensors = {
             "left": found.left.permute(0, 2, 1, 3).reshape(m1, m2, n2 * rank),  # from (m1, n2, m2, rank)
             "right": found.right.permute(1, 0, 2, 3).reshape(n2, m1 * rank, n1),  # from (m1, n2, rank, n1)

@@ -8,7 +8,7 @@ from typing import ClassVar, Self, final
 
 from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Program
-from structmat.projection.slices import fit_slices
+from structmat.projection.slices import Blocks, fit_slices, input_blocks
 from structmat.projection.target import Fit, Target
 from structmat.structure import (
     DENSE_GAIN,
@@ -95,10 +95,11 @@ class Monarch(Structure):
         (k, l), rank = self.grid, whole(self.rank)
         s, p = target.native[0] // l, target.native[1] // k
         slices = target.weight.reshape(s, l, k, p).permute(1, 2, 0, 3)
-        outputs = target.output_moment
-        if outputs is not None:
-            outputs = outputs.reshape(s, l, s, l).permute(1, 0, 3, 2).reshape(s * l, s * l)
-        found = fit_slices(slices, target.second_moment, outputs, rank, target.sweeps)
+        moment, outputs = target.output_moment, None
+        if moment is not None:  # in the order of the row groups
+            grouped = moment.reshape(s, l, s, l).permute(1, 0, 3, 2).reshape(s * l, s * l)
+            outputs = target.output_fact(("strided blocks", l), lambda: Blocks(grouped, l))
+        found = fit_slices(slices, input_blocks(target, k), outputs, rank, target.sweeps)
         tensors = {
             "left": found.left.permute(2, 1, 3, 0).reshape(s, k * rank, l),  # from (l, k, s, rank)
             "right": found.right.permute(1, 2, 0, 3).reshape(k, rank * l, p),  # from (l, k, rank, p)

@@ -200,8 +200,15 @@ def _lower_bound(target: Target, rows: tuple[int, ...], columns: tuple[int, ...]
     for k, rank in enumerate(ranks, 1):
         values = torch.linalg.svdvals(tensor.reshape(math.prod(tensor.shape[:k]), -1))
         worst = max(worst, float(torch.linalg.norm(values[rank:])))
-    for moment, size in ((target.second_moment, target.shape[1]), (target.output_moment, target.shape[0])):
-        if moment is not None:
-            values = torch.linalg.eigvalsh(moment[:size, :size])
-            worst *= max(0.0, float(values[0] - 1e-12 * values[-1])) ** 0.5
+    height, width = target.shape
+    if (inputs := target.second_moment) is not None:
+        worst *= target.input_fact(("smallest", width), lambda: _smallest(inputs[:width, :width])) ** 0.5
+    if (outputs := target.output_moment) is not None:
+        worst *= target.output_fact(("smallest", height), lambda: _smallest(outputs[:height, :height])) ** 0.5
     return worst
+
+
+def _smallest(moment: Tensor) -> float:
+    """The smallest eigenvalue, less its rounding."""
+    values = torch.linalg.eigvalsh(moment)
+    return max(0.0, float(values[0] - 1e-12 * values[-1]))
