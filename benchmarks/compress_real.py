@@ -75,6 +75,12 @@ class Cell:
     def folder(self) -> Path:
         return WORK / self.key
 
+    @property
+    def shared(self) -> Path:
+        """Of what does not depend on the budget: the first budget's cell calibrates, screens and scores for all, so
+        that only its seconds of these steps say anything."""
+        return WORK / f"{self.model}_{self.method.replace(',', '').replace(' ', '-')}_{self.seed}"
+
 
 def cells(seeds: int) -> list[Cell]:
     """Every cell in the order in which they are run: seed 0 of every cell before seed 1 of any."""
@@ -107,7 +113,7 @@ def compressed(cell: Cell, real: RealModel, model: nn.Module) -> tuple[nn.Module
             structures=None if cell.method == "ours" else ("LowRank",),
             sequential=True,
             seed=cell.seed,
-            folder=cell.folder / "work",
+            folder=cell.shared,
             progress=True,
         )
         report = result.report

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import structmat as sm
 from structmat.errors import DataError, FormatError, ModelError
 from structmat.io import HEADER
+from structmat.places import pack, packed_shape, unpack
 
 
 class Small(nn.Module):
@@ -82,6 +85,36 @@ def test_only_the_structured_tensors_are_stored(folder: Path) -> None:
     assert "head.weight" not in names  # tied with the embedding
     assert not list(folder.glob(".*"))
     assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("nonzeros", "bits"), [(5, False), (40, True)])
+def test_a_support_is_stored_as_bits_or_as_a_list(tmp_path: Path, nonzeros: int, bits: bool) -> None:
+    model = nn.Sequential(nn.Linear(13, 21))
+    model[0] = sm.nn.StructuredLinear.from_linear(model[0], sm.Sum(sm.LowRank(2), sm.Sparse(nonzeros=nonzeros)))
+    folder = sm.save(model, tmp_path / "model")
+    (path,) = folder.glob("*.safetensors")
+    stored = load_file(path)["0.term1_places"]
+    assert (stored.dtype, len(stored)) == ((torch.uint8, 35) if bits else (torch.int64, nonzeros))
+    loaded = sm.load(folder, nn.Sequential(nn.Linear(13, 21)))
+    assert torch.equal(loaded[0].term1_places, model[0].term1_places)
+    x = torch.randn(3, 13)
+    assert torch.equal(loaded(x), model(x))
+    matrix = sm.StructuredMatrix.random(sm.Sparse(nonzeros=nonzeros), (21, 13), dtype=torch.complex64)
+    assert torch.equal(sm.load(sm.save(matrix.T, tmp_path / "matrix")).to_dense(), matrix.T.to_dense())
+
+
+@given(st.integers(1, 200), st.data())
+def test_places_survive_packing(size: int, data: st.DataObject) -> None:
+    places = sorted(data.draw(st.sets(st.integers(0, size - 1))))
+    packed = pack(torch.tensor(places, dtype=torch.int64), size)
+    assert packed.shape == packed_shape(size)
+    assert unpack(packed, len(places), size, "support").tolist() == places
+    with pytest.raises(FormatError, match=f"must set {len(places) + 1} of {size}"):
+        unpack(packed, len(places) + 1, size, "support")
+    if size % 8:
+        packed[-1] |= 128
+        with pytest.raises(FormatError, match="up to place"):
+            unpack(packed, len(places) + 1, size, "support")
 
 
 def test_loading_makes_no_dense_copy(tmp_path: Path) -> None:

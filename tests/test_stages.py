@@ -63,10 +63,8 @@ def dense_contraction(stage: Contraction, tensors: Mapping[str, Tensor]) -> Tens
 
 def dense_sparse(stage: Sparse, tensors: Mapping[str, Tensor]) -> Tensor:
     matrix = torch.zeros(stage.height, stage.width, dtype=tensors[stage.values].dtype)
-    for value, row, column in zip(
-        tensors[stage.values], tensors[stage.rows].tolist(), tensors[stage.columns].tolist(), strict=True
-    ):
-        matrix[row, column] += value
+    for value, place in zip(tensors[stage.values], tensors[stage.places].tolist(), strict=True):
+        matrix[divmod(place, stage.width)] += value
     return matrix
 
 
@@ -225,13 +223,9 @@ def test_pad_and_crop(size: int, before: int, after: int) -> None:
 @pytest.mark.parametrize("dtype", [F64, C128])
 def test_sparse(capacity: int, kind: Form, dtype: torch.dtype) -> None:
     """Repeated positions add up; both forms of the reference."""
-    stage = Sparse("v", "r", "c", 20, 16, capacity)
-    tensors = {
-        "v": torch.randn(capacity, dtype=dtype),
-        "r": torch.randint(0, 20, (capacity,)),
-        "c": torch.randint(0, 16, (capacity,)),
-    }
-    tensors["r"][0], tensors["c"][0] = tensors["r"][1], tensors["c"][1]
+    stage = Sparse("v", "p", 20, 16, capacity)
+    tensors = {"v": torch.randn(capacity, dtype=dtype), "p": torch.randint(0, 20 * 16, (capacity,))}
+    tensors["p"][0] = tensors["p"][1]
     assert form(stage) is kind
     check(stage, tensors, dense_sparse(stage, tensors), dtype=dtype)
     assert cost(stage).macs == cost(stage).parameters == capacity
@@ -267,12 +261,11 @@ def test_chain_and_sum() -> None:
         "b": torch.randn(2, 3, 2, 1, dtype=F64),
         "d": torch.randn(6, dtype=F64),
         "v": torch.randn(5, dtype=F64),
-        "r": torch.randint(0, 6, (5,)),
-        "c": torch.randint(0, 6, (5,)),
+        "s": torch.randint(0, 36, (5,)),
         "p": torch.randperm(6),
     }
     first, second = Contraction("a", 1, 4, 6, 1), Contraction("b", 2, 3, 2, 1)
-    sparse = Sparse("v", "r", "c", 6, 6, 5)
+    sparse = Sparse("v", "s", 6, 6, 5)
     program = Sum((Chain((first, second)), Diagonal("d", 6), Chain((Permute("p", 6), sparse))))
     dense = (
         dense_contraction(second, tensors) @ dense_contraction(first, tensors)

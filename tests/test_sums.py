@@ -46,7 +46,7 @@ def test_sparse_keeps_the_largest_entries(height: int, width: int, data: st.Data
     dense = found.matrix.to_dense()
     assert int((dense != 0).sum()) == count
     assert bool(((dense == matrix) | (dense == 0)).all())
-    index = found.matrix.tensors["rows"] * width + found.matrix.tensors["columns"]
+    index = found.matrix.tensors["places"]
     assert index.dtype == torch.int64
     assert bool((index.diff() > 0).all())  # every entry once, row by row
 
@@ -102,7 +102,8 @@ def test_sparse_rounds_are_monotone(rank: int | None) -> None:
 def test_sparse_sizes() -> None:
     assert resolve(sm.Sparse(0.1), (20, 30)) == sm.Sparse(nonzeros=60)
     assert resolve(sm.Sparse(0.03), (60, 50)) == sm.Sparse(nonzeros=90)  # though 0.03 * 3000 is less in floats
-    assert count_stored(sm.Sparse(nonzeros=60), (20, 30)) == 180
+    assert count_stored(sm.Sparse(nonzeros=60), (20, 30)) == 60 + 19  # one bit for each of 600 entries
+    assert count_stored(sm.Sparse(nonzeros=10), (20, 30)) == 20  # a list of places is shorter
     assert from_json(to_json(sm.Sparse(nonzeros=60))) == sm.Sparse(nonzeros=60)
     with pytest.raises(StructureError, match="exactly one"):
         sm.Sparse()
@@ -122,10 +123,12 @@ def test_sparse_sizes() -> None:
 def test_initial_support_is_even_and_without_repetition(height: int, width: int, count: int) -> None:
     count = min(count, height * width)
     drawn = sm.StructuredMatrix.random(sm.Sparse(nonzeros=count), (height, width)).tensors
-    rows = torch.bincount(drawn["rows"], minlength=height)
+    places = drawn["places"]
+    rows = torch.bincount(places // width, minlength=height)
     assert int(rows.max() - rows.min()) <= 1
-    assert len(set(zip(drawn["rows"].tolist(), drawn["columns"].tolist(), strict=True))) == count
-    assert int(drawn["columns"].max()) < width
+    assert places.tolist() == sorted(set(places.tolist()))
+    assert int(places[0]) >= 0
+    assert int(places[-1]) < height * width
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (4, 7), (7, 4)])
@@ -242,7 +245,7 @@ def test_sum_names_json_and_nesting() -> None:
     matrix = sm.StructuredMatrix.random(structure, (12, 10), dtype=F64)
     assert set(matrix.tensors) == {
         "term0_left", "term0_right", "term1_term0_left", "term1_term0_right",
-        "term1_term1_values", "term1_term1_rows", "term1_term1_columns",
+        "term1_term1_values", "term1_term1_places",
     }  # fmt: skip
     parts = [sm.StructuredMatrix(sm.LowRank(2), (12, 10), {n: matrix.tensors[f"term0_{n}"] for n in ("left", "right")})]
     inner = {k.removeprefix("term1_"): t for k, t in matrix.tensors.items() if k.startswith("term1_")}
@@ -252,7 +255,7 @@ def test_sum_names_json_and_nesting() -> None:
     assert from_json(to_json(matrix.structure)) == matrix.structure
     assert str(matrix.structure.parts[1]) == "Sum(parts=(LowRank(rank=1), Sparse(nonzeros=12)))"
     layer = sm.nn.StructuredLinear(10, 12, structure=structure)
-    assert {name for name, _ in layer.named_buffers()} == {"term1_term1_rows", "term1_term1_columns"}
+    assert {name for name, _ in layer.named_buffers()} == {"term1_term1_places"}
 
 
 def test_bad_sums_and_products() -> None:

@@ -160,7 +160,7 @@ def _stored_shapes(layer: LayerEntry, kind: str) -> dict[str, tuple[int, ...]]:
     last = (2,) if layer.dtype.is_complex else ()
     shapes = {}
     for name, spec in specs(layer.structure, layer.shape).items():
-        shapes[name] = spec.shape + (last if spec.dtype is None else ())
+        shapes[name] = spec.file_shape + (last if spec.dtype is None else ())
     if kind == "model" and layer.bias:
         shapes["bias"] = (layer.shape[0], *last)
     return shapes

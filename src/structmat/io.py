@@ -34,7 +34,8 @@ from structmat.file_format import (
 )
 from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import FrozenLinear, StructuredLinear
-from structmat.structure import Shape, specs, to_json
+from structmat.places import pack, unpack
+from structmat.structure import ParameterSpec, Shape, specs, to_json
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -97,14 +98,16 @@ def _matrix_content(matrix: StructuredMatrix) -> tuple[dict[str, Tensor], dict[s
         "dtype": _dtype_name(matrix.dtype),
     }
     tensors = {}
+    declared = specs(matrix.structure, matrix.T.shape if transposed else matrix.shape)
     for name, tensor in matrix.tensors.items():
         _check_tensor(name, tensor, parameter=True)
-        tensors[name] = _plain(tensor)
+        tensors[name] = _written(tensor, declared[name])
     return tensors, _header("matrix", {"": layer}, {}, [])
 
 
 def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     layers: dict[str, Any] = {}
+    declared: dict[str, ParameterSpec] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FrozenLinear):
             raise ModelError(
@@ -117,6 +120,8 @@ def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
                 "bias": module.bias is not None,
                 "dtype": _dtype_name(module.matrix.dtype),
             }
+            start = f"{name}." if name else ""
+            declared |= {start + n: s for n, s in specs(module.structure, module.matrix.shape).items()}
     extra = [name for name in model.state_dict() if name.endswith("_extra_state")]
     if extra:
         raise ModelError(f"The model holds state that is not a tensor: {some(extra)}. Only tensors are saved.")
@@ -132,7 +137,7 @@ def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
         if owner != name:
             shared[name] = owner
             continue
-        plain = _plain(tensor)
+        plain = _written(tensor, declared.get(name))
         memory = plain.untyped_storage().data_ptr()
         tensors[name] = plain.clone() if memory in used else plain  # views of one memory, of other shapes
         used.add(memory)
@@ -189,6 +194,10 @@ def _plain(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor.resolve_conj())
     whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.contiguous().clone()
+
+
+def _written(tensor: Tensor, spec: ParameterSpec | None) -> Tensor:
+    return pack(tensor, spec.places_in) if spec is not None and spec.is_packed else _plain(tensor)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -254,14 +263,32 @@ def _load_matrix(header: Header, file: Any, device: torch.device) -> StructuredM
     layer = header.layers[""]
     tensors = {}
     for name, spec in specs(layer.structure, layer.shape).items():
-        tensor = _read(file, name, device, finite=True)
-        _check_dtype(name, tensor, layer, fixed=spec.dtype)
+        tensor = _unpacked(name, _read(file, name, device, finite=True), spec)
+        _check_dtype(name, tensor, layer, spec)
         tensors[name] = torch.view_as_complex(tensor) if layer.dtype.is_complex and spec.dtype is None else tensor
     return StructuredMatrix(layer.structure, layer.shape, tensors, transposed=layer.transposed)
 
 
-def _check_dtype(name: str, tensor: Tensor, layer: LayerEntry, fixed: torch.dtype | None) -> None:
-    wanted = fixed or layer.dtype.to_real()
+def _declared(header: Header) -> dict[str, ParameterSpec]:
+    """The tensors that structures call for, by their full names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: spec
+        for prefix, layer in header.layers.items()
+        for name, spec in specs(layer.structure, layer.shape).items()
+    }
+
+
+def _unpacked(name: str, tensor: Tensor, spec: ParameterSpec | None) -> Tensor:
+    """The tensor as it is used, from what the file holds."""
+    if spec is None or not spec.is_packed:
+        return tensor
+    if tensor.dtype != spec.file_dtype:
+        raise FormatError(f"The tensor {name!r} holds bits: it is {tensor.dtype} and must be {spec.file_dtype}.")
+    return unpack(tensor, spec.numel, spec.places_in, name)
+
+
+def _check_dtype(name: str, tensor: Tensor, layer: LayerEntry, spec: ParameterSpec | None) -> None:
+    wanted = (spec.dtype if spec is not None else None) or layer.dtype.to_real()
     if tensor.dtype != wanted:
         raise FormatError(f"The tensor {name!r} of {layer.structure} is {tensor.dtype}; it must be {wanted}.")
 
@@ -278,7 +305,10 @@ def _load_model(
     where = {prefix: _device_of(model.get_submodule(prefix), device) for prefix in made}
     slots = _slots(model, made)
     stored = {name: header.shared.get(name, name) for name in (*shapes, *header.shared)}
-    _check_architecture(header, slots, {name: shapes[owner] for name, owner in stored.items()}, folder)
+    declared = _declared(header)
+    packed = {name: spec for name, spec in declared.items() if spec.is_packed}
+    whole = {name: packed[name].shape if name in packed else shape for name, shape in shapes.items()}
+    _check_architecture(header, slots, {name: whole[owner] for name, owner in stored.items()}, folder)
     # Everything is read before the model is touched, so that a bad tensor leaves it as it was.
     values: dict[tuple[str, torch.device], Tensor] = {}
     plan: list[tuple[nn.Module, str, Tensor]] = []
@@ -290,13 +320,11 @@ def _load_model(
         target = where[slot.layer] if slot.layer is not None else _place(slot.current, device)
         key = (stored[name], target)
         if key not in values:
-            values[key] = _read(file, stored[name], target, finite=slot.is_parameter)
+            value = _read(file, stored[name], target, finite=slot.is_parameter)
+            values[key] = _unpacked(stored[name], value, packed.get(stored[name]))
         value = values[key]
         if slot.layer is not None:
-            layer = header.layers[slot.layer]
-            local = name[len(slot.layer) + 1 :] if slot.layer else name
-            spec = specs(layer.structure, layer.shape).get(local)
-            _check_dtype(name, value, layer, spec.dtype if spec is not None else None)
+            _check_dtype(name, value, header.layers[slot.layer], declared.get(name))
         earlier = owners.setdefault(id(slot.current), stored[name])
         if earlier != stored[name] and not torch.equal(value, _read(file, earlier, target, finite=False)):
             raise FormatError(

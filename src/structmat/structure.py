@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from structmat.errors import FormatError, ShapeError, StructureError
+from structmat.places import is_packed, packed_shape, stored_places
 
 if TYPE_CHECKING:
     from structmat.program import Program
@@ -98,16 +99,39 @@ class ParameterSpec:
         init: how it is drawn at the start.
         learned: a parameter (True) or a fixed buffer (False), such as the support of a sparse matrix.
         dtype: ``None`` for the dtype of the layer; indices say ``torch.int64``.
+        places_in: if positive, the tensor holds ascending places in ``range(places_in)``, without repetition; a file
+            then keeps one bit a place, or the list if that is shorter.
     """
 
     shape: tuple[int, ...]
     init: Init
     learned: bool = True
     dtype: torch.dtype | None = None
+    places_in: int = 0
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def stored(self) -> int:
+        """Numbers that a file holds for the tensor: one for each entry or index, one for 32 bits."""
+        return stored_places(self.numel, self.places_in) if self.places_in else self.numel
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a file holds the tensor as bits."""
+        return self.places_in > 0 and is_packed(self.numel, self.places_in)
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The tensor's shape in a file."""
+        return packed_shape(self.places_in) if self.is_packed else self.shape
+
+    @property
+    def file_dtype(self) -> torch.dtype | None:
+        """Its dtype there; ``None`` for that of the layer."""
+        return torch.uint8 if self.is_packed else self.dtype
 
 
 class Structure(ABC):
@@ -297,12 +321,11 @@ def count_parameters(structure: Structure, shape: Shape) -> int:
 
 
 def count_stored(structure: Structure, shape: Shape) -> int:
-    """How many numbers a file must hold: learned ones, and one for every index of a fixed support or permutation.
-
-    This is what a budget in parameters counts: a sparse entry is a value and its two coordinates.
+    """How many numbers a file must hold: learned ones, one for every index of a permutation, and for the support of
+    sparse entries one for every place or for 32 bits, whichever is less. This is what a budget in parameters counts.
     """
     resolved = resolve(structure, shape)
-    return sum(spec.numel for spec in resolved.parameters(resolved.native_shape(shape)).values())
+    return sum(spec.stored for spec in resolved.parameters(resolved.native_shape(shape)).values())
 
 
 def largest_fitting(cost: Any, budget: int, most: int, grid: int = 8) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from structmat.compression import budget as budgets
 from structmat.compression.allocate import Allocation, allocate
 from structmat.compression.budget import Budget, Latency
 from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
+from structmat.compression.contest import contest
 from structmat.compression.fill import fill
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, replace_layers
@@ -27,14 +29,14 @@ from structmat.compression.report import LayerReport, Report, Timing, Totals, en
 from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss, check_loader
 from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
-from structmat.compression.score import Measurement, score
+from structmat.compression.score import Measurement, corrected, score
 from structmat.compression.screen import Choice, Screening, candidate_to_json, check_weight, screen
 from structmat.compression.timing import sized, time_models
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
 from structmat.nn.linear import StructuredLinear
 from structmat.projection.project import DEFAULT_SWEEPS
-from structmat.structure import Structure, resolve
+from structmat.structure import ParameterSpec, Structure, resolve, specs
 from structmat.structure import to_json as structure_to_json
 from structmat.structures.dense import Dense
 
@@ -92,7 +94,8 @@ def compress_(
 ) -> Result[Model]:
     """Compress a trained model in place, choosing a structure for each linear layer under one global budget.
 
-    The steps, each callable alone: scan, calibrate, screen, score, allocate, replace, recover, evaluate, report.
+    The steps, each callable alone: scan, calibrate, screen, score, allocate, contest, replace, recover, evaluate,
+    report.
 
     Args:
         model: any module with ``nn.Linear`` layers (or transformers' ``Conv1D``).
@@ -164,7 +167,7 @@ def compress_(
     if seen is not None and measure:
         assert calibration is not None
         with clock("score"):
-            screening, measured = score(
+            _, measured = score(
                 model,
                 sites,
                 screening,
@@ -178,6 +181,24 @@ def compress_(
                 progress=progress,
             )
     with clock("allocate"):
+        allocation = allocate(corrected(screening, measured), budget, fixed=fixed, floor=floor)
+    with clock("contest"):
+        screening, outcomes = contest(
+            model,
+            sites,
+            screening,
+            allocation,
+            budget,
+            calibration=seen,
+            fixed=fixed,
+            sweeps=sweeps,
+            seed=seed,
+            folder=work,
+            key=key,
+            progress=progress,
+        )
+    with clock("allocate"):
+        screening = corrected(screening, measured)
         allocation = allocate(screening, budget, fixed=fixed, floor=floor)
         screening, allocation = fill(
             model,
@@ -187,6 +208,7 @@ def compress_(
             budget,
             calibration=seen,
             measured=measured,
+            outcomes=outcomes,
             fixed=fixed,
             floor=floor,
             seed=seed,
@@ -490,13 +512,24 @@ def _total_flops(sites: Sequence[Site], allocation: Allocation, seen: Calibratio
 
 
 def _stored(model: nn.Module) -> int:
-    """Stored numbers of a whole model: parameters, and the indices of structured layers."""
+    """Stored numbers of a whole model: parameters, and what says where those of structured layers lie."""
     size = sum(p.numel() for p in model.parameters())
-    structured = {id(m): m for m in model.modules() if isinstance(m, StructuredLinear)}
-    return size + sum(b.numel() for m in structured.values() for b in m.buffers())
+    return size + sum(spec.stored for _, spec in _fixed_tensors(model))
 
 
 def _bytes(model: nn.Module) -> int:
     """Of all tensors that are saved, each once."""
     kept = {(t.data_ptr(), t.shape, t.dtype): t for t in model.state_dict().values() if isinstance(t, Tensor)}
-    return sum(t.numel() * t.element_size() for t in kept.values())
+    packed = {t.data_ptr(): math.prod(spec.file_shape) for t, spec in _fixed_tensors(model) if spec.is_packed}
+    return sum(packed.get(t.data_ptr(), t.numel() * t.element_size()) for t in kept.values())
+
+
+def _fixed_tensors(model: nn.Module) -> list[tuple[Tensor, ParameterSpec]]:
+    """Supports and permutations of structured layers, each once."""
+    layers = {id(m): m for m in model.modules() if isinstance(m, StructuredLinear)}
+    return [
+        (getattr(layer, name), spec)
+        for layer in layers.values()
+        for name, spec in specs(layer.structure, layer.matrix.shape).items()
+        if not spec.learned
+    ]

@@ -10,9 +10,10 @@ from torch import nn
 from structmat.compression.allocate import Allocation, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration
+from structmat.compression.contest import Outcomes
 from structmat.compression.scan import Site
 from structmat.compression.score import Correction, Measurement
-from structmat.compression.screen import SWEEPS, Candidate, LayerScreen, Screening, layer_worker
+from structmat.compression.screen import SWEEPS, Candidate, LayerScreen, Screening, layer_worker, variant_of
 from structmat.structure import Structure
 from structmat.structures.dense import Dense
 
@@ -32,6 +33,7 @@ def fill(
     *,
     calibration: Calibration | None = None,
     measured: Mapping[str, Sequence[Measurement]] | None = None,
+    outcomes: Outcomes | None = None,
     fixed: Mapping[str, Structure] | None = None,
     floor: float = 0.0,
     seed: int = 0,
@@ -45,6 +47,7 @@ def fill(
     Args:
         model, sites, screening, allocation, budget, calibration: from the steps before.
         measured: what :func:`structmat.compression.score.score` measured.
+        outcomes: what :func:`structmat.compression.contest.contest` fitted: the same gains are expected here.
         fixed, floor: as for :func:`structmat.compression.allocate.allocate`.
         seed: of fits with random starts.
 
@@ -61,7 +64,10 @@ def fill(
             if site.name in (fixed or {}) or isinstance(chosen.structure, Dense):
                 continue
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
-            found = _larger(model, site, chosen, left, screening[site.name], budget, calibration, pairs, seed)
+            variant = variant_of(chosen.structure)
+            gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if variant_of(o.after.structure) == variant]
+            gain = gains[0] if gains else 1.0
+            found = _larger(model, site, chosen, left, screening[site.name], budget, calibration, pairs, gain, seed)
             layer = screening[site.name]
             ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
             grown[site.name] = replace(layer, candidates=tuple(ordered))
@@ -81,6 +87,7 @@ def _larger(
     budget: Budget,
     calibration: Calibration | None,
     pairs: Sequence[tuple[float, float]],
+    gain: float,
     seed: int,
 ) -> list[Candidate]:
     """New candidates of the chosen family whose cost is at most the chosen one's and what is left."""
@@ -92,7 +99,7 @@ def _larger(
     for part in (1.0, 0.5, 0.25):
         size = site.shape[0] * site.shape[1]
         share = min(chosen.parameters + part * left * numbers_a_unit, size - 1) / size
-        for candidate in worker.try_share(type(chosen.structure), share):
+        for candidate in worker.try_share(type(chosen.structure), share, {variant_of(chosen.structure)}):
             if chosen.cost < candidate.cost <= chosen.cost + left:
-                found.append(replace(candidate, loss=curve(candidate.loss)))
+                found.append(replace(candidate, error=candidate.error * gain**0.5, loss=curve(candidate.loss * gain)))
     return found

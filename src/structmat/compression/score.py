@@ -138,12 +138,16 @@ def score(
                     ]
                 },
             )
-    corrected = {}
-    for site in sites:
-        layer = screening[site.name]
-        curve = Correction([(m.predicted, m.measured) for m in measured[site.name]])
-        corrected[site.name] = with_losses(layer, [curve(c.loss) for c in layer.candidates])
-    return corrected, measured
+    return corrected(screening, measured), measured
+
+
+def corrected(screening: Screening, measured: Mapping[str, Sequence[Measurement]]) -> Screening:
+    """The screening with the losses of each layer's candidates corrected by what was measured of it."""
+    found = {}
+    for name, layer in screening.items():
+        curve = Correction([(m.predicted, m.measured) for m in measured.get(name, ())])
+        found[name] = with_losses(layer, [curve(c.loss) for c in layer.candidates])
+    return found
 
 
 def points(layer: LayerScreen, shares: Sequence[float] = SHARES) -> list[Candidate]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from structmat.compression.budget import Budget, Latency, flops, to_json
 from structmat.compression.calibrate import Calibration, Moments
-from structmat.compression.progress import Progress
 from structmat.compression.scan import Site, dense_weight
+from structmat.compression.workers import side_by_side
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, FormatError, ShapeError, StructureError
 from structmat.matrix import StructuredMatrix
@@ -166,7 +163,8 @@ def screen(
     unit = {k: v for k, v in to_json(budget).items() if k != "amount"}
     menu = [structure_to_json(c) if isinstance(c, Structure) else _name(c) for c in structures or sorted(families())]
 
-    def work(number: int, site: Site) -> LayerScreen:
+    def work(item: tuple[int, Site]) -> LayerScreen:
+        number, site = item
         fixed = (overrides or {}).get(site.name)
         piece = f"screen/{number:04d}"
         own = digest(key, site.name, unit, menu, sweeps, seed, fixed and structure_to_json(fixed))
@@ -183,13 +181,8 @@ def screen(
         return found
 
     families_of(structures)  # a wrong name is an error before the work begins
-    with Progress(progress) as bar, _workers(alone=isinstance(budget, Latency)) as pool:
-        pending = [pool.submit(work, number, site) for number, site in enumerate(sites)]
-        try:
-            screens = [job.result() for job in bar.track(pending, "screen")]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    alone = isinstance(budget, Latency)
+    screens = side_by_side(work, list(enumerate(sites)), "screen", progress=progress, alone=alone)
     return {screen.name: screen for screen in screens}
 
 
@@ -202,23 +195,6 @@ def layer_worker(
     rows = calibration.rows_per_sample(site.name) if calibration is not None else 1.0
     terms = rows * calibration.samples / calibration.terms if calibration is not None else 1.0
     return LayerWorker(site, target, moments, terms, budget, rows)
-
-
-@contextmanager
-def _workers(*, alone: bool) -> Iterator[ThreadPoolExecutor]:
-    """As many workers as PyTorch has threads, each with one: decompositions of small matrices gain little from more.
-    Or one worker ``alone`` with all threads, as times are measured."""
-    threads = torch.get_num_threads()
-    if alone:
-        with ThreadPoolExecutor(1) as pool:
-            yield pool
-        return
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:  # SciPy has a BLAS of its own
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
 
 
 def layer_target(
@@ -330,7 +306,7 @@ class LayerWorker:
                 gains = near[_nearest(share)]
                 for candidate in [c for kind in kinds for c in self.try_share(kind, share, gains)]:
                     if not optimal:
-                        self.scale(candidate, gains[_variant(candidate.structure)])
+                        self.scale(candidate, gains[variant_of(candidate.structure)])
 
     def contenders(self, share: float, tried: Sequence[Candidate], optimal: bool) -> dict[Variant, float]:
         """The variants with optimal fits, or those without, that are not behind the best at a coarse share, and the
@@ -367,7 +343,7 @@ class LayerWorker:
         """Try what a family would do with a share of the dense parameters, without sweeps; nothing twice."""
         shape, found = self.site.shape, []
         for structure in kind.configurations(shape, int(share * shape[0] * shape[1])):
-            if wanted is not None and _variant(structure) not in wanted:
+            if wanted is not None and variant_of(structure) not in wanted:
                 continue
             try:
                 candidate = self.try_one(resolve(structure, shape), self.quick)
@@ -423,7 +399,8 @@ class LayerWorker:
         return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(+self.refused))
 
 
-def _variant(structure: Structure) -> Variant:
+def variant_of(structure: Structure) -> Variant:
+    """What a structure is judged together with."""
     return (
         tuple(type(part).__name__ for part in structure.parts)
         if isinstance(structure, Sum)
@@ -434,7 +411,7 @@ def _variant(structure: Structure) -> Variant:
 def _by_variant(candidates: Sequence[Candidate]) -> dict[Variant, list[Candidate]]:
     found: dict[Variant, list[Candidate]] = {}
     for candidate in candidates:
-        found.setdefault(_variant(candidate.structure), []).append(candidate)
+        found.setdefault(variant_of(candidate.structure), []).append(candidate)
     return found
 
 
@@ -474,6 +451,11 @@ def candidate_to_json(candidate: Candidate) -> dict[str, Any]:
     return {**candidate.__dict__, "structure": structure_to_json(candidate.structure)}
 
 
+def candidate_from_json(data: Mapping[str, Any]) -> Candidate:
+    """Read what :func:`candidate_to_json` wrote."""
+    return Candidate(**{**data, "structure": structure_from_json(data["structure"])})
+
+
 def layer_to_json(layer: LayerScreen) -> dict[str, Any]:
     """Plain values; :func:`layer_from_json` reads them."""
     return {
@@ -488,9 +470,7 @@ def layer_to_json(layer: LayerScreen) -> dict[str, Any]:
 def layer_from_json(data: Mapping[str, Any]) -> LayerScreen:
     """Read what :func:`layer_to_json` wrote. Raises :class:`~structmat.errors.FormatError`."""
     try:
-        candidates = tuple(
-            Candidate(**{**c, "structure": structure_from_json(c["structure"])}) for c in data["candidates"]
-        )
+        candidates = tuple(candidate_from_json(c) for c in data["candidates"])
         shape = (int(data["shape"][0]), int(data["shape"][1]))
         return LayerScreen(data["name"], shape, data["norm"], candidates, dict(data["refused"]))
     except (KeyError, TypeError, IndexError) as error:

@@ -219,16 +219,18 @@ def _ifft(x: Tensor) -> Tensor:
 
 
 def _sparse(stage: Sparse, tensors: Tensors, x: Tensor) -> Tensor:
-    values, rows, columns = tensors[stage.values], tensors[stage.rows], tensors[stage.columns]
+    values, places = tensors[stage.values], tensors[stage.places]
     if form(stage) is Form.MATERIALISED:
-        return x @ _scatter(values, rows, columns, stage.height, stage.width).T
-    terms = values * x.index_select(1, columns)
-    return x.new_zeros(x.shape[0], stage.height, dtype=terms.dtype).index_add(1, rows, terms)
+        matrix = _scatter(values, places, stage.height, stage.width)
+        return x @ (matrix if stage.transposed else matrix.T)
+    rows, columns = places // stage.width, places % stage.width
+    reads, writes = (rows, columns) if stage.transposed else (columns, rows)
+    terms = values * x.index_select(1, reads)
+    return x.new_zeros(x.shape[0], stage.out_features, dtype=terms.dtype).index_add(1, writes, terms)
 
 
-def _scatter(values: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
-    flat = values.new_zeros(height * width).index_add(0, rows * width + columns, values)
-    return flat.reshape(height, width)
+def _scatter(values: Tensor, places: Tensor, height: int, width: int) -> Tensor:
+    return values.new_zeros(height * width).index_add(0, places, values).reshape(height, width)
 
 
 def interpolation_matrix(stage: Interpolation, tensors: Tensors) -> Tensor:
@@ -254,7 +256,7 @@ def _window_side(content: Tensor, start: Tensor, width: Tensor, total: int, size
     term = torch.repeat_interleave(torch.arange(terms, device=width.device), width, output_size=total)
     first = torch.cumsum(width, 0) - width
     offset = torch.arange(total, device=width.device) - first[term]
-    return _scatter(content.reshape(total), term, (start[term] + offset) % size, terms, size)
+    return _scatter(content.reshape(total), term * size + (start[term] + offset) % size, terms, size)
 
 
 def _windowed(stage: Windowed, tensors: Tensors, x: Tensor) -> Tensor:

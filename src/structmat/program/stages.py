@@ -291,36 +291,37 @@ class Fourier(_Unweighted):
 
 @dataclass(frozen=True)
 class Sparse(Stage):
-    """``y[rows[k]] += values[k] * x[columns[k]]`` for a fixed number of entries, the indices in integer tensors."""
+    """``y[i] += values[k] * x[j]`` for a fixed number of entries, where the integer tensor ``places`` holds
+    ``i * width + j``: their places in the matrix (height, width), row by row."""
 
     values: str
-    rows: str
-    columns: str
+    places: str
     height: int
     width: int
     capacity: int
+    transposed: bool = False
 
     @property
     def in_features(self) -> int:
-        return self.width
+        return self.height if self.transposed else self.width
 
     @property
     def out_features(self) -> int:
-        return self.height
+        return self.width if self.transposed else self.height
 
     @property
     def indices(self) -> tuple[str, ...]:
-        return (self.rows, self.columns)
+        return (self.places,)
 
     def transpose(self) -> Sparse:
-        return replace(self, rows=self.columns, columns=self.rows, height=self.width, width=self.height)
+        return replace(self, transposed=not self.transposed)
 
     @property
     def weights(self) -> Mapping[str, int]:
         return {self.values: self.capacity}
 
     def rename(self, name: Callable[[str], str]) -> Sparse:
-        return replace(self, values=name(self.values), rows=name(self.rows), columns=name(self.columns))
+        return replace(self, values=name(self.values), places=name(self.places))
 
     @property
     def multiplications(self) -> int:
@@ -329,12 +330,12 @@ class Sparse(Stage):
     @property
     def additions(self) -> int:
         """Exact when every row has an entry; an empty row makes it one more."""
-        return max(0, self.capacity - self.height)
+        return max(0, self.capacity - self.out_features)
 
     @property
     def depth(self) -> int:
         """For entries spread evenly over the rows: which rows hold them is in the tensors."""
-        return binary_depth(max(1, math.ceil(self.capacity / self.height)))
+        return binary_depth(max(1, math.ceil(self.capacity / self.out_features)))
 
     def __str__(self) -> str:
         return f"Sparse with {self.capacity} entries"

@@ -121,8 +121,9 @@ def _again(part: Structure, target: Target, current: Member) -> Member:
     if isinstance(part, LowRank):
         return _low_rank_step(target, current)
     if isinstance(part, Sparse) and target.second_moment is not None:
-        support = torch.zeros(target.native, dtype=torch.bool)
-        support[current.tensors["rows"], current.tensors["columns"]] = True
+        support = torch.zeros(target.weight.numel(), dtype=torch.bool)
+        support[current.tensors["places"]] = True
+        support = support.reshape(target.native)
         dense, mask = improve(target, current.dense, support)
         return Member(entries(dense, mask), dense)
     return _fit(part, target)

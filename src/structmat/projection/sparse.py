@@ -28,9 +28,9 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def entries(dense: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """``values``, ``rows`` and ``columns`` of the masked entries, row by row."""
-    rows, columns = torch.nonzero(mask, as_tuple=True)
-    return {"values": dense[rows, columns], "rows": rows, "columns": columns}
+    """``values`` and ``places`` of the masked entries, row by row."""
+    places = torch.nonzero(mask.reshape(-1))[:, 0]
+    return {"values": dense.reshape(-1)[places], "places": places}
 
 
 def sparsify(target: Target, nonzeros: int, rounds: int) -> tuple[Tensor, Tensor]:

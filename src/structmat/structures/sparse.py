@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structmat.errors import ShapeError, StructureError
+from structmat.places import stored_places
 from structmat.program import Program
 from structmat.program import Sparse as SparseStage
 from structmat.projection.sparse import entries, lower_bound, sparsify
@@ -28,20 +29,8 @@ from structmat.structure import (
 
 
 @dataclass(frozen=True)
-class _EvenRows:
-    """Row indices in order, all rows holding equally many entries up to one."""
-
-    height: int
-
-    def draw(
-        self, shape: tuple[int, ...], *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        return _even_rows(shape[0], self.height).to(dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class _RandomColumns:
-    """Column indices that go with :class:`_EvenRows`: drawn without repetition in each row, ascending."""
+class _EvenPlaces:
+    """Ascending places of entries: all rows hold equally many up to one, their columns drawn without repetition."""
 
     height: int
     width: int
@@ -49,24 +38,22 @@ class _RandomColumns:
     def draw(
         self, shape: tuple[int, ...], *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        counts = torch.bincount(_even_rows(shape[0], self.height), minlength=self.height)
+        rows = torch.arange(shape[0]) * self.height // shape[0]
+        counts = torch.bincount(rows, minlength=self.height)
         order = torch.rand(self.height, self.width, generator=generator).argsort(dim=1)
         mask = torch.zeros(self.height, self.width, dtype=torch.bool)
         mask.scatter_(1, order, torch.arange(self.width) < counts[:, None])
-        return torch.nonzero(mask)[:, 1].to(dtype=dtype, device=device)
-
-
-def _even_rows(count: int, height: int) -> Tensor:
-    return torch.arange(count) * height // count
+        return torch.nonzero(mask.reshape(-1))[:, 0].to(dtype=dtype, device=device)
 
 
 @final
 @dataclass(frozen=True)
 class Sparse(Structure):
-    """A fixed number of nonzeros: ``values`` (nonzeros,), with fixed ``rows`` and ``columns`` (nonzeros,) of int64.
+    """A fixed number of nonzeros: ``values`` (nonzeros,) at fixed ``places`` (nonzeros,): row * in + column, ascending.
 
-    ``nonzeros`` parameters and multiply-adds; two indices each are stored too. The support stays where it was put by
-    initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in an
+    ``nonzeros`` parameters and multiply-adds. A file holds the support as one bit for each entry of the matrix, or as a
+    list of places where that is shorter; both count as stored numbers (32 bits to a number). The support stays where it
+    was put by initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in an
     activation-weighted norm (where the problem is NP-hard in general) thresholding by the inputs' sizes, monotone
     rounds of iterative hard thresholding and exact least squares on the support, with a lower bound.
 
@@ -115,12 +102,13 @@ class Sparse(Structure):
         (height, width), count = shape, whole(self.nonzeros)
         return {
             "values": ParameterSpec((count,), Normal((DENSE_GAIN * height / count) ** 0.5)),
-            "rows": ParameterSpec((count,), _EvenRows(height), learned=False, dtype=torch.int64),
-            "columns": ParameterSpec((count,), _RandomColumns(height, width), learned=False, dtype=torch.int64),
+            "places": ParameterSpec(
+                (count,), _EvenPlaces(height, width), learned=False, dtype=torch.int64, places_in=height * width
+            ),
         }
 
     def program(self, shape: Shape) -> Program:
-        return SparseStage("values", "rows", "columns", shape[0], shape[1], whole(self.nonzeros))
+        return SparseStage("values", "places", shape[0], shape[1], whole(self.nonzeros))
 
     def project(self, target: Target) -> Fit:
         count = whole(self.nonzeros)
@@ -133,6 +121,7 @@ class Sparse(Structure):
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        count = largest_fitting(lambda k: 3 * k, budget, shape[0] * shape[1])
+        size = shape[0] * shape[1]
+        count = largest_fitting(lambda k: k + stored_places(k, size), budget, size)
         if count:
             yield cls(nonzeros=count)

@@ -93,7 +93,7 @@ class Sum(Structure):
                     if found is not None and found not in seen:
                         seen.add(found)
                         yield found
-        if not seen and budget >= sum(shape) + 3:  # the cheapest pair: rank one and a single entry
+        if not seen and budget >= sum(shape) + 2:  # the cheapest pair: rank one and a single entry
             yield cls(LowRank(1), Sparse(nonzeros=1))
 
 

@@ -79,12 +79,11 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             return matrix
         case Fourier(size=size, inverse=inverse):
             return _fourier(size).conj() / size if inverse else _fourier(size)
-        case Sparse():
-            matrix = tensors[stage.values].new_zeros(stage.out_features, stage.in_features)
-            entries = zip(tensors[stage.rows].tolist(), tensors[stage.columns].tolist(), strict=True)
-            for k, (i, j) in enumerate(entries):
-                matrix[i, j] += tensors[stage.values].reshape(-1)[k]
-            return matrix
+        case Sparse(height=height, width=width):
+            matrix = tensors[stage.values].new_zeros(height, width)
+            for k, place in enumerate(tensors[stage.places].tolist()):
+                matrix[place // width, place % width] += tensors[stage.values].reshape(-1)[k]
+            return matrix.T if stage.transposed else matrix
         case Interpolation(rank=rank, size=size):
             weight = tensors[stage.weight].reshape(rank, size - rank)
             matrix = weight.new_zeros(rank, size)
