@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"projection", "structures", "chains", "transforms"}),
     frozenset({"nn"}),
     frozenset({"learn", "compression", "testing", "io", "file_format"}),
-    frozenset({"integrations", "cli", "inspect", "plot"}),
+    frozenset({"integrations", "cli", "inspect", "plot", "__main__"}),
 )
 """From the lowest to the highest; a module may import its own layer and those below."""
 

@@ -290,3 +290,21 @@ def test_demo(tmp_path: Path) -> None:
     assert quality["recovered"]["accuracy"] > quality["before"]["accuracy"] - 0.03
     assert found["parameters"]["after"] <= 0.3 * found["parameters"]["before"]
     assert (tmp_path / "report.html").exists()
+
+
+def test_what_libraries_print_does_not_mix_with_data(tmp_path: Path) -> None:
+    """Not even from C, beneath Python's own stdout."""
+    (tmp_path / "noisy.py").write_text(
+        "import os, torch\n"
+        "def model():\n"
+        "    print('from Python')\n"
+        "    os.write(1, b'from C\\n')\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(12, 10))\n"
+    )
+    command = [sys.executable, "-m", "structmat", "compress", "--model", "noisy:model", "--budget", "0.5", "--json"]
+    done = subprocess.run(
+        [*command, "--out", "out", "--family", "LowRank"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["model"] == "Sequential"
+    assert "from Python" in done.stderr
+    assert "from C" in done.stderr

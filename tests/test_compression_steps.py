@@ -355,6 +355,28 @@ def test_back_to_dense() -> None:
     assert isinstance(to_dense(alone), nn.Linear)
 
 
+def test_a_frozen_model_computes_the_same() -> None:
+    model = llama()
+    result = sm.compress(
+        model, budget=sm.Parameters(0.5), structures=("PivotedLowRank",), overrides={"*.q_proj": sm.Sparse(0.3)}
+    )
+    layers = {name: m for name, m in result.model.named_modules() if isinstance(m, sm.nn.StructuredLinear)}
+    assert {type(m.structure) for m in layers.values()} == {sm.PivotedLowRank, sm.Sparse}
+    frozen = sm.freeze(result.model.train())
+    assert not frozen.training
+    assert result.model.training
+    for name, layer in layers.items():
+        module = frozen.get_submodule(name)
+        assert list(module.parameters()) == []
+        assert not any(b.dtype == torch.int64 for b in module.buffers())  # nothing is left to gather or to scatter
+        assert result.model.get_submodule(name) is layer
+    batch = tokens()[0]
+    torch.testing.assert_close(frozen(**batch).logits, result.model.eval()(**batch).logits, rtol=1e-3, atol=1e-4)
+    shared = sm.nn.StructuredLinear(8, 8, structure=sm.LowRank(3))
+    twice = sm.freeze(nn.Sequential(shared, nn.ReLU(), shared))
+    assert twice[0] is twice[2]
+
+
 def test_a_fit_behind_compressed_layers_aims_at_the_outputs_of_before() -> None:
     model, data = mlp(), labelled()
     original = copy.deepcopy(model)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from structmat.compression.inspection import inspect as inspect
     from structmat.compression.plan import Plan as Plan
     from structmat.compression.recover import Distill as Distill
+    from structmat.compression.replace import freeze as freeze
     from structmat.compression.replace import to_dense as to_dense
     from structmat.compression.report import Report as Report
     from structmat.compression.scan import scan as scan
@@ -54,6 +55,7 @@ _HOME = {
     "compress_": "structmat.compression.compress",
     "matmul": "structmat.matrix",
     "families": "structmat.structures",
+    "freeze": "structmat.compression.replace",
     "inspect": "structmat.compression.inspection",
     "load": "structmat.io",
     "parameter_groups": "structmat.learn.groups",

@@ -60,6 +60,24 @@ def refusing_bad_input() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
+@contextlib.contextmanager
+def only_data_on_stdout() -> Iterator[None]:
+    """What libraries print meanwhile, from C too (HiGHS does, now and then), goes to stderr: stdout is for data."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+        sys.stdout.flush()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors, npy or npz file by name; nothing is unpickled.
 

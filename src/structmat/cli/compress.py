@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from structmat.cli.common import fail, find, read_weights, refusing_bad_input, show, show_json, words
+from structmat.cli.common import (
+    fail,
+    find,
+    only_data_on_stdout,
+    read_weights,
+    refusing_bad_input,
+    show,
+    show_json,
+    words,
+)
 
 
 def compress(
@@ -51,24 +60,26 @@ def compress(
         kinds: dict[str, Any] = {"parameters": sm.Parameters, "flops": sm.Flops, "latency": sm.Latency}
         if unit not in kinds:
             raise fail(f"--unit {unit} is none of {', '.join(kinds)}.")
-        network = _weights(file) if file is not None else find(str(model), "--model")()
+        with only_data_on_stdout():
+            network = _weights(file) if file is not None else find(str(model), "--model")()
         if plan is not None:
             _apply(network, sm.Plan.read(plan), out, as_json)
             return
-        loader = find(calibration, "--calibration")() if calibration is not None else None
-        result = sm.compress_(
-            network,
-            budget=kinds[unit](budget),
-            calibration=loader,
-            include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
-            structures=family or None,
-            recover=sm.Distill(steps=recover) if recover else None,
-            evaluate=find(evaluate, "--evaluate") if evaluate is not None else None,
-            folder=out / "work",
-            seed=seed,
-            progress=True,
-        )
+        with only_data_on_stdout():
+            loader = find(calibration, "--calibration")() if calibration is not None else None
+            result = sm.compress_(
+                network,
+                budget=kinds[unit](budget),
+                calibration=loader,
+                include=tuple(include or ()),
+                exclude=tuple(exclude or ()),
+                structures=family or None,
+                recover=sm.Distill(steps=recover) if recover else None,
+                evaluate=find(evaluate, "--evaluate") if evaluate is not None else None,
+                folder=out / "work",
+                seed=seed,
+                progress=True,
+            )
         sm.save(result.model, out / "model")
         result.plan.write(out / "plan.json")
         result.report.write(out / "report.json")

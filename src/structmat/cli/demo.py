@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from structmat.cli.common import fail, refusing_bad_input, show, show_json, words
+from structmat.cli.common import fail, only_data_on_stdout, refusing_bad_input, show, show_json, words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,16 +55,17 @@ def _run(console: Console, out: Path, budget: float, seed: int, as_json: bool) -
     train, test = digits(seed)
     model = trained(train, seed)
     console.print(f"Trained: {accuracy(model, test):.2%} of the test digits. Compressing to {budget:.0%} ...")
-    result = sm.compress(
-        model,
-        budget=sm.Parameters(budget),
-        calibration=train.batches(64),
-        structures=[name for name in QUICK if name in sm.families()],
-        recover=sm.Distill(steps=300, own_loss=0.1),
-        evaluate=lambda m: {"accuracy": accuracy(m, test)},
-        seed=seed,
-        progress=True,
-    )
+    with only_data_on_stdout():
+        result = sm.compress(
+            model,
+            budget=sm.Parameters(budget),
+            calibration=train.batches(64),
+            structures=[name for name in QUICK if name in sm.families()],
+            recover=sm.Distill(steps=300, own_loss=0.1),
+            evaluate=lambda m: {"accuracy": accuracy(m, test)},
+            seed=seed,
+            progress=True,
+        )
     sm.save(result.model, out / "model")
     result.plan.write(out / "plan.json")
     result.report.write(out / "report.json")

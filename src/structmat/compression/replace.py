@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -175,18 +175,32 @@ def put(model: nn.Module, site: Site, layer: nn.Module) -> None:
 
 def to_dense(model: Model) -> Model:
     """A copy of a model in which every structured layer is an ``nn.Linear`` with the same weight and bias again."""
+    return _converted(model, _dense)
+
+
+def freeze(model: Model) -> Model:
+    """A copy of a model for deployment, in evaluation mode: every structured layer is a ``FrozenLinear``.
+
+    Its stages are merged where that runs faster, and what would be put together at every call (the matrix of a sparse
+    stage, for one) is put together once, which may take more memory. A frozen model computes the same but can't be
+    trained or saved by :func:`structmat.save`: keep the model that it was made from.
+    """
+    return _converted(model, StructuredLinear.freeze).eval()
+
+
+def _converted(model: Model, convert: Callable[[StructuredLinear], nn.Module]) -> Model:
+    """A copy in which every structured layer is converted, one that stands in two places once."""
     if isinstance(model, StructuredLinear):
-        return cast(Model, model.to_linear())
-    dense = copy.deepcopy(model)
-    made: dict[int, nn.Linear] = {}
-    for name, module in list(dense.named_modules(remove_duplicate=False)):
+        return cast(Model, convert(model))
+    other = copy.deepcopy(model)
+    made: dict[int, nn.Module] = {}
+    for name, module in list(other.named_modules(remove_duplicate=False)):
         if isinstance(module, StructuredLinear):
-            linear = made.get(id(module))
-            if linear is None:
-                linear = made[id(module)] = _dense(module)
-            parent, child = parent_and_child(dense, name)
-            setattr(parent, child, linear)
-    return dense
+            if id(module) not in made:
+                made[id(module)] = convert(module)
+            parent, child = parent_and_child(other, name)
+            setattr(parent, child, made[id(module)])
+    return other
 
 
 def _dense(layer: StructuredLinear) -> nn.Linear:

@@ -28,7 +28,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one run before and after, for a number of samples at once.
+    """Milliseconds of one run before and after, for a number of samples at once; after: frozen, as for deployment.
 
     ``layers`` are sums over single layers; ``model`` are medians of runs of the whole model, where data was given: both
     models run in turns, and ``model_ratio`` is the median over turns of after by before.

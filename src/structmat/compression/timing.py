@@ -82,7 +82,7 @@ def time_models(
 
 @lru_cache(maxsize=65536)
 def layer_microseconds(structure: Structure, shape: Shape, rows: int) -> float:
-    """The time of one float32 layer on the CPU for ``rows`` input rows; measured once a process.
+    """The time of one float32 layer, frozen, on the CPU for ``rows`` input rows; measured once a process.
 
     It is the median time of an ``nn.Linear`` of this shape, times the median ratio of the two when they run in turns:
     layers that are timed at different moments can be compared.
@@ -97,7 +97,7 @@ def layer_microseconds(structure: Structure, shape: Shape, rows: int) -> float:
             return 1e6 * statistics.median(first + second)
         layer = StructuredLinear.from_matrix(
             StructuredMatrix.random(structure, shape, generator=generator, dtype=torch.float32, device="cpu")
-        )
+        ).freeze()
         ratio = _ratio(*interleaved(lambda: dense(x), lambda: layer(x), seconds=LAYER_SECONDS))
     return ratio * layer_microseconds(Dense(), shape, rows)
 

@@ -7,9 +7,9 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from structmat.program.reference import interpolation_matrix
+from structmat.program.reference import Form, form, interpolation_matrix, sparse_matrix
 from structmat.program.simplify import simplify
-from structmat.program.stages import Chain, Contraction, Diagonal, Interpolation, Program, Stage, Sum
+from structmat.program.stages import Chain, Contraction, Diagonal, Interpolation, Program, Sparse, Stage, Sum
 
 Tensors = Mapping[str, Tensor]
 
@@ -72,7 +72,7 @@ def fuse(program: Program, tensors: Tensors, *, growth: float = 2.0) -> tuple[Pr
         growth: a run of contractions is merged while the multiplications of the merged one are at most ``growth``
             times those of the run; an interpolation is written out by the same rule. Few fat stages run faster than
             many thin ones: with the default 2, four stages of a butterfly become one of radix 16. With 1 no operation
-            is added.
+            is added. Sparse stages that run as a dense product in any case are written out as one.
 
     Returns:
         The program and the tensors that it reads, all others dropped. Exact up to rounding.
@@ -92,6 +92,8 @@ def _stages(program: Program) -> tuple[Stage, ...]:
 def _fuse(program: Program, tensors: Tensors, growth: float, made: dict[str, Tensor]) -> Program:
     if isinstance(program, Interpolation):
         return _written_out(program, tensors, growth, made)
+    if isinstance(program, Sparse) and form(program) is Form.MATERIALISED:
+        return _dense(program, sparse_matrix(program, tensors), tensors, made)
     if isinstance(program, Stage):
         return program
     if isinstance(program, Sum):
@@ -117,8 +119,12 @@ def _written_out(stage: Interpolation, tensors: Tensors, growth: float, made: di
     if stage.rank * stage.size > growth * stage.multiplications:
         return stage
     matrix = interpolation_matrix(stage, tensors)
+    return _dense(stage, matrix.T if stage.transposed else matrix, tensors, made)
+
+
+def _dense(stage: Stage, matrix: Tensor, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:
     name = _new_name(tensors, made)
-    made[name] = (matrix.T if stage.transposed else matrix).contiguous()
+    made[name] = matrix.contiguous()
     return Contraction(name, 1, stage.out_features, stage.in_features, 1)
 
 

@@ -221,12 +221,17 @@ def _ifft(x: Tensor) -> Tensor:
 def _sparse(stage: Sparse, tensors: Tensors, x: Tensor) -> Tensor:
     values, places = tensors[stage.values], tensors[stage.places]
     if form(stage) is Form.MATERIALISED:
-        matrix = _scatter(values, places, stage.height, stage.width)
-        return x @ (matrix if stage.transposed else matrix.T)
+        return x @ sparse_matrix(stage, tensors).T
     rows, columns = places // stage.width, places % stage.width
     reads, writes = (rows, columns) if stage.transposed else (columns, rows)
     terms = values * x.index_select(1, reads)
     return x.new_zeros(x.shape[0], stage.out_features, dtype=terms.dtype).index_add(1, writes, terms)
+
+
+def sparse_matrix(stage: Sparse, tensors: Tensors) -> Tensor:
+    """The matrix of a sparse stage, (out_features, in_features)."""
+    matrix = _scatter(tensors[stage.values], tensors[stage.places], stage.height, stage.width)
+    return matrix.T if stage.transposed else matrix
 
 
 def _scatter(values: Tensor, places: Tensor, height: int, width: int) -> Tensor:
