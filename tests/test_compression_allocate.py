@@ -47,7 +47,7 @@ def brute_force(screening: dict[str, LayerScreen], most: float) -> float:
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4), st.floats(0.05, 0.95))
 def test_learned_C19_solver_agrees_with_brute_force(seed: int, layers: int, options: int, share: float) -> None:
     screening = random_screening(seed, layers, options)
-    most = share * 100 * layers
+    most = share * (100 * layers)
     if sum(s.candidates[0].cost for s in screening.values()) > most:
         with pytest.raises(BudgetError):
             allocate(screening, sm.Parameters(share))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from compression_models import labelled, mlp
 
 import structmat as sm
@@ -14,7 +13,7 @@ from structmat.compression.allocate import allocate
 from structmat.compression.calibrate import calibrate
 from structmat.compression.contest import MOST, NEAR, Outcome, contenders, contest, improved
 from structmat.compression.scan import scan
-from structmat.compression.screen import EXPECTED, Candidate, LayerScreen, screen
+from structmat.compression.screen import EXPECTED, Candidate, LayerScreen, damped, screen
 from structmat.compression.workfolder import WorkFolder
 from structmat.structure import Structure
 
@@ -79,12 +78,9 @@ def test_losses_become_those_of_final_fits(tmp_path: Path, monkeypatch: pytest.M
         weight = model.get_submodule(name).weight.detach().double()
         moments = seen.moments[name]
         assert moments.gradient_moment is not None
-        energy = float(moments.gradient_moment.diagonal().mean())
-        outputs = moments.gradient_moment + 0.1 * energy * torch.eye(len(weight), dtype=torch.float64)
+        inputs, outputs = damped(moments.second_moment, 1e-3), damped(moments.gradient_moment, 0.1)
         for outcome in fought:
-            found = sm.project(
-                weight, outcome.after.structure, second_moment=moments.second_moment, output_moment=outputs
-            )
+            found = sm.project(weight, outcome.after.structure, second_moment=inputs, output_moment=outputs)
             assert outcome.after.error == pytest.approx(found.error, rel=1e-3)
             assert outcome.after.loss <= outcome.before.loss * 1.001 or outcome.before.method.endswith(EXPECTED)
             assert outcome.after in better[name].candidates

@@ -24,7 +24,7 @@ from structmat.compression.calibrate import Calibration, calibrate, facts, from_
 from structmat.compression.contest import contest
 from structmat.compression.fill import fill
 from structmat.compression.plan import Plan
-from structmat.compression.replace import Replaced, freeze, replace_layers
+from structmat.compression.replace import Replaced, frozen_layers, replace_layers
 from structmat.compression.report import LayerReport, Report, Timing, Totals, environment
 from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss, check_loader
@@ -448,7 +448,8 @@ class _Timer:
         if self.batch is None or original is None:
             return (Timing(BATCHES[0], *self._layers(plan, BATCHES[0])),)
         batches = sized(self.batch, BATCHES)
-        found = time_models(original, freeze(model), batches, forward=self.forward, seconds=MODEL_SECONDS)
+        with frozen_layers(model):
+            found = time_models(original, model, batches, forward=self.forward, seconds=MODEL_SECONDS)
         return tuple(Timing(t.batch, *self._layers(plan, t.batch), t.before, t.after, t.ratio) for t in found)
 
     def _layers(self, plan: Plan, batch: int) -> tuple[float, float]:

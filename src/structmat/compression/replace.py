@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
@@ -188,19 +189,32 @@ def freeze(model: Model) -> Model:
     return _converted(model, StructuredLinear.freeze).eval()
 
 
+@contextmanager
+def frozen_layers(model: nn.Module) -> Iterator[None]:
+    """The model itself with frozen layers for a while: what :func:`freeze` would make, without copying the rest."""
+    places = [(parent_and_child(model, name), module) for name, module in _structured_layers(model)]
+    made = {id(module): module.freeze() for _, module in places}
+    try:
+        for (parent, child), module in places:
+            setattr(parent, child, made[id(module)])
+        yield
+    finally:
+        for (parent, child), module in places:
+            setattr(parent, child, module)
+
+
 def _converted(model: Model, convert: Callable[[StructuredLinear], nn.Module]) -> Model:
     """A copy in which every structured layer is converted, one that stands in two places once."""
     if isinstance(model, StructuredLinear):
         return cast(Model, convert(model))
-    other = copy.deepcopy(model)
-    made: dict[int, nn.Module] = {}
-    for name, module in list(other.named_modules(remove_duplicate=False)):
-        if isinstance(module, StructuredLinear):
-            if id(module) not in made:
-                made[id(module)] = convert(module)
-            parent, child = parent_and_child(other, name)
-            setattr(parent, child, made[id(module)])
-    return other
+    # What the memo holds is not copied but taken from there.
+    return copy.deepcopy(model, {id(layer): convert(layer) for _, layer in _structured_layers(model, once=True)})
+
+
+def _structured_layers(model: nn.Module, *, once: bool = False) -> list[tuple[str, StructuredLinear]]:
+    """Structured layers by all their names, or each by the first."""
+    found = model.named_modules(remove_duplicate=once)
+    return [(name, module) for name, module in found if isinstance(module, StructuredLinear)]
 
 
 def _dense(layer: StructuredLinear) -> nn.Linear:

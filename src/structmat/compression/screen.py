@@ -59,6 +59,10 @@ not improved there."""
 BEHIND = 1.02
 """A family that is this far behind the best even then is not tried near that share."""
 
+INPUT_DAMPING = 1e-3
+"""Share of the mean input energy that is added to every input: calibration data never shows all that a layer may read
+(a rare character, for one), and what a structure does there must not be free."""
+
 OUTPUT_DAMPING = 0.1
 """Share of the mean gradient energy that is added to every output: the quadratic model is not to be trusted where it
 says that an output does not matter at all."""
@@ -197,9 +201,7 @@ def layer_worker(
     return LayerWorker(site, target, moments, terms, budget, rows)
 
 
-def layer_target(
-    site: Site, weight: Tensor, moments: Moments | None, *, sweeps: int, seed: int, damping: float = OUTPUT_DAMPING
-) -> Target:
+def layer_target(site: Site, weight: Tensor, moments: Moments | None, *, sweeps: int, seed: int) -> Target:
     """What a layer's structure is fitted to: its weight, in the best norm that the moments allow.
 
     Raises:
@@ -209,11 +211,15 @@ def layer_target(
     held = weight.detach().to(device="cpu", dtype=torch.float64)
     second = outputs = None
     if moments is not None:  # sums of squares: positive semidefinite by their making
-        second = moments.second_moment
-        energy = _energy(moments)
-        if moments.gradient_moment is not None and energy > 0:
-            outputs = moments.gradient_moment + damping * energy * torch.eye(site.shape[0], dtype=torch.float64)
+        second = damped(moments.second_moment, INPUT_DAMPING)
+        if moments.gradient_moment is not None and _energy(moments) > 0:
+            outputs = damped(moments.gradient_moment, OUTPUT_DAMPING)
     return Target(held, second, site.shape, sweeps, seed, outputs)
+
+
+def damped(moment: Tensor, share: float) -> Tensor:
+    """``moment + share * mean(diag(moment)) * I``."""
+    return moment + share * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
 
 
 def check_weight(site: Site, weight: Tensor) -> None:
@@ -249,7 +255,7 @@ class Judge:
     def __init__(self, target: Target, moments: Moments | None, terms: float) -> None:
         self.target, self.terms = target, terms
         self.norm = target.norm()
-        self.inputs = None if moments is None else moments.second_moment.float()
+        self.inputs = None if target.second_moment is None else target.second_moment.float()
         weighed = target.output_moment is not None and moments is not None and moments.gradient_moment is not None
         self.outputs = moments.gradient_moment.float() if weighed else None  # type: ignore[union-attr]
         self.damping = OUTPUT_DAMPING * _energy(moments) if moments is not None else 0.0
