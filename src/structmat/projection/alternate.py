@@ -120,7 +120,7 @@ def _again(part: Structure, target: Target, current: Member) -> Member:
     """A better member for a target that has moved a little: a cheap step where the family offers one."""
     if isinstance(part, LowRank):
         return _low_rank_step(target, current)
-    if isinstance(part, Sparse) and target.second_moment is not None:
+    if isinstance(part, Sparse) and (target.second_moment is not None or target.output_moment is not None):
         support = torch.zeros(target.weight.numel(), dtype=torch.bool)
         support[current.tensors["places"]] = True
         support = support.reshape(target.native)

@@ -1,6 +1,8 @@
-"""The nearest matrix with few nonzero entries, in the plain or the activation-weighted norm."""
+"""The nearest matrix with few nonzero entries, in the plain norm or one that weighs inputs and outputs."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +18,20 @@ _RIDGE = 1e-10
 _GRADIENT_STEPS = 3
 """Conjugate gradient steps each time that a support changes."""
 
-_PATIENCE = 1e-6
+_LAST_STEPS = 40
+"""At most so many of them on the last support."""
+
+_SOLVED = 1e-10
+"""Enough of these: the squared gradient, in the norm of the preconditioner, has fallen by this factor."""
+
+_PATIENCE = 1e-3
 """A round that lowers the squared error by less than this share is the last."""
+
+_PATH = 0.75
+"""Gradual pruning keeps this share of the entries at each step."""
+
+_DAMPING = 1e-4
+"""Share of its mean eigenvalue that is added to a moment before it is inverted."""
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -36,65 +50,120 @@ def entries(dense: Tensor, mask: Tensor) -> dict[str, Tensor]:
 def sparsify(target: Target, nonzeros: int, rounds: int) -> tuple[Tensor, Tensor]:
     """A matrix with ``nonzeros`` entries near the target: its dense form and the mask of its support.
 
-    Without a second moment ``C`` the largest entries are kept, which is optimal. With one, the support starts with
-    the largest ``|W_ij|^2 C_jj``, the cost of leaving out that entry alone. Each round is a monotone step of
-    :func:`improve`; at the end the values are the exact least squares solution on the support. With 0 rounds the
-    values are left approximate (a few conjugate gradient steps).
+    Without moments the largest entries are kept, which is optimal. With a moment ``C`` of the inputs or ``B`` of the
+    outputs the support is that of the largest ``|W_ij|^2 B_ii C_jj``, the cost of leaving out that entry alone. If
+    ``rounds`` may be spent, a second start prunes step by step, each time those entries whose loss the others can make
+    up for best (``|S_ij|^2 / ([B^-1]_ii [C^-1]_jj)``: Hassibi and Stork 1993) with a few conjugate gradient steps
+    between, and the better one goes on: each round is a monotone step of :func:`improve`. At the end the values are the
+    least squares solution on the support. With 0 rounds they are left approximate.
     """
-    weight, moment = target.weight, target.second_moment
-    if moment is None:
+    weight, norm = target.weight, Norm.of(target)
+    if norm.is_plain:
         mask = largest(weight.abs(), nonzeros)
         return torch.where(mask, weight, torch.zeros_like(weight)), mask
-    mask = largest(weight.abs().square() * moment.diagonal().real.clamp(min=0.0), nonzeros)
-    dense = _descend(torch.where(mask, weight, torch.zeros_like(weight)), mask, weight, moment)
+    mask = largest(weight.abs().square() * norm.diagonal, nonzeros)
+    dense = _descend(torch.where(mask, weight, torch.zeros_like(weight)), mask, weight, norm)
+    if not rounds:
+        return dense, mask
     error = target.squared(weight - dense)
+    other = _pruned(target, norm, nonzeros)
+    if (reached := target.squared(weight - other[0])) < error:
+        (dense, mask), error = other, reached
     for _ in range(rounds):
         dense, mask = improve(target, dense, mask)
         before, error = error, target.squared(weight - dense)
         if before - error <= _PATIENCE * error:
             break
-    if rounds:
-        exact = least_squares_on(mask, weight, moment, weight @ moment)
+    if target.output_moment is None and target.second_moment is not None:
+        exact = least_squares_on(mask, weight, target.second_moment, weight @ target.second_moment)
         if target.squared(weight - exact) <= error:
-            dense = exact
-    return dense, mask
+            return exact, mask
+    return _descend(dense, mask, weight, norm, _LAST_STEPS), mask
 
 
 def improve(target: Target, dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix with as many entries and no larger error in a weighted norm: support and values change.
 
     The support of a hard-thresholded Jacobi step is proposed (iterative hard thresholding, Blumensath and Davies
-    2009, with ``diag(C)`` as preconditioner). For an entry outside the present support the score is the exact gain of
+    2009, with ``B_ii C_jj`` as preconditioner). For an entry outside the present support the score is the exact gain of
     adding it, for one inside the cost of dropping it. The proposal stands if the error falls after a few conjugate
     gradient steps on it; else these are spent on the present support.
     """
-    weight, moment = target.weight, target.second_moment
-    assert moment is not None
-    diagonal = moment.diagonal().real.clamp(min=0.0)
+    weight, norm = target.weight, Norm.of(target)
     left = weight - dense
-    pull = left @ moment
+    pull = norm.image(left)
     error = float((pull * left.conj()).real.sum())
-    step = dense + torch.where(diagonal > 0, pull / diagonal.clamp(min=1e-300), torch.zeros_like(pull))
-    proposed = largest(step.abs().square() * diagonal, int(mask.sum()))
+    step = dense + pull * norm.inverse
+    proposed = largest(step.abs().square() * norm.diagonal, int(mask.sum()))
     if not bool((proposed == mask).all()):
         # Starting from the thresholded step itself or from the old values: the latter never overshoots.
-        other = _descend(torch.where(proposed, dense, torch.zeros_like(dense)), proposed, weight, moment)
+        other = _descend(torch.where(proposed, dense, torch.zeros_like(dense)), proposed, weight, norm)
         if target.squared(weight - other) < error:
             return other, proposed
-    return _descend(dense, mask, weight, moment), mask
+    return _descend(dense, mask, weight, norm), mask
 
 
-def _descend(dense: Tensor, mask: Tensor, weight: Tensor, moment: Tensor) -> Tensor:
-    """Conjugate gradient steps on the values of a support, preconditioned by ``diag(C)``; monotone."""
-    diagonal = moment.diagonal().real.clamp(min=0.0)
-    inverse = torch.where(mask & (diagonal > 0), 1.0 / diagonal.clamp(min=1e-300), 0.0)
-    residual = ((weight - dense) @ moment) * mask
+@dataclass(frozen=True)
+class Norm:
+    """``||B^(1/2) D C^(1/2)||``: the moments of outputs and inputs, and the diagonal of ``B (x) C`` as a matrix."""
+
+    outputs: Tensor | None
+    inputs: Tensor | None
+    diagonal: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, target: Target) -> Norm:
+        sizes = [
+            torch.ones(size, dtype=torch.float64) if moment is None else moment.diagonal().real.clamp(min=0.0)
+            for moment, size in zip((target.output_moment, target.second_moment), target.native, strict=True)
+        ]
+        diagonal = torch.outer(*sizes)
+        inverse = torch.where(diagonal > 0, 1.0 / diagonal.clamp(min=1e-300), torch.zeros_like(diagonal))
+        return cls(target.output_moment, target.second_moment, diagonal, inverse)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.outputs is None and self.inputs is None
+
+    def image(self, difference: Tensor) -> Tensor:
+        """``B D C``."""
+        image = difference if self.inputs is None else difference @ self.inputs
+        return image if self.outputs is None else self.outputs @ image
+
+
+def _pruned(target: Target, norm: Norm, nonzeros: int) -> tuple[Tensor, Tensor]:
+    """Entries are dropped step by step, those first that are missed least once the others have made up for them."""
+    outputs, inputs = target.output_moment, target.second_moment
+    rows = 1.0 if outputs is None else target.output_fact("inverse diagonal", lambda: _inverse_diagonal(outputs))
+    columns = 1.0 if inputs is None else target.input_fact("inverse diagonal", lambda: _inverse_diagonal(inputs))
+    compensated = 1.0 / (torch.as_tensor(rows)[..., None] * torch.as_tensor(columns))
+    dense, mask = target.weight, torch.ones(target.native, dtype=torch.bool)
+    kept = dense.numel()
+    while kept > nonzeros:
+        kept = max(nonzeros, int(_PATH * kept))
+        mask = largest(torch.where(mask, dense.abs().square() * compensated, -1.0), kept)
+        dense = _descend(torch.where(mask, dense, torch.zeros_like(dense)), mask, target.weight, norm)
+    return dense, mask
+
+
+def _inverse_diagonal(moment: Tensor) -> Tensor:
+    damping = _DAMPING * moment.diagonal().real.mean().clamp(min=1e-300)
+    regular = moment + damping * torch.eye(len(moment), dtype=moment.dtype)
+    inverse: Tensor = torch.linalg.inv(regular)
+    return inverse.diagonal().real
+
+
+def _descend(dense: Tensor, mask: Tensor, weight: Tensor, norm: Norm, steps: int = _GRADIENT_STEPS) -> Tensor:
+    """Conjugate gradient steps on the values of a support, preconditioned by the diagonal; monotone."""
+    inverse = norm.inverse * mask
+    residual = norm.image(weight - dense) * mask
     direction = residual * inverse
-    size = float((residual.conj() * direction).real.sum())
-    for _ in range(_GRADIENT_STEPS):
-        image = (direction @ moment) * mask
+    size = first = float((residual.conj() * direction).real.sum())
+    for _ in range(steps):
+        image = norm.image(direction) * mask
         curvature = float((direction.conj() * image).real.sum())
-        if curvature <= 0 or size <= 0:
+        if curvature <= 0 or size <= _SOLVED * first:
             break
         dense = dense + (size / curvature) * direction
         residual = residual - (size / curvature) * image
@@ -150,23 +219,23 @@ def lower_bound(target: Target, nonzeros: int) -> float:
     """No matrix with so many nonzeros has a smaller error in the target's norm.
 
     With ``alpha`` the smallest eigenvalue of the correlation ``D^(-1/2) C D^(-1/2)``, ``D = diag(C)``, the squared
-    error is at least ``alpha`` times that in the norm of ``D``, where the best support is known.
+    error is at least ``alpha`` times that in the norm of ``D``, where the best support is known; likewise for outputs.
     """
-    moment = target.second_moment
-    if moment is None:
-        diagonal, alpha = torch.ones(target.native[1], dtype=torch.float64), 1.0
-    else:
-        diagonal = moment.diagonal().real.clamp(min=0.0)
-        if not bool((diagonal > 0).all()):
-            return 0.0
-        alpha = target.input_fact("smallest correlation", lambda: _smallest_correlation(moment, diagonal))
-    costs = (target.weight.abs().square() * diagonal).reshape(-1)
+    alpha = 1.0
+    if (inputs := target.second_moment) is not None:
+        alpha *= target.input_fact("smallest correlation", lambda: _smallest_correlation(inputs))
+    if (outputs := target.output_moment) is not None:
+        alpha *= target.output_fact("smallest correlation", lambda: _smallest_correlation(outputs))
+    costs = (target.weight.abs().square() * Norm.of(target).diagonal).reshape(-1)
     left_out = costs.numel() - nonzeros
     tail = float(torch.topk(costs, left_out, largest=False, sorted=False).values.sum()) if left_out else 0.0
-    return float((max(alpha, 0.0) * tail) ** 0.5)
+    return float((alpha * tail) ** 0.5)
 
 
-def _smallest_correlation(moment: Tensor, diagonal: Tensor) -> float:
+def _smallest_correlation(moment: Tensor) -> float:
+    diagonal = moment.diagonal().real
+    if not bool((diagonal > 0).all()):
+        return 0.0
     scale = diagonal.rsqrt()
     # Rounding may make the smallest eigenvalue of a singular matrix look positive.
-    return float(torch.linalg.eigvalsh(moment * scale * scale[:, None])[0]) - 1e-13 * len(diagonal)
+    return max(0.0, float(torch.linalg.eigvalsh(moment * scale * scale[:, None])[0]) - 1e-13 * len(diagonal))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 import torch
 from torch import Tensor
@@ -53,14 +53,16 @@ class Sparse(Structure):
 
     ``nonzeros`` parameters and multiply-adds. A file holds the support as one bit for each entry of the matrix, or as a
     list of places where that is shorter; both count as stored numbers (32 bits to a number). The support stays where it
-    was put by initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in an
-    activation-weighted norm (where the problem is NP-hard in general) thresholding by the inputs' sizes, monotone
-    rounds of iterative hard thresholding and exact least squares on the support, with a lower bound.
+    was put by initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in a
+    weighted norm (where the problem is NP-hard in general) gradual pruning, monotone rounds of iterative hard
+    thresholding and least squares on the support, with a lower bound.
 
     Args:
         density: a fraction of the entries, strictly between 0 and 1.
         nonzeros: their exact number, instead of the density.
     """
+
+    weighs_outputs: ClassVar[bool] = True
 
     density: float | None = None
     nonzeros: int | None = None
@@ -113,11 +115,11 @@ class Sparse(Structure):
     def project(self, target: Target) -> Fit:
         count = whole(self.nonzeros)
         dense, mask = sparsify(target, count, target.sweeps)
-        if target.second_moment is None:
+        if target.second_moment is None and target.output_moment is None:
             return Fit(entries(dense, mask), Certificate.OPTIMAL, target.error(dense), "largest entries")
         bound = lower_bound(target, count)
         certificate = Certificate.BOUND if bound > 0 else Certificate.NONE
-        return Fit(entries(dense, mask), certificate, bound, "iterative hard thresholding")
+        return Fit(entries(dense, mask), certificate, bound, "gradual pruning, iterative hard thresholding")
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
