@@ -1,7 +1,8 @@
-"""What mkdocs does to the pages: what they say of the families is generated from the code when they are built."""
+"""What mkdocs does to the pages when it builds them: what they say of the families is generated from the code."""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,18 @@ def on_page_markdown(markdown: str, **page: Any) -> str:
     if TABLE in markdown:
         markdown = markdown.replace(TABLE, gen_families.table())
     return markdown.replace(CLASSES, classes()) if CLASSES in markdown else markdown
+
+
+def on_page_content(html: str, **page: Any) -> str:
+    """Roles of docstrings, ``:func:`name```, as code, and as a link where the name is whole."""
+    return re.sub(r":(?:attr|class|func|meth|mod|obj):<code>(~?)([\w.]+)</code>", _reference, html)
+
+
+def _reference(role: re.Match[str]) -> str:
+    short, name = role[1], role[2]
+    code = f"<code>{name.rpartition('.')[2] if short else name}</code>"
+    # mkdocstrings turns it into a link if the name is documented.
+    return f'<autoref optional identifier="{name}">{code}</autoref>' if "." in name else code
 
 
 def classes() -> str:

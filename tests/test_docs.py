@@ -26,6 +26,7 @@ from torch import nn
 
 import structmat as sm
 from structmat.cli import app
+from structmat.program import build, stages
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -208,6 +209,16 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     for page in DOCS.glob("*.md"):
         assert f": {page.name}\n" in navigation
+
+
+def test_the_picture_is_drawn_from_the_code(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib: pip install structmat[plot]")
+    import make_picture
+
+    make_picture.picture(tmp_path / "picture.svg")
+    drawn, kept = ((folder / "picture.svg").read_text(encoding="utf-8") for folder in (tmp_path, DOCS))
+    count = sum(1 + len(stages(build(s, make_picture.SHAPE))) for pair in make_picture.SHOWN for s in pair)
+    assert drawn.count("<image") == kept.count("<image") == count
 
 
 # --------------------------------------------------------------------------------------------------- command line
