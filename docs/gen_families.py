@@ -11,18 +11,12 @@ import torch
 
 import structmat as sm
 from structmat.errors import StructmatError
-from structmat.structure import Shape, Structure, count_parameters
+from structmat.structure import Shape, Structure, count_stored
 
 SHAPE: Shape = (256, 512)
-"""Where parameters are counted: a power of two, so that no family pads."""
+"""Where numbers are counted: a power of two, so that no family pads."""
 
-HEADER = (
-    "family",
-    "arguments",
-    f"parameters of a {SHAPE[0]} x {SHAPE[1]} matrix",
-    "projection",
-    "what it is",
-)
+HEADER = ("family", "what it is", f"stored numbers of a {SHAPE[0]} x {SHAPE[1]} matrix", "projection")
 
 
 def table() -> str:
@@ -34,12 +28,13 @@ def table() -> str:
 
 def _row(name: str, family: type[Structure]) -> tuple[str, ...]:
     example = _example(family, SHAPE)
-    parameters = projection = "-"
+    numbers = projection = "-"
     if example is not None:
-        count = count_parameters(example, SHAPE)
-        parameters = f"{count:,} ({count / (SHAPE[0] * SHAPE[1]):.1%}) for `{example}`"
+        count = count_stored(example, SHAPE)
+        numbers = f"{count:,} ({count / (SHAPE[0] * SHAPE[1]):.1%}) for `{example}`"
         projection = _certificate(example)
-    return (f"`{name}`", _arguments(family), parameters, projection, _first_sentence(family))
+    what = f"{_first_sentence(family)}. {_arguments(family)}"
+    return (f"`{name}`", what, numbers, projection)
 
 
 def _example(family: type[Structure], shape: Shape) -> Structure | None:
@@ -73,12 +68,12 @@ def _arguments(family: type[Structure]) -> str:
     for field in dataclasses.fields(family):  # type: ignore[arg-type]
         given = field.default is not dataclasses.MISSING
         shown.append(f"`{field.name}={field.default!r}`" if given else f"`{field.name}`")
-    return ", ".join(shown) or "none"
+    return f"Arguments: {', '.join(shown)}" if shown else "No arguments"
 
 
 def _first_sentence(family: type[Structure]) -> str:
     text = inspect.cleandoc(family.__doc__ or "").split("\n\n")[0].replace("\n", " ")
-    sentence = re.split(r"(?<=[.:])\s", text)[0].rstrip(":")
+    sentence = re.split(r"(?<=[.:])\s", text)[0].rstrip(":.")
     return sentence.replace("``", "`").replace("|", "\\|")
 
 

@@ -218,6 +218,7 @@ def test_compress_applies_an_edited_plan(package: str, tmp_path: Path) -> None:
         (("WEIGHTS", "--budget", "0.0001"), "can't be met"),
         (("WEIGHTS", "--family", "Magic"), "Unknown family"),
         (("WEIGHTS", "--include", "nothing*"), "matches none"),
+        (("WEIGHTS", "--plan", "plan.json", "--family", "LowRank", "--exclude", "a"), "no use for --exclude, --family"),
         (("WEIGHTS", "--plan", "nowhere.json"), "nowhere.json: No such file"),
         (("--model", "userland"), "does not name a function"),
         (("--model", "nowhere_at_all:make"), "can't be imported"),
@@ -270,7 +271,10 @@ def test_info_lists_the_families() -> None:
     found = data("info")
     assert [family["family"] for family in found["families"]] == sorted(sm.families())
     assert found["environment"]["torch"] == torch.__version__
-    assert "LowRank" in run("info").stdout
+    shown = run("info").stdout
+    assert "LowRank" in shown
+    assert "W[i, i] = weight[i]" in shown, "square brackets are no markup"
+    assert ":class:" not in shown
 
 
 def test_demo_refuses_a_senseless_budget() -> None:

@@ -142,6 +142,13 @@ def test_operations_and_time_are_budgets_too() -> None:
         compressed(budget=sm.Latency(1))
 
 
+@pytest.mark.parametrize("structures", [(sm.LowRank(4),), (sm.LowRank(4), "BlockDiagonal")])
+def test_what_is_given_as_a_single_structure_stays_it(structures: tuple[Any, ...]) -> None:
+    result = compressed(budget=sm.Parameters(0.9), structures=structures)
+    ranks = {s.rank for s in result.plan.layers.values() if isinstance(s, sm.LowRank)}
+    assert ranks <= {4}
+
+
 def test_overrides_are_obeyed_and_paid_for() -> None:
     result = compressed(
         overrides={"*": sm.LowRank(rank=3), "2": sm.Dense(), "4": sm.LowRank(rank=0.5)}, budget=sm.Parameters(0.7)

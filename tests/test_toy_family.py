@@ -83,6 +83,56 @@ groups = [g for g in CHECKS if g not in ("inductor", "export", "onnx")]
 for shape in [(1, 1), (5, 7), (12, 10)]:
     check_structure(sm.RowConstant(), shape, groups=groups)
 """,
+    "is chosen by compress": """
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6))
+with torch.no_grad():
+    model[0].weight.copy_(torch.arange(8.0)[:, None].expand(8, 6))
+for structures in (("RowConstant", "LowRank"), (sm.RowConstant,), None):
+    result = sm.compress(model, budget=sm.Parameters(0.6), structures=structures, exclude=("2",))
+    assert result.plan.layers == {"0": sm.RowConstant()}, result.plan.layers
+    (layer,) = result.report.layers
+    assert layer.parameters == 8 and layer.error < 1e-6 and layer.certificate == "optimal", layer
+x = torch.rand(5, 6)
+assert torch.allclose(result.model(x), model(x), rtol=1e-5)
+""",
+    "is chosen with calibration data": """
+model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6))
+x = torch.rand(64, 6)
+result = sm.compress(model, budget=sm.Parameters(0.7), calibration=[x], structures=("RowConstant",))
+assert sm.RowConstant() in result.plan.layers.values(), result.plan.layers
+assert result.report.budget["spent"] <= 0.7 * 96
+""",
+    "is saved and loaded": """
+import tempfile
+make = lambda: torch.nn.Sequential(torch.nn.Linear(6, 4))
+model = make()
+model[0] = sm.nn.StructuredLinear.from_linear(model[0], sm.RowConstant())
+with tempfile.TemporaryDirectory() as folder:
+    sm.save(model, folder)
+    loaded = sm.load(folder, make())
+assert loaded[0].structure == sm.RowConstant() and torch.equal(loaded[0].level, model[0].level)
+""",
+    "is used by the command line": """
+import json, os, tempfile
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+from structmat.cli import app
+def data(*arguments):
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout)
+with tempfile.TemporaryDirectory() as folder:
+    weights, out = os.path.join(folder, "weights.safetensors"), os.path.join(folder, "out")
+    save_file({"a.weight": torch.arange(8.0)[:, None].expand(8, 6).contiguous()}, weights)
+    (layer,) = data("compress", weights, "--budget", "0.5", "--family", "RowConstant", "--out", out)["layers"]
+    assert layer["structure"] == "RowConstant()", layer
+    assert sm.Plan.read(os.path.join(out, "plan.json")).layers == {"a": sm.RowConstant()}
+    found = data("inspect", weights, "--family", "RowConstant")
+    assert found["a.weight"]["exact"] == [{"family": "RowConstant"}], found
+assert "RowConstant" in [row["family"] for row in data("info")["families"]]
+(layer,) = data("bench", "--size", "8", "--batch", "2", "--seconds", "0", "--family", "RowConstant")["layers"]
+assert layer["structure"] == "RowConstant()", layer
+""",
     "stands in the docs table": """
 sys.path.insert(0, sys.argv[1] + "/docs")
 import gen_families

@@ -86,7 +86,7 @@ def bench(
             return
         table = Table(
             title=f"{shape[0]} x {shape[1]}, float32: microseconds (multiple of nn.Linear)",
-            caption=f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}",
+            caption=f"{facts['processor']}, threads: {facts['threads']}, torch {facts['torch']}",
         )
         table.add_column("layer")
         table.add_column("parameters", justify="right")

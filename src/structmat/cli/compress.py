@@ -53,6 +53,14 @@ def compress(
             raise fail("Give either a file of weights or --model package:factory.")
         if file is not None and (calibration or evaluate or recover):
             raise fail("--calibration, --evaluate and --recover need --model: weights alone can't be run.")
+        if plan is not None:
+            given = {"--calibration": calibration, "--evaluate": evaluate, "--recover": recover, "--include": include}
+            given |= {"--exclude": exclude, "--family": family}
+            if unused := [option for option, value in given.items() if value]:
+                raise fail(
+                    f"--plan fits what the plan says to the weights alone and has no use for {', '.join(unused)}. "
+                    f"Leave it out, or call sm.compress(..., overrides=plan.layers)."
+                )
         import structmat as sm
         from structmat.cli.summary import summary
         from structmat.compression.report_html import write_html

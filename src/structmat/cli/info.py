@@ -15,8 +15,10 @@ def info(
     """Versions, this machine, and the families of structured matrices."""
     with refusing_bad_input():
         import inspect
+        import re
 
         from rich.table import Table
+        from rich.text import Text
 
         from structmat.compression.report import environment
         from structmat.structure import count_stored, resolve
@@ -32,6 +34,7 @@ def info(
                     smallest = min(sizes)
                     break
             summary = (inspect.getdoc(family) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
+            summary = re.sub(r":\w+:`([^`]*)`", r"\1", summary)
             rows.append({"family": name, "smallest_at_256": smallest, "summary": summary})
         facts = environment()
         if as_json:
@@ -45,5 +48,5 @@ def info(
         table.add_column("what it is")
         for row in rows:
             size = row["smallest_at_256"]
-            table.add_row(str(row["family"]), f"{size:,}" if isinstance(size, int) else "-", str(row["summary"]))
+            table.add_row(str(row["family"]), f"{size:,}" if isinstance(size, int) else "-", Text(str(row["summary"])))
         show(table)

@@ -209,6 +209,7 @@ def compress_(
             calibration=seen,
             measured=measured,
             outcomes=outcomes,
+            structures=structures,
             fixed=fixed,
             floor=floor,
             seed=seed,

@@ -13,7 +13,16 @@ from structmat.compression.calibrate import Calibration
 from structmat.compression.contest import Outcomes
 from structmat.compression.scan import Site
 from structmat.compression.score import Correction, Measurement
-from structmat.compression.screen import SWEEPS, Candidate, LayerScreen, Screening, layer_worker, variant_of
+from structmat.compression.screen import (
+    SWEEPS,
+    Candidate,
+    Choice,
+    LayerScreen,
+    Screening,
+    families_of,
+    layer_worker,
+    variant_of,
+)
 from structmat.structure import Structure
 from structmat.structures.dense import Dense
 
@@ -34,6 +43,7 @@ def fill(
     calibration: Calibration | None = None,
     measured: Mapping[str, Sequence[Measurement]] | None = None,
     outcomes: Outcomes | None = None,
+    structures: Sequence[Choice] | None = None,
     fixed: Mapping[str, Structure] | None = None,
     floor: float = 0.0,
     seed: int = 0,
@@ -48,12 +58,14 @@ def fill(
         model, sites, screening, allocation, budget, calibration: from the steps before.
         measured: what :func:`structmat.compression.score.score` measured.
         outcomes: what :func:`structmat.compression.contest.contest` fitted: the same gains are expected here.
+        structures: as for :func:`structmat.compression.screen.screen`; what was given as a single structure stays it.
         fixed, floor: as for :func:`structmat.compression.allocate.allocate`.
         seed: of fits with random starts.
 
     Returns:
         The screening with the new candidates, and the allocation.
     """
+    kinds = families_of(structures)
     for _ in range(ROUNDS):
         left = allocation.limit - allocation.cost
         if left <= ENOUGH * allocation.limit:
@@ -61,7 +73,7 @@ def fill(
         grown = dict(screening)
         for site in sites:
             chosen = allocation.chosen[site.name]
-            if site.name in (fixed or {}) or isinstance(chosen.structure, Dense):
+            if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or type(chosen.structure) not in kinds:
                 continue
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
             variant = variant_of(chosen.structure)
