@@ -117,6 +117,19 @@ def test_predicted_losses_are_second_order_effects() -> None:
         assert probe.effect(model[4], fitted.matrix.to_dense()) == pytest.approx(candidate.loss, rel=0.1, abs=1e-6)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_exact_candidates_are_not_ranked_by_their_rounding(calibrated: bool) -> None:
+    model = nn.Sequential(nn.Linear(96, 80))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(80, 6, generator=generator) @ torch.randn(6, 96, generator=generator))
+    data = [torch.randn(128, 96, generator=generator) for _ in range(3)] if calibrated else None
+    result = sm.compress(model, budget=sm.Parameters(0.4), calibration=data)
+    (layer,) = result.report.layers
+    assert layer.error < 1e-5
+    assert layer.parameters <= 8 * (80 + 96)  # rank 6, on the grid of sizes
+
+
 def test_keep_is_always_there_and_nothing_dearer_than_dense() -> None:
     model = mlp()
     for budget in (sm.Parameters(0.5), sm.Flops(0.5)):

@@ -11,7 +11,7 @@ from structmat.compression.report import LayerReport, Report, Totals
 
 def summary(report: Report) -> Group:
     """The chosen structure of every layer, then the figures before and after."""
-    layers = Table(title=f"{report.model}: the structure chosen for every layer")
+    layers = Table(title=Text(f"{report.model}: the structure chosen for every layer"))
     layers.add_column("layer", overflow="fold")
     layers.add_column("shape", justify="right")
     layers.add_column("structure", overflow="fold")
@@ -59,9 +59,9 @@ def _row(layer: LayerReport) -> tuple[str | Text, ...]:
     kept = layer.structure == "Dense()"
     ratio = layer.microseconds / layer.dense_microseconds if layer.dense_microseconds else 1.0
     return (
-        layer.name,
+        Text(layer.name),  # text, not markup: names may hold brackets
         f"{layer.shape[0]} x {layer.shape[1]}",
-        Text("kept dense", style="dim") if kept else layer.structure,
+        Text("kept dense", style="dim") if kept else Text(layer.structure),
         f"{layer.parameters / layer.dense_parameters:.1%}",
         "" if kept else f"{layer.error:.4f}",
         "" if kept else layer.certificate,

@@ -195,10 +195,11 @@ def layer_worker(
 ) -> LayerWorker:
     """What fits candidates to one layer."""
     moments = calibration.moments.get(site.name) if calibration is not None else None
-    target = layer_target(site, dense_weight(model.get_submodule(site.name)), moments, sweeps=sweeps, seed=seed)
+    weight = dense_weight(model.get_submodule(site.name))
+    target = layer_target(site, weight, moments, sweeps=sweeps, seed=seed)
     rows = calibration.rows_per_sample(site.name) if calibration is not None else 1.0
     terms = rows * calibration.samples / calibration.terms if calibration is not None else 1.0
-    return LayerWorker(site, target, moments, terms, budget, rows)
+    return LayerWorker(site, target, moments, terms, budget, rows, weight.dtype)
 
 
 def layer_target(site: Site, weight: Tensor, moments: Moments | None, *, sweeps: int, seed: int) -> Target:
@@ -249,12 +250,14 @@ class Judge:
     The predicted rise of the loss a term of it, if the weight changes by ``D``, is ``1/2 tr(G D C D^T)`` with the
     second moments ``C`` of the inputs and ``G`` of the gradients of the summed loss in the outputs, times the layer's
     rows a term: the Kronecker-factored quadratic model (Martens and Grosse 2015). Without gradients it is the squared
-    relative error. Both cost two products in float32.
+    relative error. Both cost two products in float32. A candidate that is as near to the weight as the layer's dtype
+    can tell loses nothing: exact ones are not ranked by their rounding.
     """
 
-    def __init__(self, target: Target, moments: Moments | None, terms: float) -> None:
+    def __init__(self, target: Target, moments: Moments | None, terms: float, dtype: torch.dtype) -> None:
         self.target, self.terms = target, terms
         self.norm = target.norm()
+        self.rounding = 0.5 * torch.finfo(dtype).eps * float(torch.linalg.norm(target.weight))
         self.inputs = None if target.second_moment is None else target.second_moment.float()
         weighed = target.output_moment is not None and moments is not None and moments.gradient_moment is not None
         self.outputs = moments.gradient_moment.float() if weighed else None  # type: ignore[union-attr]
@@ -268,24 +271,33 @@ class Judge:
             return 0.0, 0.0
         difference = (wide / size).float()  # so that squares neither overflow nor vanish
         right = difference if self.inputs is None else difference @ self.inputs
+        is_exact = float(torch.linalg.norm(difference)) * size <= self.rounding
         if self.outputs is None:
             error = max(0.0, float((difference * right).sum(dtype=torch.float64))) ** 0.5 * size
             relative = error / self.norm if self.norm > 0 else 0.0
-            return relative, relative**2
+            return relative, 0.0 if is_exact else relative**2
         form = max(0.0, float(((self.outputs @ difference) * right).sum(dtype=torch.float64)))
         plain = max(0.0, float((difference * right).sum(dtype=torch.float64)))
         error = (form + self.damping * plain) ** 0.5 * size
-        return error / self.norm if self.norm > 0 else 0.0, 0.5 * self.terms * form * size**2
+        loss = 0.0 if is_exact else 0.5 * self.terms * form * size**2
+        return error / self.norm if self.norm > 0 else 0.0, loss
 
 
 class LayerWorker:
     """The screening of one layer."""
 
     def __init__(
-        self, site: Site, target: Target, moments: Moments | None, terms: float, budget: Budget, rows: float
+        self,
+        site: Site,
+        target: Target,
+        moments: Moments | None,
+        terms: float,
+        budget: Budget,
+        rows: float,
+        dtype: torch.dtype,
     ) -> None:
         self.site, self.target, self.quick = site, target, target.replace_sweeps(0)
-        self.judge = Judge(target, moments, terms)
+        self.judge = Judge(target, moments, terms, dtype)
         self.budget, self.rows = budget, rows
         self.dense_cost = budget.cost(Dense(), site.shape, rows)
         self.refused: Counter[str] = Counter()
