@@ -200,11 +200,19 @@ def test_compress_a_model(package: str, tmp_path: Path) -> None:
     sm.load(tmp_path / "out" / "model", userland.make())
 
 
-def test_compress_applies_an_edited_plan(package: str, tmp_path: Path) -> None:
+def test_compress_follows_an_edited_plan(package: str, tmp_path: Path) -> None:
     plan = sm.Plan({"0": sm.LowRank(rank=2)}, {"0": (32, 16)})
     plan.write(tmp_path / "plan.json")
-    found = data("compress", "--model", f"{package}:make", "--plan", tmp_path / "plan.json", "--out", tmp_path / "out")
-    assert [fact["structure"] for fact in found] == ["LowRank(rank=2)"]
+    options = ["--plan", tmp_path / "plan.json", "--calibration", f"{package}:load", "--out", tmp_path / "out"]
+    report = data("compress", "--model", f"{package}:make", *options)
+    assert [layer["structure"] for layer in report["layers"]] == ["LowRank(rank=2)", "Dense()", "Dense()"]
+    assert report["layers"][0]["norm"] == "inputs and outputs"
+    sm.Plan({"0": sm.LowRank(rank=2)}, {"0": (32, 17)}).write(tmp_path / "plan.json")
+    refused = run("compress", "--model", f"{package}:make", *options, code=2)
+    assert "layer 0 has the shape (32, 17); the model's has (32, 16)" in " ".join(refused.stderr.split())
+    sm.Plan({"7": sm.LowRank(rank=2)}, {"7": (32, 16)}).write(tmp_path / "plan.json")
+    refused = run("compress", "--model", f"{package}:make", *options, code=2)
+    assert "names the layer 7, which is none" in " ".join(refused.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -218,7 +226,7 @@ def test_compress_applies_an_edited_plan(package: str, tmp_path: Path) -> None:
         (("WEIGHTS", "--budget", "0.0001"), "can't be met"),
         (("WEIGHTS", "--family", "Magic"), "Unknown family"),
         (("WEIGHTS", "--include", "nothing*"), "matches none"),
-        (("WEIGHTS", "--plan", "plan.json", "--family", "LowRank", "--exclude", "a"), "no use for --exclude, --family"),
+        (("WEIGHTS", "--plan", "plan.json", "--family", "LowRank"), "--family has nothing to choose"),
         (("WEIGHTS", "--plan", "nowhere.json"), "nowhere.json: No such file"),
         (("--model", "userland"), "does not name a function"),
         (("--model", "nowhere_at_all:make"), "can't be imported"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,7 @@ def compress(
     evaluate: Annotated[
         str | None, typer.Option(help="package:function, from the model to its quality: a number or several by name.")
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="Apply this plan.json instead of choosing.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Follow this plan.json instead of choosing.")] = None,
     recover: Annotated[int, typer.Option(min=0, help="Steps of recovery by distillation (with --model).")] = 0,
     include: Annotated[list[str] | None, typer.Option(help="Only layers that match (glob); may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match (glob); may be repeated.")] = None,
@@ -53,14 +54,8 @@ def compress(
             raise fail("Give either a file of weights or --model package:factory.")
         if file is not None and (calibration or evaluate or recover):
             raise fail("--calibration, --evaluate and --recover need --model: weights alone can't be run.")
-        if plan is not None:
-            given = {"--calibration": calibration, "--evaluate": evaluate, "--recover": recover, "--include": include}
-            given |= {"--exclude": exclude, "--family": family}
-            if unused := [option for option, value in given.items() if value]:
-                raise fail(
-                    f"--plan fits what the plan says to the weights alone and has no use for {', '.join(unused)}. "
-                    f"Leave it out, or call sm.compress(..., overrides=plan.layers)."
-                )
+        if plan is not None and family:
+            raise fail("--plan says what every layer becomes; --family has nothing to choose. Leave one of them out.")
         import structmat as sm
         from structmat.cli.summary import summary
         from structmat.compression.report_html import write_html
@@ -70,14 +65,16 @@ def compress(
             raise fail(f"--unit {unit} is none of {', '.join(kinds)}.")
         with only_data_on_stdout():
             network = _weights(file) if file is not None else find(str(model), "--model")()
+        limit = kinds[unit](budget)
+        overrides: dict[str, Any] = {}
         if plan is not None:
-            _apply(network, sm.Plan.read(plan), out, as_json)
-            return
+            limit, overrides = _following(sm.Plan.read(plan), network, include or (), exclude or ())
         with only_data_on_stdout():
             loader = find(calibration, "--calibration")() if calibration is not None else None
             result = sm.compress_(
                 network,
-                budget=kinds[unit](budget),
+                budget=limit,
+                overrides=overrides,
                 calibration=loader,
                 include=tuple(include or ()),
                 exclude=tuple(exclude or ()),
@@ -129,18 +126,16 @@ def _weights(file: Path) -> Any:
     return model
 
 
-def _apply(network: Any, plan: Any, out: Path, as_json: bool) -> None:
-    """Fit a given plan, with errors of the weights, and save."""
+def _following(plan: Any, network: Any, include: Sequence[str], exclude: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The budget and the overrides under which every layer becomes what the plan says, and all others stay."""
     import structmat as sm
-    from structmat.compression.replace import replace_layers
+    from structmat.errors import ModelError
 
-    replaced = replace_layers(network, plan, progress=True)
-    sm.save(network, out / "model")
-    plan.write(out / "plan.json")
-    facts = [{"layer": r.name, "structure": str(r.structure), "error": r.error, "norm": r.norm} for r in replaced]
-    if as_json:
-        show_json(facts)
-    else:
-        for fact in facts:
-            show(f"{fact['layer']}: {fact['structure']}, relative error {fact['error']:.4f}")
-    words().print(f"model   {out / 'model'}", soft_wrap=True)
+    sites = {site.name: site for site in sm.scan(network, include, exclude, list(plan.layers)).sites}
+    for name, shape in plan.shapes.items():
+        if name not in sites:
+            raise ModelError(f"The plan names the layer {name}, which is none that can be compressed in this model.")
+        if sites[name].shape != shape:
+            raise ModelError(f"The plan's layer {name} has the shape {shape}; the model's has {sites[name].shape}.")
+    dense = sum(site.shape[0] * site.shape[1] for site in sites.values())
+    return sm.Parameters(dense), {name: sm.Dense() for name in sites} | dict(plan.layers)
