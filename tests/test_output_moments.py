@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -69,3 +71,37 @@ def test_block_diagonal_descent_reaches_the_least_squares_solution() -> None:
     exact[support] = torch.linalg.solve(system, wanted)
     best = error(weight, exact.reshape(SHAPE), inputs, outputs)
     assert found.error == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("singular", [None, 5])
+def test_sparse_fits_weigh_outputs(singular: int | None) -> None:
+    """Values are those of least squares on the support, whose choice is no worse than one that ignores outputs."""
+    weight, inputs, outputs = problem(singular)
+    found = sm.project(weight, sm.Sparse(nonzeros=60), second_moment=inputs, output_moment=outputs)
+    places = found.matrix.tensors["places"]
+    system = torch.kron(outputs, inputs)[places][:, places]
+    wanted = (outputs @ weight @ inputs).reshape(-1)[places]
+    exact = torch.zeros(12 * 18, dtype=torch.float64)
+    exact[places] = torch.linalg.lstsq(system, wanted[:, None], driver="gelsd").solution[:, 0]
+    best = error(weight, exact.reshape(SHAPE), inputs, outputs)
+    assert best * (1 - 1e-6) <= found.error <= best * 1.01
+    one_sided = sm.project(weight, sm.Sparse(nonzeros=60), second_moment=inputs).matrix.to_dense()
+    assert found.error < error(weight, one_sided, inputs, outputs)
+
+
+def test_sparse_bounds_hold_where_outputs_weigh() -> None:
+    """Against the best of all supports of two entries."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        weight, x, g = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((2, 3), (3, 9), (2, 7)))
+        inputs, outputs = x @ x.T / 9, g @ g.T / 7
+        system, wanted = torch.kron(outputs, inputs), (outputs @ weight @ inputs).reshape(-1)
+        errors = []
+        for places in itertools.combinations(range(6), 2):
+            chosen = torch.tensor(places)
+            member = torch.zeros(6, dtype=torch.float64)
+            member[chosen] = torch.linalg.solve(system[chosen][:, chosen], wanted[chosen])
+            errors.append(error(weight, member.reshape(2, 3), inputs, outputs))
+        found = sm.project(weight, sm.Sparse(nonzeros=2), second_moment=inputs, output_moment=outputs)
+        assert 0 < found.lower_bound <= min(errors) * (1 + 1e-9) <= found.error * (1 + 2e-9)
+        assert found.certificate is Certificate.BOUND
