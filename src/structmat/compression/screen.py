@@ -329,18 +329,25 @@ class LayerWorker:
     def contenders(self, share: float, tried: Sequence[Candidate], optimal: bool) -> dict[Variant, float]:
         """The variants with optimal fits, or those without, that are not behind the best at a coarse share, and the
         factor by which sweeps changed the loss of the best fit of each (if these could bring it there)."""
+        nearest = {
+            variant: min(candidates, key=self.ratio)
+            for variant, candidates in _by_variant(tried).items()
+            if optimal == all(c.certificate == Certificate.OPTIMAL.value for c in candidates)
+        }
         found = {}
-        for variant, candidates in _by_variant(tried).items():
-            if optimal != all(c.certificate == Certificate.OPTIMAL.value for c in candidates):
-                continue
-            best = before = min(candidates, key=lambda c: c.loss / max(self.best(c.cost), 1e-300))
-            if not optimal and before.loss <= DOMINATED * self.best(before.cost):
-                best = self.improve(before)
-            if best.loss > BEHIND * self.best(best.cost):
+        # The most promising first: what is far behind it when it has been improved needs no sweeps.
+        for variant, before in sorted(nearest.items(), key=lambda pair: self.ratio(pair[1])):
+            best = self.improve(before) if not optimal and self.ratio(before) <= DOMINATED else before
+            if self.ratio(best) > BEHIND:
                 self.refused[f"behind the best at {share:.0%} of the parameters: {' + '.join(variant)}"] += 1
             else:
                 found[variant] = best.loss / before.loss if before.loss > 0 else 1.0
         return found
+
+    def ratio(self, candidate: Candidate) -> float:
+        """A candidate's loss by the best at its cost."""
+        best = self.best(candidate.cost)
+        return candidate.loss / best if best > 0 else math.inf if candidate.loss > 0 else 1.0
 
     def scale(self, candidate: Candidate, gain: float) -> None:
         """Expect of a candidate what sweeps gained for a like one."""
