@@ -59,6 +59,9 @@ not improved there."""
 BEHIND = 1.02
 """A family that is this far behind the best even then is not tried near that share."""
 
+SLACK = 1.05
+"""Sizes lie on a grid: what costs this many times as much still counts as no dearer when families are compared."""
+
 INPUT_DAMPING = 1e-3
 """Share of the mean input energy that is added to every input: calibration data never shows all that a layer may read
 (a rare character, for one), and what a structure does there must not be free."""
@@ -334,19 +337,27 @@ class LayerWorker:
             for variant, candidates in _by_variant(tried).items()
             if optimal == all(c.certificate == Certificate.OPTIMAL.value for c in candidates)
         }
-        found = {}
         # The most promising first: what is far behind it when it has been improved needs no sweeps.
+        improved = {}
         for variant, before in sorted(nearest.items(), key=lambda pair: self.ratio(pair[1])):
-            best = self.improve(before) if not optimal and self.ratio(before) <= DOMINATED else before
-            if self.ratio(best) > BEHIND:
+            improved[variant] = self.improve(before) if not optimal and self.ratio(before) <= DOMINATED else before
+        found = {}
+        for variant, after in improved.items():
+            if self.ratio(after) > BEHIND:
                 self.refused[f"behind the best at {share:.0%} of the parameters: {' + '.join(variant)}"] += 1
             else:
-                found[variant] = best.loss / before.loss if before.loss > 0 else 1.0
+                found[variant] = after.loss / nearest[variant].loss if nearest[variant].loss > 0 else 1.0
         return found
 
     def ratio(self, candidate: Candidate) -> float:
-        """A candidate's loss by the best at its cost."""
-        best = self.best(candidate.cost)
+        """A candidate's loss by the best of others at its cost, or hardly more. Optimal fits are held against optimal
+        ones only: they are cheap, and what others will reach is not known yet."""
+        optimal = candidate.certificate == Certificate.OPTIMAL.value
+        best = min(
+            c.loss
+            for c in self.found
+            if c.cost <= SLACK * candidate.cost and (not optimal or c.certificate == Certificate.OPTIMAL.value)
+        )
         return candidate.loss / best if best > 0 else math.inf if candidate.loss > 0 else 1.0
 
     def scale(self, candidate: Candidate, gain: float) -> None:
@@ -357,10 +368,6 @@ class LayerWorker:
             loss=candidate.loss * gain,
             method=candidate.method + EXPECTED,
         )
-
-    def best(self, cost: float) -> float:
-        """The smallest loss that some candidate reaches at most at a cost."""
-        return min((c.loss for c in self.found if c.cost <= cost), default=math.inf)
 
     def try_share(
         self, kind: type[Structure], share: float, wanted: Container[Variant] | None = None

@@ -52,9 +52,10 @@ def fit_sum(parts: Sequence[Structure], target: Target) -> tuple[Member, ...]:
     worse than the best single part. Then every sweep fits each part again to the target minus the others and keeps it
     if the error does not rise: monotone, in the target's own norm. For low rank and sparse parts this is the scheme of
     GoDec (Zhou and Tao 2011), with one step of subspace iteration in place of each singular value decomposition.
-    All starts spend a quarter of ``target.sweeps``; the best one goes on. With 0 sweeps only the starts are made.
+    The fits of a start, and then all starts, may spend a quarter of ``target.sweeps``; the best one goes on. With 0
+    sweeps only the starts are made.
     """
-    trials = [_start(parts, target, first) for first in range(len(parts))]
+    trials = [_start(parts, target.replace_sweeps(target.sweeps // 4), first) for first in range(len(parts))]
     if target.sweeps and len(parts) > 1:
         quick = max(1, target.sweeps // 4)
         trials = [_descend(parts, target, trial, quick) for trial in trials]
