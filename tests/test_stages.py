@@ -305,8 +305,7 @@ def test_interpolation(rank: int, others: int) -> None:
     dense = torch.cat([torch.eye(rank, dtype=F64), weight], 1)[:, places]
     stage, tensors = Interpolation("w", "p", rank, rank + others), {"w": weight, "p": places}
     check(stage, tensors, dense)
-    program, written = fuse(stage, tensors, growth=100.0)
+    program, written = fuse(stage, tensors, growth=1.0)
     x = torch.randn(3, rank + others, dtype=F64)
     torch.testing.assert_close(apply(program, written, x), x @ dense.T)
     assert "p" not in written
-    assert fuse(stage, tensors, growth=1.0)[0] == stage

@@ -293,7 +293,7 @@ def _rows(layers: Sequence[Mapping[str, Any]], colours: Mapping[str, int]) -> st
         dense = float(layer["dense_parameters"])
         share = float(layer["parameters"]) / dense
         kept = family(layer) == "Dense"
-        proof = {"optimal": "optimal", "bound": f"at least {figure(float(layer['lower_bound']))}", "none": ""}[
+        proof = {"optimal": "optimal", "bound": f"at least {float(layer['lower_bound']):.2g}", "none": ""}[
             str(layer["certificate"])
         ]
         error = "" if kept else f"{figure(float(layer['error']))}{f' <small>{proof}</small>' if proof else ''}"

@@ -70,9 +70,9 @@ def fuse(program: Program, tensors: Tensors, *, growth: float = 2.0) -> tuple[Pr
         program: what is to run.
         tensors: its tensors by name.
         growth: a run of contractions is merged while the multiplications of the merged one are at most ``growth``
-            times those of the run; an interpolation is written out by the same rule. Few fat stages run faster than
-            many thin ones: with the default 2, four stages of a butterfly become one of radix 16. With 1 no operation
-            is added. Sparse stages that run as a dense product in any case are written out as one.
+            times those of the run. Few fat stages run faster than many thin ones: with the default 2, four stages of a
+            butterfly become one of radix 16. With 1 none is added, but for interpolations and dense enough sparse
+            stages: they run as a dense product in any case and are written out as one.
 
     Returns:
         The program and the tensors that it reads, all others dropped. Exact up to rounding.
@@ -91,7 +91,8 @@ def _stages(program: Program) -> tuple[Stage, ...]:
 
 def _fuse(program: Program, tensors: Tensors, growth: float, made: dict[str, Tensor]) -> Program:
     if isinstance(program, Interpolation):
-        return _written_out(program, tensors, growth, made)
+        matrix = interpolation_matrix(program, tensors)
+        return _dense(program, matrix.T if program.transposed else matrix, tensors, made)
     if isinstance(program, Sparse) and form(program) is Form.MATERIALISED:
         return _dense(program, sparse_matrix(program, tensors), tensors, made)
     if isinstance(program, Stage):
@@ -112,14 +113,6 @@ def _fuse(program: Program, tensors: Tensors, growth: float, made: dict[str, Ten
         done.append(step)
         work.append(amount)
     return Chain(tuple(done)) if len(done) > 1 else done[0]
-
-
-def _written_out(stage: Interpolation, tensors: Tensors, growth: float, made: dict[str, Tensor]) -> Stage:
-    """The matrix itself instead of its parts, where that multiplies no more than allowed: nothing is left to gather."""
-    if stage.rank * stage.size > growth * stage.multiplications:
-        return stage
-    matrix = interpolation_matrix(stage, tensors)
-    return _dense(stage, matrix.T if stage.transposed else matrix, tensors, made)
 
 
 def _dense(stage: Stage, matrix: Tensor, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:
