@@ -131,7 +131,8 @@ def _following(plan: Any, network: Any, include: Sequence[str], exclude: Sequenc
     import structmat as sm
     from structmat.errors import ModelError
 
-    sites = {site.name: site for site in sm.scan(network, include, exclude, list(plan.layers)).sites}
+    present = dict(network.named_modules())
+    sites = {s.name: s for s in sm.scan(network, include, exclude, [n for n in plan.layers if n in present]).sites}
     for name, shape in plan.shapes.items():
         if name not in sites:
             raise ModelError(f"The plan names the layer {name}, which is none that can be compressed in this model.")
