@@ -13,13 +13,13 @@ from structmat.compression.budget import Budget, Latency
 from structmat.compression.calibrate import Calibration
 from structmat.compression.scan import Site
 from structmat.compression.screen import (
-    EXPECTED,
     Candidate,
     LayerScreen,
     Screening,
     Variant,
     candidate_from_json,
     candidate_to_json,
+    expecting,
     layer_worker,
     variant_of,
 )
@@ -157,12 +157,7 @@ def improved(layer: LayerScreen, outcomes: Sequence[Outcome]) -> LayerScreen:
             elif variant_of(candidate.structure) == variant and (
                 outcome.before.cost / NEAR <= candidate.cost <= outcome.before.cost * NEAR
             ):
-                candidates[index] = replace(
-                    candidate,
-                    error=candidate.error * share**0.5,
-                    loss=candidate.loss * share,
-                    method=candidate.method.removesuffix(EXPECTED) + EXPECTED,
-                )
+                candidates[index] = expecting(candidate, share)
     return replace(layer, candidates=tuple(sorted(candidates, key=lambda c: (c.cost, c.loss))))
 
 

@@ -205,8 +205,6 @@ def frozen_layers(model: nn.Module) -> Iterator[None]:
 
 def _converted(model: Model, convert: Callable[[StructuredLinear], nn.Module]) -> Model:
     """A copy in which every structured layer is converted, one that stands in two places once."""
-    if isinstance(model, StructuredLinear):
-        return cast(Model, convert(model))
     # What the memo holds is not copied but taken from there.
     return copy.deepcopy(model, {id(layer): convert(layer) for _, layer in _structured_layers(model, once=True)})
 

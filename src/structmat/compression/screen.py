@@ -327,7 +327,8 @@ class LayerWorker:
                 gains = near[_nearest(share)]
                 for candidate in [c for kind in kinds for c in self.try_share(kind, share, gains)]:
                     if not optimal:
-                        self.scale(candidate, gains[variant_of(candidate.structure)])
+                        gain = gains[variant_of(candidate.structure)]
+                        self.found[self.found.index(candidate)] = expecting(candidate, gain)
 
     def contenders(self, share: float, tried: Sequence[Candidate], optimal: bool) -> dict[Variant, float]:
         """The variants with optimal fits, or those without, that are not behind the best at a coarse share, and the
@@ -359,15 +360,6 @@ class LayerWorker:
             if c.cost <= SLACK * candidate.cost and (not optimal or c.certificate == Certificate.OPTIMAL.value)
         )
         return candidate.loss / best if best > 0 else math.inf if candidate.loss > 0 else 1.0
-
-    def scale(self, candidate: Candidate, gain: float) -> None:
-        """Expect of a candidate what sweeps gained for a like one."""
-        self.found[self.found.index(candidate)] = replace(
-            candidate,
-            error=candidate.error * gain**0.5,
-            loss=candidate.loss * gain,
-            method=candidate.method + EXPECTED,
-        )
 
     def try_share(
         self, kind: type[Structure], share: float, wanted: Container[Variant] | None = None
@@ -429,6 +421,17 @@ class LayerWorker:
     def result(self) -> LayerScreen:
         ordered = tuple(sorted(self.found, key=lambda c: (c.cost, c.loss)))
         return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(+self.refused))
+
+
+def expecting(candidate: Candidate, gain: float) -> Candidate:
+    """The candidate with the error and the loss that are expected of it where sweeps changed a like one's loss by the
+    factor ``gain``."""
+    return replace(
+        candidate,
+        error=candidate.error * gain**0.5,
+        loss=candidate.loss * gain,
+        method=candidate.method.removesuffix(EXPECTED) + EXPECTED,
+    )
 
 
 def variant_of(structure: Structure) -> Variant:
