@@ -65,11 +65,10 @@ def compress(
             raise fail(f"--unit {unit} is none of {', '.join(kinds)}.")
         with only_data_on_stdout():
             network = _weights(file) if file is not None else find(str(model), "--model")()
-        limit = kinds[unit](budget)
-        overrides: dict[str, Any] = {}
-        if plan is not None:
-            limit, overrides = _following(sm.Plan.read(plan), network, include or (), exclude or ())
-        with only_data_on_stdout():
+            limit = kinds[unit](budget)
+            overrides: dict[str, Any] = {}
+            if plan is not None:
+                limit, overrides = _following(sm.Plan.read(plan), network, include or (), exclude or ())
             loader = find(calibration, "--calibration")() if calibration is not None else None
             result = sm.compress_(
                 network,

@@ -100,15 +100,16 @@ def contest(
     def work(item: tuple[int, Site]) -> list[Outcome]:
         number, site = item
         chosen = contenders(screening[site.name], allocation.chosen[site.name])
+        if not chosen:
+            return []
         piece = f"contest/{number:04d}"
         own = digest(key, site.name, [structure_to_json(c.structure) for c in chosen], sweeps, seed)
         kept = folder.load(piece, own)
         if kept is not None:
             return [outcome_from_json(o) for o in kept[0]["outcomes"]]
         found = []
-        worker = layer_worker(model, site, budget, calibration, sweeps=sweeps, seed=seed) if chosen else None
+        worker = layer_worker(model, site, budget, calibration, sweeps=sweeps, seed=seed)
         for before in chosen:
-            assert worker is not None
             quick = worker.fitted(before.structure, worker.quick, before.cost)
             after = worker.fitted(before.structure, worker.target, before.cost)
             if not (math.isfinite(after.loss) and quick.loss > 0):
