@@ -7,6 +7,8 @@ from structmat.circuit.equality import Equality, equal
 from structmat.circuit.fields import Field, Floats, PrimeField, Rationals
 from structmat.circuit.measure import Counts, Levels
 from structmat.circuit.schedule import Layer, latest_levels, layers, live_widths, narrow_levels, peak_live
+from structmat.circuit.trace import trace
+from structmat.circuit.tracer import Tracer
 
 __all__ = [
     "Builder",
@@ -21,6 +23,7 @@ __all__ = [
     "Levels",
     "PrimeField",
     "Rationals",
+    "Tracer",
     "counting",
     "equal",
     "fan_in_depth",
@@ -31,4 +34,15 @@ __all__ = [
     "morgenstern",
     "narrow_levels",
     "peak_live",
+    "trace",
+    "trace_torch",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # PyTorch is loaded only for what needs it.
+    if name == "trace_torch":
+        from structmat.circuit.trace_torch import trace_torch
+
+        return trace_torch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

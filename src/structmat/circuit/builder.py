@@ -47,6 +47,7 @@ class Builder:
         self._values: list[Numbers] = []
         self._groups: list[Group] = []
         self._trained = 0
+        self._one: int | None = None
 
     @property
     def nodes(self) -> int:
@@ -54,6 +55,13 @@ class Builder:
         return self._nodes
 
     # ------------------------------------------------------------------------------------------------------ sources
+
+    @property
+    def one(self) -> int:
+        """The constant node 1, the same every time."""
+        if self._one is None:
+            self._one = int(self.constant(1))
+        return self._one
 
     def constant(self, value: ArrayLike) -> Ints:
         """Constant nodes with these numbers, in their shape."""

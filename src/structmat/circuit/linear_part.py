@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -9,12 +13,16 @@ from structmat.circuit.arrays import Bools, Numbers, numbers, owners
 from structmat.circuit.binary import binary
 from structmat.circuit.circuit import Circuit, Kind
 from structmat.circuit.edges import Edges
+from structmat.circuit.equality import equal
 from structmat.circuit.evaluate import values_of_nodes
-from structmat.circuit.fields import Field, Rationals, natural_field
+from structmat.circuit.fields import Field, PrimeField, Rationals, natural_field
 from structmat.circuit.measure import depends_on_inputs
 from structmat.circuit.rebuild import from_parts, without_copies
 from structmat.circuit.simplify import merge_terms, prune, without_zero_terms
 from structmat.errors import CircuitError
+
+_POINTS = 5
+"""Points of expansion that are tried, zero first, until no divisor vanishes."""
 
 
 def linear_part(circuit: Circuit, at: ArrayLike | None = None, field: Field | None = None) -> Circuit:
@@ -83,3 +91,55 @@ def _expand(c: Circuit, edges: Edges, moving: Bools, value: Numbers, field: Fiel
     edges.add(nodes[some], c.operand[above[some]], inverse[some])
     some = moving[below]
     edges.add(nodes[some], c.operand[below[some]], field.array(-value[nodes] * inverse)[some])
+
+
+def linear_circuit(circuit: Circuit) -> Circuit:
+    """The linear circuit of a circuit that computes a linear map, by whatever products and constants.
+
+    Raises:
+        CircuitError: the circuit computes no linear map.
+    """
+    if circuit.is_linear:
+        return circuit
+    simple = circuit.simplify()
+    if simple.is_linear:
+        return simple
+    complex_constants = any(a.dtype.kind == "c" for a in (simple.weight, simple.values))
+    for attempt in range(_POINTS):
+        point = np.random.default_rng(attempt).integers(-9, 10, circuit.in_features) * (attempt > 0)
+        try:
+            linear = linear_part(simple, point, None if complex_constants else Rationals())
+        except CircuitError as error:
+            if "no expansion" not in str(error):
+                raise
+            continue
+        if equal(linear, simple):
+            return linear if circuit.weight.dtype == object else _in_type(linear, circuit.weight.dtype)
+        break
+    if _is_affine(simple, PrimeField()):
+        raise CircuitError(
+            "A linear map is required, but this one is affine: it is not 0 at 0. Subtract its value there, or give it "
+            "an input that is always 1."
+        )
+    raise CircuitError(
+        "A linear map is required, but the function is not linear. Its terms of degree 1 at a point are "
+        "linear_part(at=...)."
+    )
+
+
+def _in_type(circuit: Circuit, dtype: np.dtype[Any]) -> Circuit:
+    """The weights as floats again, or as integers where all of them are."""
+    if dtype.kind == "i" and any(isinstance(w, Fraction) for w in circuit.weight):
+        return circuit
+    return replace(circuit, weight=circuit.weight.astype(dtype))
+
+
+def _is_affine(circuit: Circuit, field: PrimeField) -> bool:
+    """Whether ``f(x + y) - f(x) - f(y) + f(0)`` vanishes at random points of a prime field."""
+    generator = np.random.default_rng(0)
+    x, y = field.random((2, circuit.in_features), generator)
+    try:
+        values = circuit.evaluate(np.stack([(x + y) % field.prime, x, y, 0 * x]), field)
+    except CircuitError:
+        return False
+    return not np.any((values[0] - values[1] - values[2] + values[3]) % field.prime)
