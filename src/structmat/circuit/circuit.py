@@ -37,11 +37,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from torch import nn
+    import torch
 
     from structmat.circuit.evaluate import Plan
     from structmat.circuit.fields import Field
     from structmat.circuit.measure import Counts, Levels
+    from structmat.circuit.module import CircuitModule
     from structmat.circuit.schedule import Layer
 
 
@@ -388,6 +389,12 @@ class Circuit:
 
         return simplify(self)
 
+    def trainable(self, *, units: bool = False, tied: bool = False, name: str = "weight") -> Circuit:
+        """The constants as parameters. See :func:`structmat.circuit.trainable.trainable`."""
+        from structmat.circuit.trainable import trainable
+
+        return trainable(self, units=units, tied=tied, name=name)
+
     def reschedule(self) -> Circuit:
         """The same gates in an order of narrow live ranges. See :func:`structmat.circuit.schedule.reschedule`."""
         from structmat.circuit.schedule import reschedule
@@ -414,11 +421,11 @@ class Circuit:
 
         return to_c(self, name)
 
-    def module(self) -> nn.Module:
+    def module(self, dtype: torch.dtype | None = None) -> CircuitModule:
         """The circuit as a trainable ``nn.Module``. See :class:`structmat.circuit.module.CircuitModule`."""
         from structmat.circuit.module import CircuitModule
 
-        return CircuitModule(self)
+        return CircuitModule(self, dtype)
 
 
 def _frozen(array: Any, dtype: Any = None) -> Any:

@@ -194,7 +194,7 @@ class Tracer:
 
     def dot(self, other: Any) -> Tracer:
         """As of an array of one or two axes."""
-        return self @ other
+        return _matmul(self, self.lift(other))
 
     def lift(self, other: Any) -> Tracer:
         """Anything as a tracer of the same circuit."""
@@ -216,7 +216,9 @@ class Tracer:
         function = _UFUNCS.get(ufunc)
         if method != "__call__" or function is None or kwargs:
             raise _not_polynomial(f"np.{ufunc.__name__}" + ("" if method == "__call__" else f".{method}"))
-        return function(*(self.lift(i) if n == 0 or ufunc is not np.power else i for n, i in enumerate(inputs)))
+        operands = [self.lift(i) if n == 0 or ufunc is not np.power else i for n, i in enumerate(inputs)]
+        result: Tracer = function(*operands)
+        return result
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if function in _MOVES:
