@@ -82,6 +82,13 @@ def test_rational_functions_and_fractions() -> None:
     ]  # fmt: skip
 
 
+def test_large_integers_stay_exact() -> None:
+    circuit = trace(lambda x: x * 10**12 * 10**12 + x * 10**18 * 9, 1)
+    assert circuit.to_dense(EXACT).tolist() == [[10**24 + 9 * 10**18]]
+    twice = trace(lambda x: x * (1 << 61) + x * (1 << 61) + x * (1 << 62), 1).simplify()
+    assert twice.to_dense(EXACT).tolist() == [[1 << 63]]
+
+
 def test_parameters_become_parameters() -> None:
     w, b = A[:, :2], np.array([1.0, 2.0, 3.0])
     circuit = trace(lambda x, w, b: w @ x + b, 2, parameters={"w": w, "b": b})

@@ -67,6 +67,14 @@ def joined(arrays: list[Numbers]) -> Numbers:
     return np.concatenate([a.astype(dtype, copy=False) for a in filled])
 
 
+def exact_product(first: Numbers, second: Numbers) -> Numbers:
+    """Elementwise; integers whose product may leave 64 bits become Python's."""
+    integers = first.dtype.kind == second.dtype.kind == "i"
+    if integers and int(np.abs(first).max(initial=0)) * int(np.abs(second).max(initial=0)) >= 1 << 62:
+        first = first.astype(object)
+    return np.asarray(first * second)
+
+
 def numbers(values: object) -> Numbers:
     """Anything that NumPy takes as an array of numbers; booleans become integers, small floats and integers wide."""
     array = np.asarray(values)

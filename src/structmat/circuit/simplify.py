@@ -10,6 +10,7 @@ from structmat.circuit.arrays import Bools, Ints, Numbers, joined, owners, sprea
 from structmat.circuit.circuit import Circuit, Kind
 from structmat.circuit.measure import depends_on_inputs, level_edges, reached_from
 from structmat.circuit.rebuild import subset, without_copies, without_edges
+from structmat.errors import CircuitError
 
 
 def live(circuit: Circuit) -> Bools:
@@ -65,8 +66,11 @@ def merge_terms(circuit: Circuit) -> Circuit:
     keep = np.ones(len(target), dtype=bool)
     if same.any():
         first = np.flatnonzero(np.concatenate([[True], ~same]))
-        weight = weight.copy()
-        weight[order[first]] = np.add.reduceat(circuit.weight[order], first)
+        # Sums of large integers leave 64 bits.
+        large = weight.dtype.kind == "i" and np.abs(weight[order]).max() >= 1 << 31
+        weight = weight.astype(object) if large else weight.copy()
+        weight[order[first]] = np.add.reduceat(weight[order], first)
+        weight = _narrow(weight)
         keep[np.delete(order, first)] = False
     keep &= ~(summed & np.asarray(weight == 0, dtype=bool))
     if keep.all():
@@ -91,7 +95,7 @@ def fold_constants(circuit: Circuit) -> Circuit:
     folding = prune(replace(circuit, outputs=np.flatnonzero(fixed)))
     try:
         values = values_of_nodes(folding, np.zeros(circuit.in_features, np.int64), field)[folding.outputs]
-    except Exception:  # a division by zero, or numbers that only another field has
+    except CircuitError:  # a division by zero, or numbers that grow beyond bounds: left as they are
         return circuit
     value = np.zeros(circuit.nodes, dtype=values.dtype)
     value[fixed] = values

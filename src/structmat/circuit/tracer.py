@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from structmat.circuit.arrays import Bools, Ints, Numbers, common_type, numbers
+from structmat.circuit.arrays import Bools, Ints, Numbers, common_type, exact_product, numbers
 from structmat.circuit.builder import Builder
 from structmat.errors import CircuitError
 
@@ -314,7 +314,7 @@ def _atoms(values: Tracer, chosen: Bools) -> Ints:
 def _multiply(a: Tracer, b: Tracer) -> Tracer:
     both = _stacked(a.builder, [a, b])
     a, b = both[..., 0], both[..., 1]
-    scale = np.asarray(a.scale * b.scale)
+    scale = exact_product(a.scale, b.scale)
     node, parameter = np.where(a.node >= 0, a.node, b.node), np.where(a.parameter >= 0, a.parameter, b.parameter)
     gate = ((a.node >= 0) & (b.node >= 0)) | ((a.parameter >= 0) & (b.parameter >= 0))
     gate &= np.asarray(scale != 0, dtype=bool)

@@ -20,6 +20,8 @@ from structmat.circuit.builder import Builder
 from structmat.circuit.catalogue.fourier import log2, require_power_of_two
 from structmat.circuit.catalogue.published import Published
 from structmat.circuit.circuit import Circuit
+from structmat.circuit.rebuild import without_copies
+from structmat.circuit.simplify import prune
 from structmat.errors import CircuitError
 
 
@@ -44,7 +46,7 @@ def cosine(size: int, kind: int = 2) -> Circuit:
         return cosine(size, 2).transpose()
     builder = Builder(size)
     transform = {1: _cosine_1, 2: _cosine_2, 4: _cosine_4}[kind]
-    return builder.build(transform(builder, builder.inputs[None])[0])
+    return _built(builder, transform(builder, builder.inputs[None])[0])
 
 
 def sine(size: int, kind: int = 2) -> Circuit:
@@ -64,7 +66,7 @@ def sine(size: int, kind: int = 2) -> Circuit:
         return sine(size, 2).transpose()
     builder = Builder(size)
     transform = {1: _sine_1, 2: _sine_2, 4: _sine_4}[kind]
-    return builder.build(transform(builder, builder.inputs[None])[0])
+    return _built(builder, transform(builder, builder.inputs[None])[0])
 
 
 def hartley(size: int) -> Circuit:
@@ -80,14 +82,14 @@ def hartley(size: int) -> Circuit:
     builder = Builder(size)
     x = builder.inputs
     if size <= 2:
-        return builder.build(_cosine_1(builder, x[None])[0] if size == 2 else x)
+        return _built(builder, _cosine_1(builder, x[None])[0] if size == 2 else x)
     half = size // 2
     pairs = np.stack([x[1:half], x[:half:-1]], axis=-1)
     even = np.concatenate([x[:1], builder.sums(pairs), x[half : half + 1]])
     cosines, sines = _cosine_1(builder, even[None])[0], _sine_1(builder, builder.sums(pairs, [1, -1])[None])[0]
     both = np.stack([cosines[1:half], sines], axis=-1)
     up, down = builder.sums(both), builder.sums(both, [1, -1])
-    return builder.build(np.concatenate([cosines[:1], up, cosines[half:], down[::-1]]))
+    return _built(builder, np.concatenate([cosines[:1], up, cosines[half:], down[::-1]]))
 
 
 def published_cosine(size: int, kind: int) -> Published:
@@ -102,6 +104,11 @@ def published_cosine(size: int, kind: int) -> Published:
 def published_hartley(size: int) -> Published:
     """The split-radix count."""
     return Published(2 * size * log2(size) - 3 * size + 4, "Sorensen et al. 1985, split radix")
+
+
+def _built(builder: Builder, outputs: Ints) -> Circuit:
+    """The circuit, with changes of sign moved into the sums that follow."""
+    return prune(without_copies(builder.build(outputs)))
 
 
 def _require_kind(kind: int) -> None:
