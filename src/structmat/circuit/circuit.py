@@ -23,14 +23,14 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from structmat.circuit.arrays import Ints, Numbers, numbers, owners, starts
+from structmat.circuit.arrays import Ints, Numbers, joined, numbers, owners, starts
 from structmat.errors import CircuitError
 
 if TYPE_CHECKING:
@@ -279,8 +279,6 @@ class Circuit:
 
     def with_values(self, values: ArrayLike | Mapping[str, ArrayLike]) -> Circuit:
         """The same circuit with other values of its parameters: all in one array, or arrays by group."""
-        from dataclasses import replace
-
         if not isinstance(values, Mapping):
             return replace(self, values=numbers(values).ravel())
         unknown = set(values) - {group.name for group in self.groups}
@@ -292,8 +290,6 @@ class Circuit:
             if part.shape != group.shape:
                 raise CircuitError(f"Parameters {group.name!r} have shape {group.shape}; got {part.shape}.")
             parts.append(part.ravel())
-        from structmat.circuit.arrays import joined
-
         return replace(self, values=joined(parts))
 
     def __repr__(self) -> str:
