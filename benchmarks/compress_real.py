@@ -2,6 +2,7 @@
 
     python -m benchmarks.compress_real                      every cell that is not done, seed 0 before seed 1
     python -m benchmarks.compress_real --phase before       without recovery (minutes instead of hours)
+    python -m benchmarks.compress_real --phase rates        learning rates of the recovery, at one budget and seed
     python -m benchmarks.compress_real table                the tables again, from what is there
 
 A cell is (model, method, budget, seed). Each phase of a cell runs in a process of its own, so that its peak memory is
@@ -21,7 +22,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +121,25 @@ def compressed(cell: Cell, real: RealModel, model: nn.Module) -> tuple[nn.Module
             "seconds": {**report.seconds, "all": time.perf_counter() - start},
             "layers": {layer.name: layer.structure for layer in report.layers},
             "predicted_loss": report.predicted_loss,
+            "against_low_rank": [beside_low_rank(layer) for layer in report.layers],
         }
     return uniform(cell, real, model, start)
+
+
+def beside_low_rank(layer: Any) -> dict[str, Any]:
+    """What a layer became, and the best low rank that it could have had for no more parameters."""
+    others = [
+        c for c in layer.candidates if c["structure"]["family"] == "LowRank" and c["parameters"] <= layer.parameters
+    ]
+    best = min(others, key=lambda c: c["loss"], default=None)
+    return {
+        "layer": layer.name,
+        "structure": layer.structure,
+        "parameters": layer.parameters / layer.dense_parameters,
+        "loss": layer.predicted_loss,
+        "low_rank": best and f"LowRank(rank={best['structure']['rank']})",
+        "low_rank_loss": best and best["loss"],
+    }
 
 
 def uniform(cell: Cell, real: RealModel, model: nn.Module, start: float) -> tuple[nn.Module, dict[str, Any]]:
@@ -195,13 +212,7 @@ def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
     original = real.load()
     model = sm.load(cell.folder / "before", real.load())
-    settings = sm.Distill(
-        steps=None,
-        minutes=minutes or real.minutes,
-        data=real.training(cell.seed),
-        held_out=real.held_out(),
-        **RECOVERY.get(cell.model, {}),
-    )
+    settings = recovery_settings(cell, minutes)
     outcome = recover(model, original, (), settings, seed=cell.seed, folder=cell.folder / "recovery")
     sm.save(model, cell.folder / "after")
     result["quality"]["after"] = real.evaluate(model)
@@ -216,11 +227,52 @@ def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
     return result
 
 
-RECOVERY: dict[str, dict[str, Any]] = {
-    "novel-lm": {"learning_rate": 1e-3, "check_every": 100},
-    "mnist-mlp": {"learning_rate": 1e-3, "check_every": 200},
-}
-"""Settings of the recovery: the same for every method."""
+def run_rate(cell: Cell, rate: float, minutes: float) -> dict[str, Any]:
+    """Recover what the first phase saved at one learning rate; judged on data held out from training."""
+    import structmat as sm
+    from structmat.compression.recover import recover
+
+    real = MODELS[cell.model]
+    settings = dataclasses.replace(recovery_settings(cell, minutes), learning_rate=rate)
+    outcome = recover(sm.load(cell.folder / "before", real.load()), real.load(), (), settings, seed=cell.seed)
+    return {
+        "cell": dataclasses.asdict(cell),
+        "rate": rate,
+        "minutes": minutes,
+        "steps": outcome.steps,
+        "objective": outcome.objective,
+        "held_out": {"before": outcome.held_out[0][1], "best": min(value for _, value in outcome.held_out)},
+        "environment": environment(),
+    }
+
+
+def recovery_settings(cell: Cell, minutes: float | None) -> Any:
+    import structmat as sm
+
+    real = MODELS[cell.model]
+    return sm.Distill(
+        steps=None,
+        minutes=minutes or real.minutes,
+        data=real.training(cell.seed),
+        held_out=real.held_out(),
+        learning_rate=RATE[cell.model],
+        check_every=CHECK_EVERY[cell.model],
+    )
+
+
+RATES = (3e-4, 1e-3, 3e-3)
+"""Swept at seed 0, at one budget, for ours and the best baseline; the best one is used for every method."""
+
+RATE_BUDGET = 0.25
+
+RATE = {"novel-lm": 1e-3, "mnist-mlp": 1e-3}
+
+CHECK_EVERY = {"novel-lm": 50, "mnist-mlp": 200}
+"""Steps between two looks at the held-out data."""
+
+
+def rate_result(cell: Cell, rate: float) -> Path:
+    return RESULTS.with_name("compress_real_rates") / f"{cell.key}_{rate:g}.json"
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -283,6 +335,20 @@ def environment() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ the driver
 
 
+def run_rates(chosen: list[Cell], minutes: float | None) -> None:
+    """The sweep of learning rates, of the cells whose first phase is done."""
+    for cell, rate in itertools.product(chosen, RATES):
+        is_swept = cell.method in SEEDED and cell.budget == RATE_BUDGET and cell.seed == 0
+        if not is_swept or not cell.result.exists() or rate_result(cell, rate).exists():
+            continue
+        print(f"rate {rate:g}: {cell.key}", flush=True)
+        own = ["--key", cell.key, "--rate", str(rate), "--minutes", str(minutes or MODELS[cell.model].minutes / 2)]
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.compress_real", "cell", "--phase", "rates", *own], cwd=ROOT, check=False
+        )
+    write_tables(RESULTS, cells(3), RATE)
+
+
 def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
     """Run what is not done, each phase of a cell in its own process."""
     work: list[tuple[str, Cell]] = []
@@ -300,7 +366,7 @@ def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
         outcome = subprocess.run(command, cwd=ROOT, check=False)
         if outcome.returncode:
             print(f"    failed with exit code {outcome.returncode}; the next run tries again", flush=True)
-        write_tables(RESULTS, cells(3))
+        write_tables(RESULTS, cells(3), RATE)
 
 
 def write(path: Path, data: Any) -> None:
@@ -314,24 +380,25 @@ def write(path: Path, data: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "cell", "table"), default="run")
-    parser.add_argument("--phase", choices=("all", "before", "recovery"), default="all")
+    parser.add_argument("--phase", choices=("all", "before", "recovery", "rates"), default="all")
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="only these models")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only these methods")
     parser.add_argument("--budget", type=float, action="append", help="only these budgets")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds of ours and the best baseline")
     parser.add_argument("--minutes", type=float, help="of recovery, if not the study's")
     parser.add_argument("--key", help="the cell that this process runs")
+    parser.add_argument("--rate", type=float, help="the learning rate that this process tries")
     options = parser.parse_args()
     if options.action == "table":
-        write_tables(RESULTS, cells(3))
+        write_tables(RESULTS, cells(3), RATE)
         return
     require_data()
     if options.action == "cell":
         cell = next(c for c in cells(99) if c.key == options.key)
-        work: Callable[[], dict[str, Any]] = (
-            (lambda: run_before(cell)) if options.phase == "before" else (lambda: run_recovery(cell, options.minutes))
-        )
-        write(cell.result, work())
+        if options.phase == "rates":
+            write(rate_result(cell, options.rate), run_rate(cell, options.rate, options.minutes))
+        else:
+            write(cell.result, run_before(cell) if options.phase == "before" else run_recovery(cell, options.minutes))
         return
     chosen = [
         c
@@ -340,7 +407,10 @@ def main() -> None:
         and (not options.method or c.method in options.method)
         and (not options.budget or c.budget in options.budget)
     ]
-    run(options.phase, chosen, options.minutes)
+    if options.phase == "rates":
+        run_rates(chosen, options.minutes)
+    else:
+        run(options.phase, chosen, options.minutes)
 
 
 if __name__ == "__main__":
