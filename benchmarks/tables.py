@@ -101,8 +101,8 @@ def _preface(results: Iterable[dict[str, Any]]) -> list[str]:
         f'*Excess removed* is the share of the loss of quality of "{REFERENCE}" (before recovery, same budget) that is '
         "gone. Where there are several seeds: mean ± standard deviation (number of seeds). A dash is a cell not run. "
         "Recovery is distillation from the original for the same time in every cell, with the same settings; the "
-        "number of steps stands behind the minutes. *Time* is that of the frozen compressed model by that of the original, at "
-        "several batch sizes.",
+        "number of steps stands behind the minutes. *Time* is that of the frozen compressed model by that of the "
+        "original, at several batch sizes.",
     ]
 
 
