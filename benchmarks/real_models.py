@@ -214,6 +214,6 @@ MODELS = {
         lower_is_better=False,
         sample=lambda: _mnist()["x_train"][:512],
         batches=(1, 32, 512),
-        minutes=1.0,
+        minutes=0.5,
     ),
 }
