@@ -60,7 +60,7 @@ class BuildNative(build_ext):
             objects.append(self._compile(compiler, "kernels.cpp", folder, own, name))
         # Linked under another name and renamed: a process that has the old library loaded keeps it.
         draft = target.with_suffix(".partial")
-        self._run([compiler, "-shared", "-o", str(draft), *map(str, objects), "-ldl"])
+        self._run([compiler, "-shared", "-s", "-o", str(draft), *map(str, objects), "-ldl"])
         os.replace(draft, target)
 
     def _compile(self, compiler: str, source: str, folder: Path, flags: tuple[str, ...], name: str = "") -> Path:
