@@ -3,11 +3,15 @@
     python -m benchmarks.compress_real                      every cell that is not done, seed 0 before seed 1
     python -m benchmarks.compress_real --phase before       without recovery (minutes instead of hours)
     python -m benchmarks.compress_real --phase rates        learning rates of the recovery, at one budget and seed
+    python -m benchmarks.compress_real --phase steps        seconds of a step of every cell, on a quiet machine
     python -m benchmarks.compress_real table                the tables again, from what is there
 
 A cell is (model, method, budget, seed). Each phase of a cell runs in a process of its own, so that its peak memory is
 its own, and is written when it ends: a study that was interrupted goes on where it stopped. Compressed models and
 checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
+
+Recovery takes the same time for every method: what is measured is the seconds of a step, on a quiet machine, and every
+cell then takes as many steps as fit. So a busy machine delays the study but does not change its outcome.
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +209,7 @@ def run_before(cell: Cell) -> dict[str, Any]:
     }
 
 
-def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
+def run_recovery(cell: Cell, steps: int) -> dict[str, Any]:
     """Recover what the first phase saved, and complete its result."""
     import structmat as sm
     from structmat.compression.recover import recover
@@ -212,13 +218,13 @@ def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
     original = real.load()
     model = sm.load(cell.folder / "before", real.load())
-    settings = recovery_settings(cell, minutes)
+    settings = recovery_settings(cell, steps)
     outcome = recover(model, original, (), settings, seed=cell.seed, folder=cell.folder / "recovery")
     sm.save(model, cell.folder / "after")
     result["quality"]["after"] = real.evaluate(model)
     result["peak_memory_mb"]["recovery"] = peak()
     result["recovery"] = {
-        "minutes": minutes or real.minutes,
+        "minutes": real.minutes,
         "steps": outcome.steps,
         "kept_step": outcome.kept_step,
         "held_out": list(outcome.held_out),
@@ -227,18 +233,17 @@ def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
     return result
 
 
-def run_rate(cell: Cell, rate: float, minutes: float) -> dict[str, Any]:
+def run_rate(cell: Cell, rate: float, steps: int) -> dict[str, Any]:
     """Recover what the first phase saved at one learning rate; judged on data held out from training."""
     import structmat as sm
     from structmat.compression.recover import recover
 
     real = MODELS[cell.model]
-    settings = dataclasses.replace(recovery_settings(cell, minutes), learning_rate=rate)
+    settings = dataclasses.replace(recovery_settings(cell, steps), learning_rate=rate)
     outcome = recover(sm.load(cell.folder / "before", real.load()), real.load(), (), settings, seed=cell.seed)
     return {
         "cell": dataclasses.asdict(cell),
         "rate": rate,
-        "minutes": minutes,
         "steps": outcome.steps,
         "objective": outcome.objective,
         "held_out": {"before": outcome.held_out[0][1], "best": min(value for _, value in outcome.held_out)},
@@ -246,17 +251,39 @@ def run_rate(cell: Cell, rate: float, minutes: float) -> dict[str, Any]:
     }
 
 
-def recovery_settings(cell: Cell, minutes: float | None) -> Any:
+def step_seconds(cell: Cell) -> dict[str, Any]:
+    """The median time from one training batch to the next, after a few that warm up."""
+    import structmat as sm
+    from structmat.compression.recover import recover
+
+    real = MODELS[cell.model]
+    times: list[float] = []
+
+    def clocked() -> Iterator[Any]:
+        for batch in real.training(cell.seed):
+            times.append(time.perf_counter())
+            yield batch
+
+    class Batches:
+        def __iter__(self) -> Iterator[Any]:
+            return clocked()
+
+    settings = dataclasses.replace(recovery_settings(cell, real.clocked_steps + 4), data=Batches(), held_out=None)
+    recover(sm.load(cell.folder / "before", real.load()), real.load(), (), settings, seed=cell.seed)
+    steps = [after - before for before, after in itertools.pairwise(times[-real.clocked_steps :])]
+    return {"cell": dataclasses.asdict(cell), "seconds": statistics.median(steps), "environment": environment()}
+
+
+def recovery_settings(cell: Cell, steps: int) -> Any:
     import structmat as sm
 
     real = MODELS[cell.model]
     return sm.Distill(
-        steps=None,
-        minutes=minutes or real.minutes,
+        steps=steps,
         data=real.training(cell.seed),
         held_out=real.held_out(),
         learning_rate=RATE[cell.model],
-        check_every=CHECK_EVERY[cell.model],
+        check_every=max(1, steps // 6),
     )
 
 
@@ -266,9 +293,6 @@ RATES = (3e-4, 1e-3, 3e-3)
 RATE_BUDGET = 0.25
 
 RATE = {"novel-lm": 1e-3, "mnist-mlp": 1e-3}
-
-CHECK_EVERY = {"novel-lm": 50, "mnist-mlp": 200}
-"""Steps between two looks at the held-out data."""
 
 
 def rate_result(cell: Cell, rate: float) -> Path:
@@ -306,12 +330,16 @@ def sizes(original: nn.Module, model: nn.Module) -> dict[str, Any]:
 
 
 def milliseconds(real: RealModel, original: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """Medians of both models, run in turns in this process, and their ratio; the compressed one frozen."""
+    """Medians of both models, run in turns in this process, and their ratio; the compressed one is frozen."""
     import structmat as sm
     from structmat.compression.timing import sized, time_models
 
-    timings = time_models(original, sm.freeze(model), sized(real.sample(), real.batches), seconds=3.0)
-    return {str(t.batch): {"original": t.before, "compressed": t.after, "ratio": t.ratio} for t in timings}
+    found = {}
+    for size, batch in sized(real.sample(), real.batches).items():
+        frozen = sm.freeze(model, rows=size * real.rows)
+        (timing,) = time_models(original, frozen, {size: batch}, seconds=3.0)
+        found[str(size)] = {"original": timing.before, "compressed": timing.after, "ratio": timing.ratio}
+    return found
 
 
 def disk(folder: Path) -> int:
@@ -335,37 +363,64 @@ def environment() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ the driver
 
 
-def run_rates(chosen: list[Cell], minutes: float | None) -> None:
+def clock_result(cell: Cell) -> Path:
+    """Of seed 0: a step takes as long with another."""
+    first = dataclasses.replace(cell, seed=0)
+    return RESULTS.with_name("compress_real_steps") / f"{first.key}.json"
+
+
+def steps_within(cell: Cell, minutes: float) -> int:
+    """How many steps of recovery fit; measured first where nobody has."""
+    if not clock_result(cell).exists():
+        in_own_process(cell, "steps")
+    seconds: float = json.loads(clock_result(cell).read_text(encoding="utf-8"))["seconds"]
+    return max(1, round(60 * minutes / seconds))
+
+
+def in_own_process(cell: Cell, phase: str, *options: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.compress_real", "cell", "--phase", phase, "--key", cell.key, *options]
+    outcome = subprocess.run(command, cwd=ROOT, check=False)
+    if outcome.returncode:
+        print(f"    failed with exit code {outcome.returncode}; the next run tries again", flush=True)
+
+
+def run_steps(chosen: list[Cell]) -> None:
+    """The seconds of a step of every cell whose first phase is done."""
+    for cell in chosen:
+        if cell.seed == 0 and cell.budget in RECOVERED and cell.result.exists() and not clock_result(cell).exists():
+            print(f"seconds of a step: {cell.key}", flush=True)
+            in_own_process(cell, "steps")
+
+
+def run_rates(chosen: list[Cell]) -> None:
     """The sweep of learning rates, of the cells whose first phase is done."""
     for cell, rate in itertools.product(chosen, RATES):
         is_swept = cell.method in SEEDED and cell.budget == RATE_BUDGET and cell.seed == 0
         if not is_swept or not cell.result.exists() or rate_result(cell, rate).exists():
             continue
         print(f"rate {rate:g}: {cell.key}", flush=True)
-        own = ["--key", cell.key, "--rate", str(rate), "--minutes", str(minutes or MODELS[cell.model].minutes / 2)]
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.compress_real", "cell", "--phase", "rates", *own], cwd=ROOT, check=False
-        )
+        steps = steps_within(cell, MODELS[cell.model].minutes / 3)
+        in_own_process(cell, "rates", "--rate", str(rate), "--steps", str(steps))
     write_tables(RESULTS, cells(3), RATE)
 
 
-def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
+def run(phase: str, chosen: list[Cell]) -> None:
     """Run what is not done, each phase of a cell in its own process."""
     work: list[tuple[str, Cell]] = []
     for seed in sorted({c.seed for c in chosen}):
         own = [c for c in chosen if c.seed == seed]
-        work += [("before", c) for c in own if not c.result.exists()]
-        if phase == "all":
+        if phase != "recovery":
+            work += [("before", c) for c in own if not c.result.exists()]
+        if phase != "before":
             work += [("recovery", c) for c in own if c.budget in RECOVERED]
     for number, (step, cell) in enumerate(work, 1):
-        if step == "recovery" and json.loads(cell.result.read_text(encoding="utf-8"))["recovery"] is not None:
+        if step == "recovery" and (
+            not cell.result.exists() or json.loads(cell.result.read_text(encoding="utf-8"))["recovery"] is not None
+        ):
             continue
         print(f"[{number}/{len(work)}] {step}: {cell.key}", flush=True)
-        command = [sys.executable, "-m", "benchmarks.compress_real", "cell", "--phase", step, "--key", cell.key]
-        command += ["--minutes", str(minutes)] if minutes else []
-        outcome = subprocess.run(command, cwd=ROOT, check=False)
-        if outcome.returncode:
-            print(f"    failed with exit code {outcome.returncode}; the next run tries again", flush=True)
+        steps = ["--steps", str(steps_within(cell, MODELS[cell.model].minutes))] if step == "recovery" else []
+        in_own_process(cell, step, *steps)
         write_tables(RESULTS, cells(3), RATE)
 
 
@@ -380,14 +435,14 @@ def write(path: Path, data: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "cell", "table"), default="run")
-    parser.add_argument("--phase", choices=("all", "before", "recovery", "rates"), default="all")
+    parser.add_argument("--phase", choices=("all", "before", "recovery", "rates", "steps"), default="all")
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="only these models")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only these methods")
     parser.add_argument("--budget", type=float, action="append", help="only these budgets")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds of ours and the best baseline")
-    parser.add_argument("--minutes", type=float, help="of recovery, if not the study's")
     parser.add_argument("--key", help="the cell that this process runs")
     parser.add_argument("--rate", type=float, help="the learning rate that this process tries")
+    parser.add_argument("--steps", type=int, help="of recovery, that this process takes")
     options = parser.parse_args()
     if options.action == "table":
         write_tables(RESULTS, cells(3), RATE)
@@ -396,9 +451,11 @@ def main() -> None:
     if options.action == "cell":
         cell = next(c for c in cells(99) if c.key == options.key)
         if options.phase == "rates":
-            write(rate_result(cell, options.rate), run_rate(cell, options.rate, options.minutes))
+            write(rate_result(cell, options.rate), run_rate(cell, options.rate, options.steps))
+        elif options.phase == "steps":
+            write(clock_result(cell), step_seconds(cell))
         else:
-            write(cell.result, run_before(cell) if options.phase == "before" else run_recovery(cell, options.minutes))
+            write(cell.result, run_before(cell) if options.phase == "before" else run_recovery(cell, options.steps))
         return
     chosen = [
         c
@@ -408,9 +465,11 @@ def main() -> None:
         and (not options.budget or c.budget in options.budget)
     ]
     if options.phase == "rates":
-        run_rates(chosen, options.minutes)
+        run_rates(chosen)
+    elif options.phase == "steps":
+        run_steps(chosen)
     else:
-        run(options.phase, chosen, options.minutes)
+        run(options.phase, chosen)
 
 
 if __name__ == "__main__":

@@ -75,12 +75,12 @@ def _rates(folder: Path, chosen: Mapping[str, float]) -> list[str]:
     if not found:
         return []
     rates = sorted({r["rate"] for r in found})
-    head = ("model", "method", "budget", "minutes", "before", *(f"{rate:g}" for rate in rates))
+    head = ("model", "method", "budget", "steps", "before", *(f"{rate:g}" for rate in rates))
     rows: dict[tuple[str, ...], dict[float, float]] = defaultdict(dict)
     for r in found:
         cell = r["cell"]
         before = f"{r['held_out']['before']:.4f}"
-        key = (cell["model"], cell["method"], f"{cell['budget']:.0%}", f"{r['minutes']:g}", before)
+        key = (cell["model"], cell["method"], f"{cell['budget']:.0%}", str(r["steps"]), before)
         rows[key][r["rate"]] = r["held_out"]["best"]
     table = [(*key, *(f"{own[rate]:.4f}" if rate in own else "—" for rate in rates)) for key, own in rows.items()]
     note = (
@@ -100,8 +100,8 @@ def _preface(results: Iterable[dict[str, Any]]) -> list[str]:
         "",
         f'*Excess removed* is the share of the loss of quality of "{REFERENCE}" (before recovery, same budget) that is '
         "gone. Where there are several seeds: mean ± standard deviation (number of seeds). A dash is a cell not run. "
-        "Recovery is distillation from the original for the same time in every cell, with the same settings; the "
-        "number of steps stands behind the minutes. *Time* is that of the frozen compressed model by that of the "
+        "Recovery is distillation from the original with the same settings in every cell, for as many steps as fit "
+        "into the same minutes on a quiet machine. *Time* is that of the frozen compressed model by that of the "
         "original, at several batch sizes.",
     ]
 

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from structmat import kernels
 from structmat.errors import ShapeError, StructureError
 from structmat.program import Cost, Program, apply, build, cost, transpose
 from structmat.program.padding import padding_factor
@@ -148,7 +149,7 @@ class StructuredMatrix:
         """``x @ S``: rows times the matrix, ``x`` of shape (..., out_features)."""
         if not isinstance(x, Tensor):
             return NotImplemented
-        return apply(transpose(self.program), self.tensors, x)
+        return kernels.apply(transpose(self.program), self.tensors, x)
 
     def __repr__(self) -> str:
         share = self.num_parameters / (self.shape[0] * self.shape[1])
@@ -175,7 +176,7 @@ def matmul(matrix: StructuredMatrix, x: Tensor, *, out: Tensor | None = None) ->
             f"(..., {matrix.shape[1]}, k); got shape {tuple(x.shape)}."
         )
     vector = x.dim() == 1
-    rows = apply(matrix.program, matrix.tensors, x if vector else x.transpose(-1, -2))
+    rows = kernels.apply(matrix.program, matrix.tensors, x if vector else x.transpose(-1, -2))
     result = rows if vector else rows.transpose(-1, -2)
     if out is None:
         return result

@@ -148,9 +148,7 @@ class Target:
             outputs, output_facts = _embedded(self.output_moment, native[0], self._output_facts)
             larger = replace(self, weight=weight, second_moment=inputs, output_moment=outputs)
             weight_facts = self._facts_of(native)
-            larger.__dict__.update(
-                _input_facts=input_facts, _output_facts=output_facts, _weight_facts=weight_facts
-            )
+            larger.__dict__.update(_input_facts=input_facts, _output_facts=output_facts, _weight_facts=weight_facts)
             self._derived[native] = larger
         return self._derived[native]
 
