@@ -206,7 +206,7 @@ MODELS = {
         sample=lambda: _windows(_characters("train.txt.xz"), np.arange(16) * WINDOW),
         batches=(1, 4, 16),
         rows=WINDOW,
-        minutes=5.0,
+        minutes=3.0,
         clocked_steps=12,
     ),
     "mnist-mlp": RealModel(
