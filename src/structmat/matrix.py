@@ -9,9 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from structmat import kernels
 from structmat.errors import ShapeError, StructureError
-from structmat.program import Cost, Program, apply, build, cost, transpose
+from structmat.kernels import apply
+from structmat.program import Cost, Program, build, cost, reference, transpose
 from structmat.program.padding import padding_factor
 from structmat.structure import Shape, Structure, allows_complex, check_shape, resolve, specs
 
@@ -138,9 +138,9 @@ class StructuredMatrix:
         # Multiply the smaller identity: n products of the matrix or m of its transpose.
         if in_features <= out_features:
             eye = torch.eye(in_features, dtype=self.dtype, device=self.device)
-            return apply(self.program, self.tensors, eye).T
+            return reference.apply(self.program, self.tensors, eye).T
         eye = torch.eye(out_features, dtype=self.dtype, device=self.device)
-        return apply(transpose(self.program), self.tensors, eye)
+        return reference.apply(transpose(self.program), self.tensors, eye)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return matmul(self, x)
@@ -149,7 +149,7 @@ class StructuredMatrix:
         """``x @ S``: rows times the matrix, ``x`` of shape (..., out_features)."""
         if not isinstance(x, Tensor):
             return NotImplemented
-        return kernels.apply(transpose(self.program), self.tensors, x)
+        return apply(transpose(self.program), self.tensors, x)
 
     def __repr__(self) -> str:
         share = self.num_parameters / (self.shape[0] * self.shape[1])
@@ -176,7 +176,7 @@ def matmul(matrix: StructuredMatrix, x: Tensor, *, out: Tensor | None = None) ->
             f"(..., {matrix.shape[1]}, k); got shape {tuple(x.shape)}."
         )
     vector = x.dim() == 1
-    rows = kernels.apply(matrix.program, matrix.tensors, x if vector else x.transpose(-1, -2))
+    rows = apply(matrix.program, matrix.tensors, x if vector else x.transpose(-1, -2))
     result = rows if vector else rows.transpose(-1, -2)
     if out is None:
         return result
