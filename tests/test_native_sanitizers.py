@@ -37,7 +37,7 @@ def case(program: Program, dtype: torch.dtype, rows: int, seed: int, with_bias: 
     if with_bias:
         tensors.append(torch.randn(program.out_features).to(dtype))
     x = torch.randn(max(0, rows * (program.in_features + 3) - 3)).to(dtype)
-    words = f"rows{'+bias' if with_bias else ''} {text.words}".encode()
+    words = (text.biased if with_bias else text.plain).encode()
     parts = [struct.pack("<q", len(words)), words]
     parts += [struct.pack("<qqq", rows, STORAGE[dtype], program.in_features + 3), held(x)]
     parts += [struct.pack("<q", len(tensors))]
@@ -98,7 +98,7 @@ def test_the_sanitizers_see_what_is_wrong(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler")
     driver = build(tmp_path, compiler, ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
-    words = b"rows contract 1 4 8 1 0 0 0 0"
+    words = b"rows 4 contract 1 4 8 1 0 0 0 0"
     x, weight = torch.randn(2 * 8), torch.randn(31)  # one number is missing, though the case says 32
     parts = [struct.pack("<q", len(words)), words, struct.pack("<qqq", 2, 0, 8), held(x), struct.pack("<qq", 1, 32)]
     file = tmp_path / "case"
