@@ -359,8 +359,10 @@ Plan make_plan(const std::string& text) {
   const std::string head = reader.word();
   if (head != "rows" && head != "rows+bias") refuse("it begins with " + head);
   plan.has_bias = head == "rows+bias";
+  const int64_t out_features = reader.number(1);
   const Node program = reader.node();
   if (!reader.at_end()) refuse("something follows its end");
+  if (program.out != out_features) refuse("its stages put out another number than its head says");
   Layout(plan).run(program);
   plan.tensors = int64_t(plan.sizes.size());
   if (plan.has_bias) {

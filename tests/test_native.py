@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from native_programs import programs, tensors_of
 from torch import Tensor
 
 import structmat as sm
@@ -23,22 +24,12 @@ from structmat.program import (
     Chain,
     Complex,
     Contraction,
-    Crop,
-    Diagonal,
-    Interpolation,
-    Pad,
-    Permute,
     Program,
     Real,
-    Shuffle,
     Sparse,
-    Sum,
-    Windowed,
     build,
     reference,
     simplify,
-    stages,
-    tensor_sizes,
     transpose,
 )
 from structmat.structure import resolve
@@ -78,109 +69,6 @@ def assert_equal(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bia
 
 
 # ------------------------------------------------------------------------------------------------ random programs
-
-
-def sizes(most: int = 9) -> st.SearchStrategy[int]:
-    return st.integers(1, most)
-
-
-@st.composite
-def contraction(draw_: st.DrawFn, features: int, name: str) -> Contraction:
-    """A contraction that reads so many numbers."""
-    divisors = [a for a in range(1, features + 1) if features % a == 0]
-    a = draw_(st.sampled_from(divisors))
-    rest = features // a
-    d = draw_(st.sampled_from([k for k in range(1, rest + 1) if rest % k == 0]))
-    shared_a, shared_d, transposed = (draw_(st.booleans()) for _ in range(3))
-    return Contraction(name, a, draw_(sizes()), rest // d, d, shared_a, shared_d, transposed)
-
-
-@st.composite
-def programs(draw_: st.DrawFn, features: int | None = None, depth: int = 2) -> Program:
-    """Chains and sums of all stages that have native kernels."""
-    features = draw_(st.integers(1, 40)) if features is None else features
-    name = f"t{draw_(st.integers(0, 10**9))}"
-    kind = draw_(st.sampled_from(["contraction", "diagonal", "permute", "shuffle", "sparse", "interpolation", "pad",
-                                  "crop", "windowed", "radix", *(["chain", "sum"] * 2 if depth else [])]))  # fmt: skip
-    if kind == "chain":
-        steps: list[Program] = []
-        for _ in range(draw_(st.integers(1, 4))):
-            steps.append(draw_(programs(features, depth - 1)))
-            features = steps[-1].out_features
-        return Chain(tuple(steps))
-    if kind == "sum":
-        first = draw_(programs(features, depth - 1))
-        parts = [first]
-        for number in range(draw_(st.integers(0, 2))):
-            width = draw_(sizes())
-            parts.append(
-                Chain(
-                    (
-                        Contraction(f"{name}r{number}", 1, width, features, 1),
-                        Contraction(f"{name}l{number}", 1, first.out_features, width, 1),
-                    )
-                )
-            )
-        return Sum(tuple(parts))
-    if kind == "radix" and features % 2 == 0:
-        run: list[Program] = []
-        d, upwards = 1, draw_(st.booleans())
-        while features % (2 * d) == 0:
-            run.append(Contraction(f"{name}_{d}", features // (2 * d), 2, 2, d, transposed=draw_(st.booleans())))
-            d *= 2
-        return Chain(tuple(run if upwards else reversed(run)))
-    if kind == "diagonal":
-        return Diagonal(name, features)
-    if kind == "permute":
-        return Permute(name, features, inverse=draw_(st.booleans()))
-    if kind == "shuffle":
-        divisor = draw_(st.sampled_from([k for k in range(1, features + 1) if features % k == 0]))
-        axes = draw_(st.sampled_from([(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)]))
-        return Shuffle((divisor, features // divisor, 1), axes)
-    if kind == "sparse":
-        height, transposed = draw_(sizes(30)), draw_(st.booleans())
-        shape = (features, height) if transposed else (height, features)
-        return Sparse(name, f"{name}p", *shape, draw_(st.integers(1, height * features)), transposed)
-    if kind == "interpolation" and features > 1:
-        if draw_(st.booleans()):
-            return Interpolation(name, f"{name}p", features, features + draw_(sizes()), transposed=True)
-        return Interpolation(name, f"{name}p", draw_(st.integers(1, features - 1)), features)
-    if kind == "pad":
-        before, after = draw_(st.integers(0, 3)), draw_(st.integers(0, 3))
-        return Pad(features, features + before + after, before)
-    if kind == "crop":
-        before = draw_(st.integers(0, features - 1))
-        return Crop(features, draw_(st.integers(1, features - before)), before)
-    if kind == "windowed":
-        terms, other, transposed = draw_(sizes(4)), draw_(sizes(20)), draw_(st.booleans())
-        height, width = (features, other) if transposed else (other, features)
-        totals = [draw_(st.lists(st.integers(0, size), min_size=terms, max_size=terms)) for size in (height, width)]
-        held = f"{name}w{'_'.join(map(str, totals[0]))}x{'_'.join(map(str, totals[1]))}"
-        return Windowed(f"{name}l", f"{name}r", held, height, width, terms, sum(totals[0]), sum(totals[1]), transposed)
-    return draw_(contraction(features, name))
-
-
-def tensors_of(program: Program, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    made = {
-        name: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-        for name, size in tensor_sizes(program).items()
-    }
-    for stage in stages(program):
-        if isinstance(stage, Permute):
-            made[stage.index] = torch.randperm(stage.size, generator=generator)
-        elif isinstance(stage, Interpolation):
-            made[stage.places] = torch.randperm(stage.size, generator=generator)
-        elif isinstance(stage, Sparse):
-            places = torch.randint(stage.height * stage.width, (stage.capacity,), generator=generator)
-            made[stage.places] = places.sort().values if seed % 2 else places  # with repetitions; sorted, or not
-        elif isinstance(stage, Windowed):
-            rows, columns = (
-                [int(w) for w in part.split("_")] for part in stage.windows[stage.windows.index("w") + 1 :].split("x")
-            )
-            starts = [torch.randint(size, (stage.terms,), generator=generator) for size in (stage.height, stage.width)]
-            made[stage.windows] = torch.stack([starts[0], torch.tensor(rows), starts[1], torch.tensor(columns)], 1)
-    return made
 
 
 @needs_native
@@ -398,14 +286,16 @@ def test_freezing_keeps_sparse_matrices_for_many_rows_and_writes_them_out_for_on
 @pytest.mark.parametrize(
     ("program", "tensors", "message"),
     [
-        ("rows contract 1 2 3", [(6,)], "bad program"),
-        ("rows unknown 1", [], "unknown stage"),
-        ("rows chain 2 crop 8 4 0 crop 8 4 0", [], "sizes"),
-        ("rows contract 1 4 8 1 0 0 0 0", [(31,)], "wrong size"),
-        ("rows contract 1 4 8 1 0 0 0 0", [], "number of tensors"),
-        ("rows contract 1 4 8 1 0 0 0 0 surplus", [(32,)], "follows"),
-        ("rows contract 1 4 8 1 0 0 0 3", [(32,)], "never read"),
-        ("rows shuffle 2 2 4 0 0", [], "no permutation"),
+        ("rows 2 contract 1 2 3", [(6,)], "bad program"),
+        ("rows 1 unknown 1", [], "unknown stage"),
+        ("columns 1 crop 1 1 0", [], "begins with columns"),
+        ("rows 3 contract 1 4 8 1 0 0 0 0", [(32,)], "another number"),
+        ("rows 4 chain 2 crop 8 4 0 crop 8 4 0", [], "sizes"),
+        ("rows 4 contract 1 4 8 1 0 0 0 0", [(31,)], "wrong size"),
+        ("rows 4 contract 1 4 8 1 0 0 0 0", [], "number of tensors"),
+        ("rows 4 contract 1 4 8 1 0 0 0 0 surplus", [(32,)], "follows"),
+        ("rows 4 contract 1 4 8 1 0 0 0 3", [(32,)], "never read"),
+        ("rows 8 shuffle 2 2 4 0 0", [], "no permutation"),
     ],
 )
 def test_a_bad_program_is_an_error_and_not_a_crash(program: str, tensors: list[tuple[int, ...]], message: str) -> None:
@@ -421,15 +311,15 @@ def test_a_place_out_of_range_is_an_error(place: int) -> None:
         own = places.clone()
         own[position] = place
         with pytest.raises(ValueError, match="out of range"):
-            torch.ops.structmat.multiply.default(torch.randn(3, 8), [torch.randn(5), own], "rows sparse 8 8 5 0 0 1")
+            torch.ops.structmat.multiply.default(torch.randn(3, 8), [torch.randn(5), own], "rows 8 sparse 8 8 5 0 0 1")
     with pytest.raises(ValueError, match="out of range"):
-        torch.ops.structmat.multiply.default(torch.randn(3, 8), [torch.full((8,), place)], "rows permute 8 0 0")
+        torch.ops.structmat.multiply.default(torch.randn(3, 8), [torch.full((8,), place)], "rows 8 permute 8 0 0")
 
 
 @needs_native
 def test_wrong_dtypes_and_shapes_are_errors() -> None:
     multiply = torch.ops.structmat.multiply.default
-    weight, program = torch.randn(32), "rows contract 1 4 8 1 0 0 0 0"
+    weight, program = torch.randn(32), "rows 4 contract 1 4 8 1 0 0 0 0"
     with pytest.raises(ValueError, match="dtype"):
         multiply(torch.randn(3, 8), [weight.double()], program)
     with pytest.raises(ValueError, match="shape"):

@@ -30,12 +30,15 @@ class Text:
     """A program as the native backend reads it.
 
     Args:
-        words: the stages in prefix order; tensors are numbered.
-        names: of the tensors, by number.
+        plain: what is put out (``rows``), how many numbers a row of it has, and the stages in prefix order, in which
+            tensors are numbered.
+        biased: the same with a bias (``rows+bias``), the last of the tensors.
+        names: of the other tensors, by number.
         indices: which of them hold integers.
     """
 
-    words: str
+    plain: str
+    biased: str
     names: tuple[str, ...]
     indices: frozenset[str]
 
@@ -63,7 +66,8 @@ def _text_of(program: Program) -> Text | str:
         words = _words(program, names, indices)
     except NotNativeError as reason:
         return str(reason)
-    return Text(words, tuple(names), frozenset(indices))
+    body = f"{program.out_features} {words}"
+    return Text(f"rows {body}", f"rows+bias {body}", tuple(names), frozenset(indices))
 
 
 def _words(program: Program, names: dict[str, int], indices: set[str]) -> str:
