@@ -4,6 +4,7 @@
     python -m benchmarks.compress_real --phase before       without recovery (minutes instead of hours)
     python -m benchmarks.compress_real --phase rates        learning rates of the recovery, at one budget and seed
     python -m benchmarks.compress_real --phase steps        seconds of a step of every cell, on a quiet machine
+    python -m benchmarks.compress_real --phase time         times of the compressed models again, likewise
     python -m benchmarks.compress_real table                the tables again, from what is there
 
 A cell is (model, method, budget, seed). Each phase of a cell runs in a process of its own, so that its peak memory is
@@ -251,6 +252,17 @@ def run_rate(cell: Cell, rate: float, steps: int) -> dict[str, Any]:
     }
 
 
+def run_time(cell: Cell) -> dict[str, Any]:
+    """A result with the times of the compressed model measured anew."""
+    import structmat as sm
+
+    real = MODELS[cell.model]
+    result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
+    result["milliseconds"] = milliseconds(real, real.load(), sm.load(cell.folder / "before", real.load()))
+    result["timed"] = environment()
+    return result
+
+
 def step_seconds(cell: Cell) -> dict[str, Any]:
     """The median time from one training batch to the next, after a few that warm up."""
     import structmat as sm
@@ -392,6 +404,15 @@ def run_steps(chosen: list[Cell]) -> None:
             in_own_process(cell, "steps")
 
 
+def run_times(chosen: list[Cell]) -> None:
+    """Time every compressed model that is there."""
+    for cell in chosen:
+        if cell.result.exists() and (cell.folder / "before").exists():
+            print(f"times: {cell.key}", flush=True)
+            in_own_process(cell, "time")
+    write_tables(RESULTS, cells(3), RATE)
+
+
 def run_rates(chosen: list[Cell]) -> None:
     """The sweep of learning rates, of the cells whose first phase is done."""
     for cell, rate in itertools.product(chosen, RATES):
@@ -435,7 +456,7 @@ def write(path: Path, data: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "cell", "table"), default="run")
-    parser.add_argument("--phase", choices=("all", "before", "recovery", "rates", "steps"), default="all")
+    parser.add_argument("--phase", choices=("all", "before", "recovery", "rates", "steps", "time"), default="all")
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="only these models")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only these methods")
     parser.add_argument("--budget", type=float, action="append", help="only these budgets")
@@ -454,6 +475,8 @@ def main() -> None:
             write(rate_result(cell, options.rate), run_rate(cell, options.rate, options.steps))
         elif options.phase == "steps":
             write(clock_result(cell), step_seconds(cell))
+        elif options.phase == "time":
+            write(cell.result, run_time(cell))
         else:
             write(cell.result, run_before(cell) if options.phase == "before" else run_recovery(cell, options.steps))
         return
@@ -468,6 +491,8 @@ def main() -> None:
         run_rates(chosen)
     elif options.phase == "steps":
         run_steps(chosen)
+    elif options.phase == "time":
+        run_times(chosen)
     else:
         run(options.phase, chosen)
 
