@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from structmat.errors import StructmatError as StructmatError
     from structmat.io import load as load
     from structmat.io import save as save
+    from structmat.kernels.choice import backend as backend
     from structmat.learn.groups import parameter_groups as parameter_groups
     from structmat.matrix import StructuredMatrix as StructuredMatrix
     from structmat.matrix import matmul as matmul
@@ -50,6 +51,7 @@ _HOME = {
     "SparsePlusLowRank": "structmat.structures.sum_of",
     "Structure": "structmat.structure",
     "StructuredMatrix": "structmat.matrix",
+    "backend": "structmat.kernels.choice",
     "calibrate": "structmat.compression.calibrate",
     "compress": "structmat.compression.compress",
     "compress_": "structmat.compression.compress",

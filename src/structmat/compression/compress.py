@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from structmat.compression.running import Forward, Loss, check_loader
 from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
 from structmat.compression.score import Measurement, corrected, score
 from structmat.compression.screen import Choice, Screening, candidate_to_json, check_weight, screen
-from structmat.compression.timing import sized, time_models
+from structmat.compression.timing import ModelTiming, sized, time_models
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
 from structmat.nn.linear import StructuredLinear
@@ -448,10 +449,16 @@ class _Timer:
         """Layers alone at every batch size; both models in turns where there is data to run them on."""
         if self.batch is None or original is None:
             return (Timing(BATCHES[0], *self._layers(plan, BATCHES[0])),)
-        batches = sized(self.batch, BATCHES)
-        with frozen_layers(model):
-            found = time_models(original, model, batches, forward=self.forward, seconds=MODEL_SECONDS)
+        found: list[ModelTiming] = []
+        for size, batch in sized(self.batch, BATCHES).items():
+            with frozen_layers(model, self._rows(plan, size)):
+                found += time_models(original, model, {size: batch}, forward=self.forward, seconds=MODEL_SECONDS)
         return tuple(Timing(t.batch, *self._layers(plan, t.batch), t.before, t.after, t.ratio) for t in found)
+
+    def _rows(self, plan: Plan, batch: int) -> int:
+        """Of the input of a typical layer."""
+        counts = [1.0 if self.seen is None else self.seen.rows_per_sample(name) for name in plan.shapes]
+        return max(1, round(batch * statistics.median(counts))) if counts else batch
 
     def _layers(self, plan: Plan, batch: int) -> tuple[float, float]:
         dense = sum(self.layer(Dense(), n, s, batch) for n, s in plan.shapes.items())
