@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from structmat import circuit as circuit
     from structmat import nn as nn
     from structmat.compression.budget import Flops as Flops
     from structmat.compression.budget import Latency as Latency
@@ -66,7 +67,7 @@ _HOME = {
     "scan": "structmat.compression.scan",
     "to_dense": "structmat.compression.replace",
 }
-_MODULES = ("nn", "program", "structures", "testing")
+_MODULES = ("circuit", "nn", "program", "structures", "testing")
 
 
 def __getattr__(name: str) -> Any:
