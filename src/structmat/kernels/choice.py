@@ -66,14 +66,13 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def is_automatic() -> bool:
-    """Whether no backend is forced."""
-    return _forced.get() is Backend.AUTO
-
-
-def is_quiet() -> bool:
-    """Whether no transform of torch.func is at work."""
-    return not torch._C._are_functorch_transforms_active()
+def is_usual() -> bool:
+    """Whether no backend is forced, no transform of torch.func is at work, and no autocast."""
+    return (
+        _forced.get() is Backend.AUTO
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Text | None:
@@ -128,7 +127,7 @@ def _obstacle(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: 
         return f"its input is a {type(x).__name__} on {x.device}"
     if x.dtype not in _DTYPES:
         return f"its input is {x.dtype}"
-    if not is_quiet():
+    if torch._C._are_functorch_transforms_active():
         return "it runs under a transform of torch.func"
     text = text_of(program)
     if isinstance(text, str):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structmat.kernels.choice import is_automatic, is_quiet, native_rows, plain_products
+from structmat.kernels.choice import is_usual, native_rows, plain_products
 from structmat.kernels.library import native
 from structmat.kernels.operator import run
 from structmat.kernels.text import Text, text_of
@@ -36,6 +36,7 @@ class Quick:
         plain = plain_products(program)
         self.plain = [(s.weight, s.b, s.c) for s in plain] if not any(s.transposed for s in plain) else []
         text = text_of(program)
+        self.rows: dict[torch.dtype, range] = {}
         self.words = ""
         if isinstance(text, Text):
             self.words = text.biased if biased else text.plain
@@ -52,31 +53,30 @@ class Quick:
         if type(x) is not Tensor or not x.is_cpu or not x.is_contiguous():
             return None
         shape = x.shape
-        if not shape or shape[-1] != self.in_features or not is_automatic() or not is_quiet():
+        if not shape or shape[-1] != self.in_features or not is_usual():
             return None
-        if torch.is_autocast_enabled("cpu"):
-            return None
-        if x.numel() // self.in_features in native_rows(self.program, x.dtype):
-            found = self._native(x, held)
-            if found is not None:
-                return found
+        dtype = x.dtype
+        rows = self.rows.get(dtype)
+        if rows is None:
+            rows = self.rows[dtype] = native_rows(self.program, dtype) if self.words else range(0)
+        if x.numel() // self.in_features in rows and native().available:
+            recording = torch.is_grad_enabled()
+            given = [] if recording and x.requires_grad else self._given(dtype, recording, held)
+            if given:
+                return run(x, given, self.words)
         return self._linear(x, held) if self.plain else None
 
-    def _native(self, x: Tensor, held: tuple[Held, ...]) -> Tensor | None:
-        if not self.words or not native().available:
-            return None
-        recording, dtype = torch.is_grad_enabled(), x.dtype
-        if recording and x.requires_grad:
-            return None
+    def _given(self, dtype: torch.dtype, recording: bool, held: tuple[Held, ...]) -> list[Tensor]:
+        """The tensors that the operator reads, or nothing if it can't."""
         given = []
         for name in self.names:
             tensor = _find(name, held)
             if tensor is None or not tensor.is_contiguous() or (recording and tensor.requires_grad):
-                return None
-            if tensor.dtype is not (torch.int64 if name in self.indices else dtype):
-                return None
+                return []
+            if tensor.dtype is not dtype and (name not in self.indices or tensor.dtype is not torch.int64):
+                return []
             given.append(tensor)
-        return run(x, given, self.words)
+        return given
 
     def _linear(self, x: Tensor, held: tuple[Held, ...]) -> Tensor | None:
         """A chain of plain products, each of which PyTorch does in one call; differentiable."""
