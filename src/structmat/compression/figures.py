@@ -16,13 +16,13 @@ from structmat.compression import budget as budgets
 from structmat.compression.allocate import Allocation
 from structmat.compression.budget import Latency
 from structmat.compression.calibrate import Calibration
+from structmat.compression.candidates import Screening, candidate_to_json
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, frozen_layers
 from structmat.compression.report import LayerReport, Timing, Totals
 from structmat.compression.running import Forward
 from structmat.compression.scan import Site
 from structmat.compression.score import Measurement
-from structmat.compression.screen import Screening, candidate_to_json
 from structmat.compression.timing import ModelTiming, sized, time_models
 from structmat.nn.linear import StructuredLinear
 from structmat.structure import ParameterSpec, Structure, specs
