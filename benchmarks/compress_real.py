@@ -461,6 +461,7 @@ def main() -> None:
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only these methods")
     parser.add_argument("--budget", type=float, action="append", help="only these budgets")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds of ours and the best baseline")
+    parser.add_argument("--seed", type=int, action="append", help="only these of them")
     parser.add_argument("--key", help="the cell that this process runs")
     parser.add_argument("--rate", type=float, help="the learning rate that this process tries")
     parser.add_argument("--steps", type=int, help="of recovery, that this process takes")
@@ -486,6 +487,7 @@ def main() -> None:
         if (not options.model or c.model in options.model)
         and (not options.method or c.method in options.method)
         and (not options.budget or c.budget in options.budget)
+        and (not options.seed or c.seed in options.seed)
     ]
     if options.phase == "rates":
         run_rates(chosen)
