@@ -48,9 +48,9 @@ def write_tables(folder: Path, cells: Iterable[Any], rates: Mapping[str, float])
 
 _LAYERS = (
     "What each layer became, and the best low rank that holds no more parameters (of every size on the grid, a "
-    "multiple of 8), with the rise of the loss that the steps of `compress` predict for either: nats of the model's own "
-    "loss for this layer replaced alone, the prediction corrected by measured effects. What low rank alone does for "
-    'whole models is the row "low rank, allocated" of the main tables. Seed 0. Layers where low rank itself was '
+    "multiple of 8), with the rise of the loss that the steps of `compress` predict for either: nats of the model's "
+    "own loss for this layer replaced alone, the prediction corrected by measured effects. What low rank alone does "
+    'for whole models is the row "low rank, allocated" of the main tables. Seed 0. Layers where low rank itself was '
     "chosen, or that were kept, are left out."
 )
 
