@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from typing import Any
 
 import hypothesis.strategies as st
@@ -22,6 +23,7 @@ from structmat.circuit.kaleidoscope import (
     kaleidoscope,
     permutation,
     permutation_starred,
+    placed,
     segment_sums,
     sparse,
     sparse_factors,
@@ -266,6 +268,117 @@ def test_circuits_K4_table_of_compiled_sizes() -> None:
         assert shorter.parameters < parameters
     kept = kaleidoscope(hadamard(16), recognize=False, full=True, keep_all=True)
     assert (kept.size, kept.width) == (128, 13)
+
+
+@pytest.mark.parametrize(
+    ("circuit", "size", "width"),
+    [
+        (hadamard(64), 64, 1),  # strides 1, 2, .., 32: one butterfly matrix
+        (fourier(64), 64, 2),  # the same in the other direction, and the bit reversal
+        (haar(64), 64, 3),
+    ],
+)
+def test_circuits_K4_recognized_levels(circuit: Circuit, size: int, width: int) -> None:
+    matrix = kaleidoscope(circuit)
+    assert (matrix.size, matrix.width) == (size, width)
+    if circuit.weight.dtype == np.int64:
+        assert np.array_equal(matrix.to_dense(P), circuit.to_dense(P))
+    np.testing.assert_allclose(matrix.to_dense(), circuit.to_dense(), atol=1e-12)
+
+
+def test_circuits_K4_recognition_after_a_permutation() -> None:
+    """Pairs at all distances: one permutation brings each together, and its last switches take the stage in."""
+    rng = np.random.default_rng(0)
+    pairs = rng.permutation(16).reshape(8, 2)
+    builder = Builder(16)
+    sums = builder.sums(np.concatenate([pairs, pairs]), rng.integers(2, 9, (16, 2)))
+    circuit = builder.build(rng.permutation(sums))
+    matrix = kaleidoscope(circuit)
+    assert (matrix.size, matrix.width) == (16, 2)
+    assert np.array_equal(matrix.to_dense(P), circuit.to_dense(P))
+    found = placed(16, np.arange(16), np.arange(0, 33, 2), np.repeat(pairs, 2, axis=0).ravel(), np.ones(32, np.int64))
+    assert found is not None
+    assert found.order is not None
+    assert found.stage is not None
+    assert found.stage.stride == 8
+
+
+@given(seed=seeds)
+def test_circuits_K4_a_placed_layer_is_its_layer(seed: int) -> None:
+    """A layer of groups of at most two rows and two columns, its values at random places: always recognized in 16."""
+    rng = np.random.default_rng(seed)
+    where = rng.permutation(16)[:8]
+    entries = []
+    columns = iter(rng.permutation(8).tolist())
+    rows = iter(rng.permutation(16).tolist())
+    for kind in rng.integers(0, 5, 4):
+        a, b = next(columns), next(columns)
+        group = [[(a,), (b,)], [(a, b)], [(a, b), (b, a)], [(a, b), (b,)], [(a,), (a,)]][kind]
+        entries += [(next(rows), read) for read in group]
+    entries.sort()
+    start = np.concatenate([[0], np.cumsum([len(read) for _, read in entries])])
+    column = np.array([c for _, read in entries for c in read])
+    values = rng.integers(1, 5, len(column))
+    found = placed(16, where, start, column, values)
+    assert found is not None
+    x = rng.integers(0, 100, 16)
+    y = x if found.order is None else x[found.order]
+    y = y if found.stage is None else ButterflyProduct(16, (found.stage,)).multiply(y, P)
+    expected = [
+        sum(values[e] * x[where[column[e]]] for e in range(a, b)) for a, b in itertools.pairwise(start.tolist())
+    ]
+    assert y[found.where].tolist() == expected
+    assert len(set(found.where.tolist())) == len(entries)
+
+
+@pytest.mark.parametrize(
+    ("start", "column"),
+    [
+        ([0, 2, 4], [0, 1, 1, 2]),  # a value in two pairs
+        ([0, 3], [0, 1, 2]),  # three terms
+        ([0, 2], [0, 0]),  # one value twice
+        ([0, 0, 1], [0]),  # a row of nothing
+        ([0, 1, 2, 3], [0, 0, 0]),  # three rows of one value
+    ],
+)
+def test_circuits_K4_other_layers_are_not_recognized(start: list[int], column: list[int]) -> None:
+    assert placed(4, np.arange(3), np.array(start), np.array(column), np.ones(len(column), np.int64)) is None
+
+
+def long_circuit(inputs: int, gates: int, reach: int, seed: int) -> Circuit:
+    """A random circuit each of whose gates reads two of the last ``reach`` nodes."""
+    rng = np.random.default_rng(seed)
+    node = inputs + np.arange(gates)
+    i, j = rng.integers(np.maximum(0, node - reach), node), rng.integers(np.maximum(0, node - reach), node)
+    weights = rng.integers(1, 4, (2, gates))
+    return Circuit.from_gates(inputs, i, j, *weights, np.arange(gates, inputs + gates))
+
+
+def assert_large(circuit: Circuit, seconds: float) -> None:
+    begin = time.perf_counter()
+    matrix = kaleidoscope(circuit, recognize=False)
+    assert time.perf_counter() - begin < seconds
+    x = np.random.default_rng(0).integers(0, 1000, circuit.in_features)
+    assert np.array_equal(matrix.multiply(x, P), circuit.evaluate(x, P))
+    assert matrix.width <= 3 * circuit.depth + 1
+    assert matrix.size <= 2 * (1 << (circuit.size - 1).bit_length())
+
+
+def test_circuits_K4_ten_thousand_random_gates() -> None:
+    assert_large(long_circuit(256, 10_000, 1024, 0), 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("inputs", "reach"), [(512, 2048), (8192, 32768), (4096, 10**6)])
+def test_circuits_K4_a_hundred_thousand_random_gates_in_a_minute(inputs: int, reach: int) -> None:
+    assert_large(long_circuit(inputs, 100_000, reach, 0), 60)
+
+
+@pytest.mark.slow
+def test_circuits_K4_a_large_hadamard_circuit_unrecognized_in_a_minute() -> None:
+    circuit = hadamard(8192)
+    assert circuit.gates > 100_000
+    assert_large(circuit, 60)
 
 
 @pytest.mark.parametrize("seed", range(4))

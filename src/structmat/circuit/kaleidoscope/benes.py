@@ -28,7 +28,7 @@ def permutation(order: ArrayLike) -> ButterflyProduct:
     Raises:
         CircuitError: it is no permutation of such a size.
     """
-    current = _require_permutation(order)
+    current = _require_routable(order)
     size = len(current)
     every = np.arange(size)
     entry, leave = [], []
@@ -39,8 +39,7 @@ def permutation(order: ArrayLike) -> ButterflyProduct:
         partner = every ^ half
         inverse = np.empty(size, dtype=np.int64)
         inverse[current] = every
-        least = _least_of_cycle(inverse[current[partner] ^ half])
-        side = least > least[partner]
+        side = alternating(partner, inverse[current[partner] ^ half])
         leave.append(_switches(side, half))
         entry.append(_switches(side[inverse], half))
         inner = np.empty(size, dtype=np.int64)
@@ -57,7 +56,7 @@ def permutation_starred(order: ArrayLike) -> ButterflyProduct:
     Raises:
         CircuitError: ``order`` is no permutation of a power of two.
     """
-    checked = _require_permutation(order)
+    checked = _require_routable(order)
     reversal = bit_reversal(len(checked))
     routed = permutation(reversal[checked[reversal]])
     return ButterflyProduct(routed.size, tuple(stage.bit_reversed() for stage in routed.stages))
@@ -67,25 +66,39 @@ def _switches(crossed: Bools, half: int) -> Stage:
     return Stage.switches(crossed.reshape(-1, 2, half)[:, 0])
 
 
-def _least_of_cycle(successor: Ints) -> Ints:
-    """The least member of the cycle that each element of a permutation is on."""
-    size = len(successor)
+def alternating(partner: Ints, forced: Ints) -> Bools:
+    """Two sides such that partners are on different ones and ``forced`` stays on one side.
+
+    Args:
+        partner: an involution.
+        forced: a permutation: what must be on the side of each. Its cycles come in pairs that ``partner`` exchanges.
+    """
+    size = len(forced)
     every = np.arange(size)
-    graph = sparse.csr_array((np.ones(size), successor, np.arange(size + 1)), shape=(size, size))
+    graph = sparse.csr_array((np.ones(size), forced, np.arange(size + 1)), shape=(size, size))
     cycles, label = csgraph.connected_components(graph, directed=True, connection="strong")
     least = np.empty(cycles, dtype=np.int64)
     # Of several writes to one place the last one stays, which in this order is the least.
     least[label[::-1]] = every[::-1]
-    return np.asarray(least[label])
+    return np.asarray(least[label] > least[label[partner]])
 
 
-def _require_permutation(order: ArrayLike) -> Ints:
-    array = np.asarray(order)
-    if array.ndim != 1 or len(array) < 2 or not is_power_of_two(len(array)):
+def _require_routable(order: ArrayLike) -> Ints:
+    if np.ndim(order) != 1 or np.size(order) < 2 or not is_power_of_two(np.size(order)):
         raise CircuitError(
-            f"A permutation is routed on a power of two of places, at least 2; got shape {array.shape}. Pad it with "
-            "fixed points."
+            "A permutation is routed on a power of two of places, at least 2; got shape "
+            f"{np.shape(order)}. Pad it with fixed points."
         )
-    if array.dtype.kind not in "iu" or not np.array_equal(np.sort(array), np.arange(len(array))):
-        raise CircuitError(f"The {len(array)} entries are no permutation of 0 .. {len(array) - 1}.")
+    return require_permutation(order)
+
+
+def require_permutation(order: ArrayLike) -> Ints:
+    """The order as integers.
+
+    Raises:
+        CircuitError: it is no permutation.
+    """
+    array = np.asarray(order)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not np.array_equal(np.sort(array), np.arange(array.size)):
+        raise CircuitError(f"The {array.size} entries are no permutation of 0 .. {array.size - 1}.")
     return array.astype(np.int64)

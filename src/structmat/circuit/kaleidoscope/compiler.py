@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from structmat.circuit.arrays import Ints, Numbers, exact_product, owners
+from structmat.circuit.arrays import Ints, owners
 from structmat.circuit.circuit import Circuit
 from structmat.circuit.evaluate import require_linear
 from structmat.circuit.kaleidoscope.benes import permutation, permutation_starred
 from structmat.circuit.kaleidoscope.matrix import Kaleidoscope
-from structmat.circuit.kaleidoscope.recognize import in_place_stage
-from structmat.circuit.kaleidoscope.sparse import sparse_factors
-from structmat.circuit.kaleidoscope.stage import Stage, power_of_two
-from structmat.circuit.schedule import Layer, latest_levels, layers, narrow_levels
-from structmat.circuit.simplify import prune, without_zero_terms
+from structmat.circuit.kaleidoscope.planning import GENERIC_WIDTH, layer_values, planned
+from structmat.circuit.kaleidoscope.sparse import completed, sparse_factors
+from structmat.circuit.kaleidoscope.stage import Stage
 
 
 def kaleidoscope(
@@ -30,7 +28,7 @@ def kaleidoscope(
     each, so ``circuit.wide.depth``; at least 1) and s its size, the width is at most ``3 d + 1``, and the size at most
     ``2 pow2(s)`` where no output is repeated. Usually both are far smaller: between two levels only the values are kept
     that are still needed, of the earliest, the latest and the narrowest schedule the smallest is taken, identity stages
-    are dropped, and levels that are butterfly factors as they stand are taken over.
+    are dropped, and levels that are butterfly factors, as they stand or after a permutation, are taken over.
 
     Args:
         circuit: linear.
@@ -45,52 +43,30 @@ def kaleidoscope(
         CircuitError: the circuit is not linear.
     """
     require_linear(circuit, "kaleidoscope")
-    chosen = _layers(circuit, keep_all)
-    size = max(2, power_of_two(max(circuit.in_features, *(max(layer.rows, layer.columns) for layer in chosen))))
-    natives = [in_place_stage(size, *_entries(circuit, layer)) if recognize else None for layer in chosen]
-    needed = max([size, *(layer.nonzeros for layer, native in zip(chosen, natives, strict=True) if native is None)])
-    if needed > size:
-        size = power_of_two(needed)
-        natives = [None if native is None else native.padded(size) for native in natives]
+    chosen, size, natives = planned(circuit, recognize=recognize, keep_all=keep_all)
     stream = _Stream(size, full)
+    where = np.arange(circuit.in_features)
     for layer, native in zip(chosen, natives, strict=True):
-        if native is not None:
-            stream.append(native)
+        if native is None:
+            parts = sparse_factors(owners(layer.start), where[layer.column], layer_values(circuit, layer), size)
+            stream.permute(parts.gather)
+            stream.append(*parts.spread.stages)
+            if full or not _is_identity(parts.sort):
+                stream.append(*permutation_starred(parts.sort).stages)
+            stream.append(*parts.combine.stages)
+            stream.permute(parts.scatter)
+            where = np.arange(layer.rows)
             continue
-        parts = sparse_factors(*_entries(circuit, layer), size)
-        stream.permute(parts.gather)
-        stream.append(*parts.spread.stages)
-        if full or not _is_identity(parts.sort):
-            stream.append(*permutation_starred(parts.sort).stages)
-        stream.append(*parts.combine.stages)
-        stream.permute(parts.scatter)
+        if native.order is not None:
+            stream.permute(native.order)
+        if native.stage is not None:
+            stream.merge(native.stage)
+        where = native.where
+    # A value that is several outputs has been copied by the last layer, so that no two are in one place.
+    stream.permute(completed(where, size))
     result = Kaleidoscope.packed(size, stream.finished(), circuit.in_features, circuit.out_features)
-    assert result.width <= 3 * len(chosen) + 1
+    assert result.width <= GENERIC_WIDTH * len(chosen) + 1
     return result
-
-
-def _layers(circuit: Circuit, keep_all: bool) -> tuple[Layer, ...]:
-    """The layers of the schedule that needs the smallest matrices."""
-    live = prune(without_zero_terms(circuit))
-    if keep_all:
-        return layers(live, live.levels, keep_all=True)
-    schedules = [live.levels, latest_levels(live), narrow_levels(live)]
-    return min((layers(live, levels) for levels in schedules), key=_extent)
-
-
-def _extent(chosen: tuple[Layer, ...]) -> tuple[int, int]:
-    most = max(max(layer.rows, layer.columns, layer.nonzeros) for layer in chosen)
-    return power_of_two(most), sum(layer.nonzeros for layer in chosen)
-
-
-def _entries(circuit: Circuit, layer: Layer) -> tuple[Ints, Ints, Numbers]:
-    """Rows, columns and values of a layer's entries."""
-    values = layer.weight
-    trained = layer.parameter >= 0
-    if trained.any():
-        own = circuit.values[np.where(trained, layer.parameter, 0)]
-        values = exact_product(values, np.where(trained, own, np.ones_like(own)))
-    return owners(layer.start), layer.column, values
 
 
 class _Stream:
@@ -112,6 +88,14 @@ class _Stream:
             self._keep(permutation(self.waiting).stages)
         self.waiting = None
         self._keep(stages)
+
+    def merge(self, stage: Stage) -> None:
+        """One stage, multiplied to the last switches of the permutation before it where they have its stride."""
+        routed = self.waiting is not None and not _is_identity(self.waiting)
+        self.append()
+        if routed and self.stages and self.stages[-1].stride == stage.stride:
+            stage = stage.after(self.stages.pop())
+        self._keep((stage,))
 
     def _keep(self, stages: tuple[Stage, ...]) -> None:
         self.stages += [stage for stage in stages if self.full or not stage.is_identity]

@@ -25,8 +25,13 @@ def broadcast(source: ArrayLike) -> ButterflyProduct:
     Raises:
         CircuitError: the sources are of another kind.
     """
-    need = _require_monotone(source)
+    need = require_monotone(source)
     size = len(need)
+    if size < 2 or not is_power_of_two(size):
+        raise CircuitError(
+            f"A butterfly matrix has a power of two of places, at least 2; got {size}. Repeat the last source to fill "
+            "up."
+        )
     stages = []
     half = size // 2
     while half:
@@ -52,12 +57,17 @@ def segment_sums(segment: ArrayLike) -> ButterflyProduct:
     return broadcast(segment).transpose()
 
 
-def _require_monotone(source: ArrayLike) -> Ints:
+def require_monotone(source: ArrayLike) -> Ints:
+    """The sources as integers.
+
+    Raises:
+        CircuitError: they are no integers that begin at 0 and grow by 0 or 1.
+    """
     array = np.asarray(source)
-    if array.ndim != 1 or len(array) < 2 or not is_power_of_two(len(array)) or array.dtype.kind not in "iu":
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "iu":
         raise CircuitError(
-            f"A monotone broadcast takes a power of two of integers, at least 2; got {array.dtype} of shape "
-            f"{array.shape}. Repeat the last one to fill up."
+            f"The sources of a monotone broadcast are integers; got {array.dtype} of shape {array.shape}. Pass one for "
+            "each place."
         )
     steps = np.diff(array.astype(np.int64))
     if array[0] != 0 or np.any((steps != 0) & (steps != 1)):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from structmat.circuit.arrays import Ints, numbers
+from structmat.circuit.arrays import Ints, Numbers, numbers
 from structmat.circuit.kaleidoscope.benes import permutation, permutation_starred
 from structmat.circuit.kaleidoscope.matrix import Kaleidoscope
 from structmat.circuit.kaleidoscope.monotone import broadcast, segment_sums
@@ -40,10 +40,29 @@ class SparseFactors:
     scatter: Ints
 
 
-def sparse_factors(rows: ArrayLike, columns: ArrayLike, values: ArrayLike, size: int) -> SparseFactors:
-    """The five factors of the matrix with these entries; equal places are summed.
+@dataclass(frozen=True, eq=False)
+class SortedEntries:
+    """The entries of a matrix in the slots of the lemma: sorted by column first, then by row.
 
-    Cost: O(size log size).
+    Attributes:
+        gather: (size,) an order: the used columns first.
+        source: (size,) which of them each slot reads, ascending.
+        sort: (size,) an order: the slots by row.
+        scale: (size,) the value of each slot, 0 where it is unused.
+        segment: (size,) which sum each slot is added to, ascending.
+        scatter: (size,) an order: the sums to their rows.
+    """
+
+    gather: Ints
+    source: Ints
+    sort: Ints
+    scale: Numbers
+    segment: Ints
+    scatter: Ints
+
+
+def sorted_entries(rows: ArrayLike, columns: ArrayLike, values: ArrayLike, size: int) -> SortedEntries:
+    """The orders and runs of the lemma for the matrix with these entries, in any size.
 
     Raises:
         CircuitError: there are more entries than ``size``, or an entry is outside.
@@ -55,26 +74,36 @@ def sparse_factors(rows: ArrayLike, columns: ArrayLike, values: ArrayLike, size:
             f"The lemma takes at most {size} entries in size {size}, as three arrays of one length; got rows "
             f"{row.shape}, columns {column.shape}, values {value.shape}. Use sparse_sum, or a larger size."
         )
-    if count and (min(row.min(), column.min()) < 0 or max(row.max(), column.max()) >= size):
-        raise CircuitError(f"An entry lies outside of a matrix of size {size}.")
+    require_inside(row, column, (size, size))
     by_column = np.argsort(column, kind="stable")
     row, column, value = row[by_column], column[by_column], value[by_column]
     by_row = np.argsort(row, kind="stable")
-    used_columns, column_rank = _ranks(column, size)
-    used_rows, row_rank = _ranks(row[by_row], size)
+    used_columns, source = _ranks(column, size)
+    used_rows, segment = _ranks(row[by_row], size)
     scale = np.zeros(size, dtype=value.dtype)
     scale[:count] = value[by_row]
-    sums = segment_sums(row_rank)
-    combine = ButterflyProduct(size, (sums.stages[0].columns_scaled(scale), *sums.stages[1:]))
-    scatter = np.empty(size, dtype=np.int64)
-    scatter[_completed(used_rows, size)] = np.arange(size)
-    return SparseFactors(
-        gather=_completed(used_columns, size),
-        spread=broadcast(column_rank),
+    return SortedEntries(
+        gather=completed(used_columns, size),
+        source=source,
         sort=np.concatenate([by_row, np.arange(count, size)]),
-        combine=combine,
-        scatter=scatter,
+        scale=scale,
+        segment=segment,
+        scatter=inverse_of(completed(used_rows, size)),
     )
+
+
+def sparse_factors(rows: ArrayLike, columns: ArrayLike, values: ArrayLike, size: int) -> SparseFactors:
+    """The five factors of the matrix with these entries; equal places are summed.
+
+    Cost: O(size log size).
+
+    Raises:
+        CircuitError: there are more entries than ``size``, or an entry is outside.
+    """
+    entries = sorted_entries(rows, columns, values, size)
+    sums = segment_sums(entries.segment)
+    combine = ButterflyProduct(size, (sums.stages[0].columns_scaled(entries.scale), *sums.stages[1:]))
+    return SparseFactors(entries.gather, broadcast(entries.source), entries.sort, combine, entries.scatter)
 
 
 def sparse(
@@ -137,8 +166,15 @@ def _ranks(values: Ints, size: int) -> tuple[Ints, Ints]:
     return values[first], ranks
 
 
-def _completed(chosen: Ints, size: int) -> Ints:
+def completed(chosen: Ints, size: int) -> Ints:
     """An order of all indices that begins with the chosen ones."""
     free = np.ones(size, dtype=np.bool_)
     free[chosen] = False
     return np.concatenate([chosen, np.flatnonzero(free)])
+
+
+def inverse_of(order: Ints) -> Ints:
+    """The inverse of a permutation."""
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse
