@@ -19,6 +19,7 @@ from torch import Tensor
 import structmat as sm
 from structmat.circuit import Builder, Circuit, PrimeField, trace_torch
 from structmat.circuit.catalogue import cosine, fourier, haar, hadamard, prefix_sums, toeplitz
+from structmat.circuit.kaleidoscope import kaleidoscope, monarch
 from structmat.errors import CircuitError, ShapeError, StructureError
 from structmat.kernels import apply, native
 from structmat.program import (
@@ -44,7 +45,7 @@ from structmat.program import (
     tensor_sizes,
     transpose,
 )
-from structmat.program.circuit import from_circuit, to_circuit
+from structmat.program.circuit import from_circuit, from_product, to_circuit
 from structmat.structure import Shape, Structure
 from structmat.testing.oracle import explicit
 
@@ -294,6 +295,23 @@ def test_families_are_recognized_in_their_circuits(structure: Structure, shape: 
     given = compiled.tensors(dtype=torch.float64)
     eye = torch.eye(shape[1], dtype=torch.float64)
     np.testing.assert_allclose(reference.apply(compiled.program, given, eye).T, matrix.to_dense(), atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [kaleidoscope, monarch], ids=["kaleidoscope", "monarch"])
+@pytest.mark.parametrize("circuit", [hadamard(8), prefix_sums(5), cosine(8), random_linear(3)])
+def test_products_become_programs(circuit: Circuit, make: Any) -> None:
+    """Every factor is a contraction, all of whose entries are learned: a trainable matrix that starts as known."""
+    product = make(circuit)
+    compiled = from_product(product)
+    given = {name: t.requires_grad_() for name, t in compiled.tensors(dtype=torch.float64).items()}
+    assert sum(t.numel() for t in given.values()) == product.parameters
+    eye = torch.eye(circuit.in_features, dtype=torch.float64)
+    rows = reference.apply(compiled.program, given, eye)
+    np.testing.assert_allclose(rows.T.detach(), circuit.to_dense(), atol=1e-12)
+    rows.square().sum().backward()
+    assert all(t.grad is not None and bool(t.grad.isfinite().all()) for t in given.values())
+    with torch.no_grad():
+        np.testing.assert_allclose(apply(compiled.program, given, eye).T, circuit.to_dense(), atol=1e-12)
 
 
 def test_moves_cost_nothing() -> None:

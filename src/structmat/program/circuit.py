@@ -18,7 +18,7 @@ from structmat.circuit.arrays import Ints, Numbers, owners, starts
 from structmat.circuit.catalogue import fourier
 from structmat.circuit.measure import level_edges
 from structmat.errors import ShapeError
-from structmat.program.compiled import Compiled, from_circuit
+from structmat.program.compiled import Compiled, from_circuit, from_product
 from structmat.program.stages import (
     Call,
     Chain,
@@ -40,7 +40,7 @@ from structmat.program.stages import (
     stages,
 )
 
-__all__ = ["Compiled", "from_circuit", "to_circuit"]
+__all__ = ["Compiled", "from_circuit", "from_product", "to_circuit"]
 
 Tensors = Mapping[str, Tensor]
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from structmat.circuit import Circuit, Layer, latest_levels, layers, narrow_levels
 from structmat.circuit.arrays import Ints, Numbers, owners
+from structmat.circuit.kaleidoscope import Kaleidoscope, MonarchProduct
 from structmat.circuit.simplify import prune, without_zero_terms
 from structmat.errors import CircuitError, ShapeError
 from structmat.program.patterns import Blocks, blocks, is_order
 from structmat.program.simplify import simplify
-from structmat.program.stages import Chain, Contraction, Crop, Diagonal, Permute, Program, Sparse, stages
+from structmat.program.stages import Chain, Contraction, Crop, Diagonal, Pad, Permute, Program, Sparse, stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,32 @@ def from_circuit(circuit: Circuit, *, recognize: bool = True) -> Compiled:
     schedules = [live.levels, latest_levels(live), narrow_levels(live)]
     found = [_compiled(circuit, layers(live, levels), recognize) for levels in schedules]
     return min(found, key=lambda c: sum(stage.multiplications for stage in stages(c.program)))
+
+
+def from_product(product: Kaleidoscope | MonarchProduct) -> Compiled:
+    """The program of a product of butterfly or Monarch matrices: one contraction for each factor.
+
+    All entries are learned, the zeros and ones too: so a kaleidoscope matrix starts as a known algorithm. Neighboring
+    factors at one stride are multiplied by :func:`~structmat.program.fuse.fuse`, where that is wanted.
+
+    Raises:
+        CircuitError: it has no inputs or no outputs.
+    """
+    if not product.in_features or not product.out_features:
+        raise CircuitError(
+            f"A program has inputs and outputs; the product has {product.in_features} and {product.out_features}."
+        )
+    if isinstance(product, Kaleidoscope):
+        factors = [(factor.pattern, factor.weight) for factor in product.product.stages]
+    else:
+        factors = [(factor.pattern, factor.weight) for factor in product.stages]
+    steps: list[Program] = [Pad(product.in_features, product.size)]
+    sources = {}
+    for number, (pattern, weight) in enumerate(factors):
+        steps.append(Contraction(f"factor{number}", *pattern))
+        sources[f"factor{number}"] = Source(weight, np.full(weight.shape, -1))
+    steps.append(Crop(product.size, product.out_features))
+    return Compiled(simplify(Chain(tuple(steps))), {}, sources, np.zeros(0))
 
 
 class _Steps:

@@ -67,6 +67,12 @@ class Stage:
         return self.size // (2 * self.stride), 2, 2, self.stride
 
     @property
+    def pattern(self) -> tuple[int, int, int, int]:
+        """(a, b, c, d) of the contraction that it is: the shape."""
+        a, _, _, d = self.shape
+        return a, 2, 2, d
+
+    @property
     def weight(self) -> Numbers:
         """The weights in their shape; a 0/1 stage has them as int64."""
         if not self.packed:
