@@ -326,13 +326,13 @@ def test_the_table_of_the_catalogue() -> None:
 
 @pytest.mark.slow
 def test_a_fourier_circuit_of_a_million_gates_in_ten_seconds() -> None:
-    """Built, transposed, differentiated and evaluated on 64 vectors."""
-    begin = time.perf_counter()
+    """Built, transposed, differentiated and evaluated on 64 vectors; processor time, on however busy a machine."""
+    begin = time.process_time()
     circuit = cat.fourier(2**16)
     transposed, gradient = circuit.transpose(), circuit.vjp()
     x = np.random.default_rng(0).standard_normal((64, 2**16)) + 0j
     values = circuit.evaluate(x)
-    taken = time.perf_counter() - begin
+    taken = time.process_time() - begin
     assert circuit.gates == transposed.gates == 2**20
     np.testing.assert_allclose(values, np.fft.fft(x), atol=1e-9)
     # The Fourier matrix is symmetric, and so is its own gradient.

@@ -355,9 +355,9 @@ def long_circuit(inputs: int, gates: int, reach: int, seed: int) -> Circuit:
 
 
 def assert_large(circuit: Circuit, seconds: float) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     matrix = kaleidoscope(circuit, recognize=False)
-    assert time.perf_counter() - begin < seconds
+    assert time.process_time() - begin < seconds
     x = np.random.default_rng(0).integers(0, 1000, circuit.in_features)
     assert np.array_equal(matrix.multiply(x, P), circuit.evaluate(x, P))
     assert matrix.width <= 3 * circuit.depth + 1
