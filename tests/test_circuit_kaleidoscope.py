@@ -598,7 +598,8 @@ def test_multiply_in_every_field(field: Any) -> None:
 @given(seed=seeds)
 def test_kaleidoscope_to_circuit_and_back(seed: int) -> None:
     circuit = random_linear(seed)
-    matrix = kaleidoscope(circuit)
+    matrix = circuit.kaleidoscope()
+    assert matrix.product.strides == kaleidoscope(circuit).product.strides
     again = matrix.circuit()
     assert np.array_equal(again.to_dense(P), circuit.to_dense(P))
     assert again.in_features == circuit.in_features

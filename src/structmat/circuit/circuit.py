@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from structmat.circuit.evaluate import Plan
     from structmat.circuit.fields import Field
+    from structmat.circuit.kaleidoscope import Kaleidoscope
     from structmat.circuit.measure import Counts, Levels
     from structmat.circuit.module import CircuitModule
     from structmat.circuit.schedule import Layer
@@ -406,6 +407,15 @@ class Circuit:
         from structmat.circuit.schedule import layers
 
         return layers(self)
+
+    def kaleidoscope(self, *, recognize: bool = True) -> Kaleidoscope:
+        """A linear circuit as a product of butterfly matrices.
+
+        See :func:`structmat.circuit.kaleidoscope.compiler.kaleidoscope`.
+        """
+        from structmat.circuit.kaleidoscope import kaleidoscope
+
+        return kaleidoscope(self, recognize=recognize)
 
     # ----------------------------------------------------------------------------------------------------- present
 
