@@ -14,7 +14,7 @@ from circuits import random_linear
 from hypothesis import given
 from scipy import fft, linalg
 
-from structmat.circuit import Builder, Circuit, Floats, PrimeField, Rationals
+from structmat.circuit import Builder, Circuit, Floats, PrimeField, Rationals, layers
 from structmat.circuit.catalogue import cosine, fourier, haar, hadamard, prefix_sums, toeplitz
 from structmat.circuit.kaleidoscope import (
     ButterflyProduct,
@@ -533,6 +533,38 @@ def test_circuits_K4_a_large_hadamard_circuit_unrecognized_in_a_minute() -> None
     circuit = hadamard(8192)
     assert circuit.gates > 100_000
     assert_large(circuit, 60)
+
+
+@pytest.mark.parametrize("circuit", [hadamard(16), prefix_sums(8), random_linear(4, wide=False)])
+def test_circuits_K4_layers_one_by_one(circuit: Circuit) -> None:
+    """The proof without routing two permutations as one: width 4 for each layer of all values."""
+    size = 2 * (1 << (circuit.size - 1).bit_length())
+    product: Kaleidoscope | None = None
+    found = layers(circuit, circuit.levels, keep_all=True)
+    for layer in found:
+        row = np.repeat(np.arange(layer.rows), np.diff(layer.start))
+        factor = sparse(row, layer.column, layer.weight, (layer.rows, layer.columns), size=size)
+        assert factor.width == 4
+        product = factor if product is None else factor @ product
+    assert product is not None
+    assert product.width == 4 * len(found)
+    assert np.array_equal(product.to_dense(P), circuit.to_dense(P))
+    assert product.parameters == 16 * len(found) * size * (size.bit_length() - 1)
+
+
+@pytest.mark.parametrize("circuit", [hadamard(4), random_linear(4, wide=False)])
+def test_circuits_K4_layers_as_sums(circuit: Circuit) -> None:
+    """The theorem by sums of parts of n entries: width 4 ceil(entries / n) for each layer, in size 4 n."""
+    product: Kaleidoscope | None = None
+    for layer in layers(circuit, circuit.levels, keep_all=True):
+        row = np.repeat(np.arange(layer.rows), np.diff(layer.start))
+        factor = sparse_sum(row, layer.column, layer.weight, (layer.rows, layer.columns))
+        block = factor.size // 4
+        assert factor.width == 4 * max(1, math.ceil(layer.nonzeros / block))
+        assert factor.width <= 8  # a layer has at most two entries for each value
+        product = factor if product is None else factor @ product
+    assert product is not None
+    assert np.array_equal(product.to_dense(P), circuit.to_dense(P))
 
 
 @pytest.mark.parametrize("seed", range(4))

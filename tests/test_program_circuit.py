@@ -182,6 +182,25 @@ def test_every_stage(program: Program, tensors: dict[str, Tensor]) -> None:
             assert_agrees(own, tensors)
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        Chain((Complex(N), Fourier(N), Diagonal("u", N), Fourier(N, inverse=True))),
+        Chain((Complex(N), Fourier(N), Diagonal("v", N, spectrum=True), Pad(N, 8))),
+        Interpolation("z", "p", 2, N),
+    ],
+)
+def test_programs_of_complex_values(program: Program, tensors: dict[str, Tensor]) -> None:
+    """Without a real part the gates are complex."""
+    circuit = to_circuit(program, tensors)
+    np.testing.assert_allclose(circuit.to_dense(), explicit(program, tensors).numpy(), atol=1e-12)
+    assert circuit.out_features == program.out_features
+    # Over the reals the way into complex values is transposed to the real part.
+    expected = circuit.to_dense().T
+    expected = expected.real if isinstance(program, Chain) else expected
+    np.testing.assert_allclose(to_circuit(transpose(program), tensors).to_dense(), expected, atol=1e-12)
+
+
 def test_products_of_complex_numbers_count_as_four(tensors: dict[str, Tensor]) -> None:
     """In a program with a real part the gates are real, and so are the counts."""
     program = Chain((Complex(N), Diagonal("u", N), Diagonal("u", N), Real(N)))
