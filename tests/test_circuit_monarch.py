@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 from typing import Any
 
 import hypothesis.strategies as st
@@ -223,3 +224,23 @@ def test_bad_input_is_refused(call: Any, message: str) -> None:
 def square() -> Circuit:
     builder = Builder(1)
     return builder.build([builder.product([0, 0])])
+
+
+@pytest.mark.parametrize("compiler", [kaleidoscope, monarch])
+def test_fractions_stay_exact(compiler: Any) -> None:
+    builder = Builder(3)
+    first = builder.sum([0, 1, 2], np.array([Fraction(1, 3), 2, Fraction(-1, 7)], dtype=object))
+    second = builder.sum([first, 1], np.array([Fraction(2, 5), 1], dtype=object))
+    circuit = builder.build([second, first, 0])
+    product = compiler(circuit)
+    assert np.array_equal(product.to_dense(EXACT), circuit.to_dense(EXACT))
+    assert product.multiply([1, 2, 3])[0] == Fraction(374, 105)
+
+
+@pytest.mark.parametrize("compiler", [kaleidoscope, monarch])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(0, []), (3, []), (1, [0]), (2, [1, 1, 1]), (3, [2, 0]), (2, [0, 1, 0, 1, 0])]
+)
+def test_circuits_without_gates(compiler: Any, inputs: int, outputs: list[int]) -> None:
+    product = compiler(Builder(inputs).build(outputs))
+    assert np.array_equal(product.to_dense(EXACT), np.eye(inputs, dtype=int)[outputs].reshape(len(outputs), inputs))
