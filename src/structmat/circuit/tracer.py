@@ -257,6 +257,7 @@ class Tracer:
 
 
 def not_polynomial(name: str) -> CircuitError:
+    """The error for a function that can't be traced."""
     return CircuitError(
         f"{name} is not known to be polynomial, so it has no circuit. Use sums, products, quotients and what moves "
         "entries, or trace the parts before and after it."
