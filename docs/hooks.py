@@ -10,10 +10,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import gen_families
+import gen_wishes
 
 import structmat as sm
 
 TABLE = "<!-- the table of families -->"
+WISHES = "<!-- the table of wishes -->"
 CLASSES = "<!-- the classes of families -->"
 """Marks on a line of their own, in whose place the text goes."""
 
@@ -22,6 +24,8 @@ def on_page_markdown(markdown: str, **page: Any) -> str:
     """Replace the marks; the name and the arguments are those that mkdocs calls."""
     if TABLE in markdown:
         markdown = markdown.replace(TABLE, gen_families.table())
+    if WISHES in markdown:
+        markdown = markdown.replace(WISHES, gen_wishes.table())
     return markdown.replace(CLASSES, classes()) if CLASSES in markdown else markdown
 
 

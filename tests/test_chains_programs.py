@@ -1,4 +1,4 @@
-"""Chains of contractions: checks circuits_S1, S2, S4, B3, B4, H1 to H3, exact members, and program passes."""
+"""Chains of contractions: checks circuits_S1 to S4, B3, B4, H1 to H3, exact members, and program passes."""
 
 import itertools
 import math
@@ -29,6 +29,7 @@ from structmat.program import (
     merged_pattern,
     simplify,
     stages,
+    tensor_sizes,
     transpose,
 )
 from structmat.projection.hierarchical import dense_product, factorize, product_pattern, restrict, split_errors, sweep
@@ -119,6 +120,43 @@ def test_circuits_S2_not_chainable() -> None:
         sm.Chain(((1, 4, 4),))
     with pytest.raises(sm.StructmatError, match="Leave them out"):
         sm.project(gaussian(8, 8), sm.Chain(((1, 4, 4, 1),)))
+
+
+def dimension(program: Program) -> int:
+    """Dimension of the set of matrices of a program: the rank of the derivative at a generic point."""
+    sizes = tensor_sizes(program)
+    g = torch.Generator().manual_seed(0)
+    flat = torch.randn(sum(sizes.values()), generator=g, dtype=torch.float64)
+
+    def dense(parameters: Tensor) -> Tensor:
+        parts = dict(zip(sizes, parameters.split(list(sizes.values())), strict=True))
+        return apply(program, parts, torch.eye(program.in_features, dtype=torch.float64)).flatten()
+
+    jacobian = torch.autograd.functional.jacobian(dense, flat)
+    assert isinstance(jacobian, Tensor)
+    return int(torch.linalg.matrix_rank(jacobian, rtol=1e-9))
+
+
+def butterfly(size: int, prefix: str = "up") -> Chain:
+    strides = [2**level for level in range(size.bit_length() - 1)]
+    return Chain(tuple(Contraction(f"{prefix}{s}", size // (2 * s), 2, 2, s) for s in strides))
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4])
+def test_circuits_S3_dimension_of_butterfly_and_kaleidoscope_matrices(levels: int) -> None:
+    """Of ``2 n log2 n`` numbers, one at each of the n coordinates between two stages is a matter of scaling."""
+    size = 2**levels
+    assert dimension(butterfly(size)) == size * (levels + 1) == {4: 12, 8: 32, 16: 80}[size]
+    starred = transpose(butterfly(size, "down"))
+    both = Chain((starred, butterfly(size)))
+    assert dimension(both) == 2 * size * levels == {4: 16, 8: 48, 16: 128}[size]
+
+
+@pytest.mark.parametrize(("size", "block"), [(4, 2), (12, 3), (12, 4), (16, 4), (15, 5)])
+def test_circuits_S3_dimension_of_monarch_matrices(size: int, block: int) -> None:
+    blocks = size // block
+    within, across = Contraction("r", blocks, block, block, 1), Contraction("l", 1, blocks, blocks, block)
+    assert dimension(Chain((within, across))) == size * block + size * blocks - size
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (12, 12), (16, 64), (36, 24)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
 import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -16,6 +18,7 @@ from circuits import fft, hadamard, random_linear, random_polynomial
 from hypothesis import given
 from scipy import linalg
 
+import structmat.circuit
 from structmat.circuit import (
     Builder,
     Circuit,
@@ -613,3 +616,14 @@ def test_importing_circuits_does_not_import_torch() -> None:
     code = "import structmat.circuit, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_circuits_import_nothing_else_of_the_library() -> None:
+    folder = Path(structmat.circuit.__file__).parent
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.split(".")[0] == "structmat":
+                    assert name.startswith(("structmat.circuit", "structmat.errors")), f"{path.name} imports {name}"

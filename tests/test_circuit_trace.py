@@ -15,7 +15,7 @@ from hypothesis import given
 from torch import Tensor, nn
 
 from structmat.circuit import Builder, Rationals, Tracer, equal, trace
-from structmat.circuit.trace_torch import trace_torch
+from structmat.circuit.torch_trace import trace_torch
 from structmat.circuit.tracer import as_tracer
 from structmat.errors import CircuitError
 
@@ -266,3 +266,10 @@ def test_torch_polynomials() -> None:
 def test_torch_functions_without_linear_circuit_are_refused(function: Callable[[Tensor], Tensor], message: str) -> None:
     with pytest.raises(CircuitError, match=message):
         trace_torch(function, 4, linear=True)
+
+
+def test_the_tracer_of_torch_stays_a_function() -> None:
+    """Its module is loaded at the first use, and must not take its name."""
+    import structmat.circuit as circuits
+
+    assert all(callable(circuits.trace_torch) for _ in range(2))

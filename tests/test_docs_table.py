@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
 import gen_families  # noqa: E402
+import gen_wishes  # noqa: E402
+import hooks  # noqa: E402
 
 
 def test_every_family_has_a_row() -> None:
@@ -28,3 +30,24 @@ def test_rows_say_something() -> None:
     assert "`rank`" in row
     assert "optimal" in row
     assert "24.6%" in row or "23.4%" in row, row
+
+
+def test_the_table_of_wishes() -> None:
+    """Every family is asked for every target; what theory knows of some of them is what is found."""
+    page = hooks.on_page_markdown((ROOT / "docs" / "theory.md").read_text(encoding="utf-8"))
+    lines = [line for line in page.splitlines() if line.startswith(("| `", "| kaleidoscope"))]
+    names = [line.split("|")[1].strip(" `").split("(")[0].rstrip(" `") for line in lines]
+    rows = {name: [cell.strip() for cell in line.split("|")[2:-1]] for name, line in zip(names, lines, strict=True)}
+    assert set(rows) == {*sm.families(), "kaleidoscope"}
+    for cells in rows.values():
+        assert len(cells) == len(gen_wishes.HEADER) - 1
+    answers = {name: dict(zip(gen_wishes.HEADER[1:], cells, strict=True)) for name, cells in rows.items()}
+    targets = list(gen_wishes.targets())
+    assert [answers["Butterfly"][t] for t in targets] == ["yes", "no", "yes", "no", "no"]
+    assert [answers["Monarch"][t] for t in targets] == ["yes", "no", "yes", "no", "no"]
+    assert [answers["Sparse"][t] for t in targets] == ["no", "no", "no", "yes", "yes"]
+    assert [answers["LowRank"][t] for t in targets] == ["no"] * 5
+    assert all(answers[name][t] == "yes" for name in ("Dense", "kaleidoscope") for t in targets)
+    assert answers["Butterfly"]["parameters"] == "128"
+    # Each of the 4 levels has 32 products and 16 sums; backwards twice the products and 16 sums more for the inputs.
+    assert answers["Butterfly"]["product"] == str(4 * 48)

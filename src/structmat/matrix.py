@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from structmat.kernels import apply
 from structmat.program import Cost, Program, build, cost, reference, transpose
 from structmat.program.padding import padding_factor
 from structmat.structure import Shape, Structure, allows_complex, check_shape, resolve, specs
+
+if TYPE_CHECKING:
+    from structmat.circuit import Circuit
 
 
 class StructuredMatrix:
@@ -131,6 +134,15 @@ class StructuredMatrix:
             for name, t in self.tensors.items()
         }
         return StructuredMatrix(self.structure, self._shape, moved, transposed=self._transposed)
+
+    def circuit(self) -> Circuit:
+        """The matrix gate by gate: ``circuit().multiplications`` and ``additions`` are those of :attr:`cost`.
+
+        The parameters are the entries of the learned tensors. See :func:`structmat.program.circuit.to_circuit`.
+        """
+        from structmat.program.circuit import to_circuit  # SciPy's sparse matrices are not needed before
+
+        return to_circuit(self.program, self.tensors)
 
     def to_dense(self) -> Tensor:
         """The matrix written out, (out_features, in_features)."""

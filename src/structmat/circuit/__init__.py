@@ -42,7 +42,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # PyTorch is loaded only for what needs it.
     if name == "trace_torch":
-        from structmat.circuit.trace_torch import trace_torch
+        from structmat.circuit.torch_trace import trace_torch
 
         return trace_torch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,13 +22,17 @@ def level_of_nodes(start: Ints, operand: Ints) -> Ints:
     target = np.repeat(np.arange(nodes), np.diff(start))[edges]
     waiting = np.bincount(target, minlength=nodes)
     level = np.full(nodes, -1, dtype=np.int64)
+    writer = np.empty(nodes, dtype=np.int64)
     ready = np.flatnonzero(waiting == 0)
     depth = 0
     while len(ready):
         level[ready] = depth
         reached = target[spread(begin[ready], begin[ready + 1] - begin[ready])]
         np.subtract.at(waiting, reached, 1)
-        ready = np.unique(reached[waiting[reached] == 0])
+        ready = reached[waiting[reached] == 0]
+        # Each once: of several writes to one place one stays.
+        writer[ready] = np.arange(len(ready))
+        ready = ready[writer[ready] == np.arange(len(ready))]
         depth += 1
     return level
 

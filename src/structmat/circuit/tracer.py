@@ -143,7 +143,7 @@ class Tracer:
         return self
 
     def __add__(self, other: Any) -> Tracer:
-        return _stacked(self.builder, [self, self.lift(other)]).sum(axis=-1)
+        return stacked(self.builder, [self, self.lift(other)]).sum(axis=-1)
 
     __radd__ = __add__
 
@@ -203,7 +203,7 @@ class Tracer:
                 raise CircuitError("Values of two circuits under construction can't be combined.")
             return other
         if isinstance(other, list | tuple):
-            return _stacked(self.builder, [self.lift(o) for o in other], axis=0)
+            return stacked(self.builder, [self.lift(o) for o in other], axis=0)
         array = numbers(other)
         none = np.full(array.shape, -1)
         return Tracer(self.builder, none, array, none)
@@ -213,22 +213,26 @@ class Tracer:
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Tracer:
         if method == "reduce" and ufunc is np.add:
             return self.sum(kwargs.get("axis", 0), bool(kwargs.get("keepdims", False)))
-        function = _UFUNCS.get(ufunc)
+        from structmat.circuit.tracer_numpy import UFUNCS
+
+        function = UFUNCS.get(ufunc)
         if method != "__call__" or function is None or kwargs:
-            raise _not_polynomial(f"np.{ufunc.__name__}" + ("" if method == "__call__" else f".{method}"))
+            raise not_polynomial(f"np.{ufunc.__name__}" + ("" if method == "__call__" else f".{method}"))
         operands = [self.lift(i) if n == 0 or ufunc is not np.power else i for n, i in enumerate(inputs)]
         result: Tracer = function(*operands)
         return result
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        if function in _MOVES:
-            return _moved(self, function, args, kwargs)
-        handler = _FUNCTIONS.get(function)
+        from structmat.circuit.tracer_numpy import FUNCTIONS, MOVES, moved
+
+        if function in MOVES:
+            return moved(self, function, args, kwargs)
+        handler = FUNCTIONS.get(function)
         if handler is not None:
             return handler(self, *args, **kwargs)
         if args and args[0] is self and not any(isinstance(a, Tracer) for a in (*args[1:], *kwargs.values())):
             return by_matrix(self, lambda array: function(array, *args[1:], **kwargs), f"np.{function.__name__}")
-        raise _not_polynomial(f"np.{function.__name__}")
+        raise not_polynomial(f"np.{function.__name__}")
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         raise CircuitError("A traced value has no number yet. Use NumPy functions of the array itself.")
@@ -249,17 +253,18 @@ class Tracer:
         return self._compare(other)
 
     def __abs__(self) -> Tracer:
-        raise _not_polynomial("abs")
+        raise not_polynomial("abs")
 
 
-def _not_polynomial(name: str) -> CircuitError:
+def not_polynomial(name: str) -> CircuitError:
+    """The error for a function that can't be traced."""
     return CircuitError(
         f"{name} is not known to be polynomial, so it has no circuit. Use sums, products, quotients and what moves "
         "entries, or trace the parts before and after it."
     )
 
 
-def _stacked(builder: Builder, parts: Sequence[Tracer], axis: int = -1) -> Tracer:
+def stacked(builder: Builder, parts: Sequence[Tracer], axis: int = -1) -> Tracer:
     """Tracers broadcast against each other and stacked along a new axis."""
     shape = np.broadcast_shapes(*(p.shape for p in parts))
     dtype = common_type(*(p.scale for p in parts))
@@ -312,7 +317,7 @@ def _atoms(values: Tracer, chosen: Bools) -> Ints:
 
 
 def _multiply(a: Tracer, b: Tracer) -> Tracer:
-    both = _stacked(a.builder, [a, b])
+    both = stacked(a.builder, [a, b])
     a, b = both[..., 0], both[..., 1]
     scale = exact_product(a.scale, b.scale)
     node, parameter = np.where(a.node >= 0, a.node, b.node), np.where(a.parameter >= 0, a.parameter, b.parameter)
@@ -327,7 +332,7 @@ def _multiply(a: Tracer, b: Tracer) -> Tracer:
 
 
 def _divide(a: Tracer, b: Tracer) -> Tracer:
-    both = _stacked(a.builder, [a, b])
+    both = stacked(a.builder, [a, b])
     a, b = both[..., 0], both[..., 1]
     if np.any(b.is_number & np.asarray(b.scale == 0, dtype=bool)):
         raise CircuitError("The traced function divides by the number zero.")
@@ -401,7 +406,7 @@ def by_matrix(x: Tracer, function: Callable[[Any], Any], name: str) -> Tracer:
     except CircuitError:
         raise
     except Exception as error:
-        raise _not_polynomial(name) from error
+        raise not_polynomial(name) from error
     matrix = np.stack([np.ravel(c) for c in columns], axis=-1) if columns else np.zeros((offset.size, 0))
     for factor, result in ((1, value), (-2, other)):
         expected = factor * (matrix @ np.ravel(probe)) + np.ravel(offset)
@@ -412,134 +417,6 @@ def by_matrix(x: Tracer, function: Callable[[Any], Any], name: str) -> Tracer:
             )
     flat = _matmul(x.lift(matrix), x.ravel())
     return (flat + np.ravel(offset) if np.any(offset) else flat).reshape(offset.shape)
-
-
-# ------------------------------------------------------------------------------------------------- NumPy's functions
-
-
-def _moved(x: Tracer, function: Any, args: Any, kwargs: Any) -> Any:
-    """A function that moves entries, of one array or of a sequence of arrays, on each of the three arrays."""
-    first, *rest = args
-    if isinstance(first, Tracer):
-        return _same_structure(
-            x.builder, *(function(a, *rest, **kwargs) for a in (first.node, first.scale, first.parameter))
-        )
-    parts = [x.lift(p) for p in first]
-    dtype = common_type(*(p.scale for p in parts))
-    columns = ([p.node for p in parts], [p.scale.astype(dtype) for p in parts], [p.parameter for p in parts])
-    return _same_structure(x.builder, *(function(c, *rest, **kwargs) for c in columns))
-
-
-def _same_structure(builder: Builder, node: Any, scale: Any, parameter: Any) -> Any:
-    """Lists of arrays become lists of tracers."""
-    if isinstance(node, list | tuple):
-        return [_same_structure(builder, *parts) for parts in zip(node, scale, parameter, strict=True)]
-    return Tracer(builder, np.asarray(node), np.asarray(scale), np.asarray(parameter))
-
-
-def _einsum(x: Tracer, subscripts: str, *operands: Any) -> Tracer:
-    """Axes aligned by letter, multiplied, summed."""
-    if "." in subscripts:
-        raise CircuitError(f"einsum({subscripts!r}) with an ellipsis can't be traced. Name all axes.")
-    terms, arrow, output = subscripts.replace(" ", "").partition("->")
-    names = terms.split(",")
-    letters = "".join(names)
-    if not arrow:
-        output = "".join(sorted(a for a in set(letters) if letters.count(a) == 1))
-    order = output + "".join(sorted(set(letters) - set(output)))
-    product: Tracer | None = None
-    for name, operand in zip(names, operands, strict=True):
-        aligned = x.lift(operand)
-        for letter in dict.fromkeys(name):
-            while name.count(letter) > 1:
-                first, second = name.index(letter), name.rindex(letter)
-                aligned = aligned.move(np.diagonal, 0, first, second)
-                name = name[:first] + name[first + 1 : second] + name[second + 1 :] + letter
-        kept = [a for a in order if a in name]
-        aligned = aligned.transpose(tuple(name.index(a) for a in kept))
-        shape = tuple(aligned.shape[kept.index(a)] if a in name else 1 for a in order)
-        aligned = aligned.reshape(shape)
-        product = aligned if product is None else product * aligned
-    if product is None:
-        raise CircuitError("einsum needs operands.")
-    summed = tuple(range(len(output), len(order)))
-    return product.sum(axis=summed) if summed else product
-
-
-def _pad(x: Tracer, array: Tracer, width: Any, mode: str = "constant", **kwargs: Any) -> Tracer:
-    places = np.arange(array.size).reshape(array.shape)
-    if mode == "constant":
-        if np.any(kwargs.get("constant_values", 0)):
-            raise CircuitError("np.pad is traced with zeros only.")
-        return array.take(np.pad(places, width, constant_values=-1))
-    return array.take(np.pad(places, width, mode=mode, **kwargs))  # type: ignore[call-overload]
-
-
-def _cumsum(x: Tracer, array: Tracer, axis: int | None = None) -> Tracer:
-    """One after the other, as NumPy does."""
-    values = (array.ravel() if axis is None else array).move(np.moveaxis, 0 if axis is None else axis, 0)
-    rows = [values[0]]
-    for row in range(1, len(values)):
-        rows.append(rows[-1] + values[row])
-    return _stacked(x.builder, rows, 0).move(np.moveaxis, 0, 0 if axis is None else axis)
-
-
-def _diff(x: Tracer, array: Tracer, n: int = 1, axis: int = -1) -> Tracer:
-    for _ in range(n):
-        values = array.move(np.moveaxis, axis, -1)
-        array = (values[..., 1:] - values[..., :-1]).move(np.moveaxis, -1, axis)
-    return array
-
-
-def _kron(x: Tracer, a: Any, b: Any) -> Tracer:
-    first, second = x.lift(a), x.lift(b)
-    if first.ndim != second.ndim:
-        raise CircuitError(f"np.kron is traced for arrays of as many axes; got {first.ndim} and {second.ndim}.")
-    axes = range(first.ndim)
-    left = first.reshape(tuple(n for a in axes for n in (first.shape[a], 1)))
-    right = second.reshape(tuple(n for a in axes for n in (1, second.shape[a])))
-    return (left * right).reshape(tuple(first.shape[a] * second.shape[a] for a in axes))
-
-
-_MOVES = {
-    np.reshape, np.ravel, np.transpose, np.swapaxes, np.moveaxis, np.squeeze, np.expand_dims, np.broadcast_to, np.roll,
-    np.flip, np.fliplr, np.flipud, np.rot90, np.take, np.take_along_axis, np.repeat, np.tile, np.diagonal, np.copy,
-    np.concatenate, np.stack, np.vstack, np.hstack, np.dstack, np.split, np.array_split, np.hsplit, np.vsplit,
-    np.atleast_1d, np.atleast_2d, np.column_stack, np.delete, np.compress,
-}  # fmt: skip
-
-_UFUNCS: dict[Any, Callable[..., Tracer]] = {
-    np.add: lambda a, b: a + b,
-    np.subtract: lambda a, b: a - b,
-    np.multiply: lambda a, b: a * b,
-    np.true_divide: lambda a, b: a / b,
-    np.negative: lambda a: -a,
-    np.positive: lambda a: a,
-    np.square: lambda a: a * a,
-    np.reciprocal: lambda a: 1 / a,
-    np.power: lambda a, b: a**b,
-    np.matmul: lambda a, b: a @ b,
-}
-
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {
-    np.sum: lambda x, array, axis=None, keepdims=False: x.lift(array).sum(axis, keepdims),
-    np.mean: lambda x, array, axis=None, keepdims=False: x.lift(array).mean(axis, keepdims),
-    np.dot: lambda x, a, b: x.lift(a) @ b if x.lift(a).ndim and x.lift(b).ndim else x.lift(a) * b,
-    np.inner: lambda x, a, b: x.lift(a) @ x.lift(b).T,
-    np.vdot: lambda x, a, b: x.lift(a).ravel() @ x.lift(b).ravel(),
-    np.outer: lambda x, a, b: x.lift(a).ravel()[:, None] * x.lift(b).ravel()[None, :],
-    np.trace: lambda x, array: array.move(np.diagonal).sum(axis=-1),
-    np.einsum: _einsum,
-    np.pad: _pad,
-    np.cumsum: _cumsum,
-    np.diff: _diff,
-    np.kron: _kron,
-    np.zeros_like: lambda x, array, **_: np.zeros(array.shape),
-    np.ones_like: lambda x, array, **_: np.ones(array.shape),
-    np.shape: lambda x, array: array.shape,
-    np.ndim: lambda x, array: array.ndim,
-    np.size: lambda x, array: array.size,
-}
 
 
 def as_tracer(builder: Builder, nodes: ArrayLike) -> Tracer:

@@ -1,0 +1,138 @@
+"""What NumPy's functions do to a tracer: what only moves entries, arithmetic, and functions written with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from structmat.circuit.arrays import common_type
+from structmat.circuit.builder import Builder
+from structmat.circuit.tracer import Tracer, stacked
+from structmat.errors import CircuitError
+
+
+def moved(x: Tracer, function: Any, args: Any, kwargs: Any) -> Any:
+    """A function that moves entries, of one array or of a sequence of arrays, on each of the three arrays."""
+    first, *rest = args
+    if isinstance(first, Tracer):
+        return _same_structure(
+            x.builder, *(function(a, *rest, **kwargs) for a in (first.node, first.scale, first.parameter))
+        )
+    parts = [x.lift(p) for p in first]
+    dtype = common_type(*(p.scale for p in parts))
+    columns = ([p.node for p in parts], [p.scale.astype(dtype) for p in parts], [p.parameter for p in parts])
+    return _same_structure(x.builder, *(function(c, *rest, **kwargs) for c in columns))
+
+
+def _same_structure(builder: Builder, node: Any, scale: Any, parameter: Any) -> Any:
+    """Lists of arrays become lists of tracers."""
+    if isinstance(node, list | tuple):
+        return [_same_structure(builder, *parts) for parts in zip(node, scale, parameter, strict=True)]
+    return Tracer(builder, np.asarray(node), np.asarray(scale), np.asarray(parameter))
+
+
+def _einsum(x: Tracer, subscripts: str, *operands: Any) -> Tracer:
+    """Axes aligned by letter, multiplied, summed."""
+    if "." in subscripts:
+        raise CircuitError(f"einsum({subscripts!r}) with an ellipsis can't be traced. Name all axes.")
+    terms, arrow, output = subscripts.replace(" ", "").partition("->")
+    names = terms.split(",")
+    letters = "".join(names)
+    if not arrow:
+        output = "".join(sorted(a for a in set(letters) if letters.count(a) == 1))
+    order = output + "".join(sorted(set(letters) - set(output)))
+    product: Tracer | None = None
+    for name, operand in zip(names, operands, strict=True):
+        aligned = x.lift(operand)
+        for letter in dict.fromkeys(name):
+            while name.count(letter) > 1:
+                first, second = name.index(letter), name.rindex(letter)
+                aligned = aligned.move(np.diagonal, 0, first, second)
+                name = name[:first] + name[first + 1 : second] + name[second + 1 :] + letter
+        kept = [a for a in order if a in name]
+        aligned = aligned.transpose(tuple(name.index(a) for a in kept))
+        shape = tuple(aligned.shape[kept.index(a)] if a in name else 1 for a in order)
+        aligned = aligned.reshape(shape)
+        product = aligned if product is None else product * aligned
+    if product is None:
+        raise CircuitError("einsum needs operands.")
+    summed = tuple(range(len(output), len(order)))
+    return product.sum(axis=summed) if summed else product
+
+
+def _pad(x: Tracer, array: Tracer, width: Any, mode: str = "constant", **kwargs: Any) -> Tracer:
+    places = np.arange(array.size).reshape(array.shape)
+    if mode == "constant":
+        if np.any(kwargs.get("constant_values", 0)):
+            raise CircuitError("np.pad is traced with zeros only.")
+        return array.take(np.pad(places, width, constant_values=-1))
+    return array.take(np.pad(places, width, mode=mode, **kwargs))  # type: ignore[call-overload]
+
+
+def _cumsum(x: Tracer, array: Tracer, axis: int | None = None) -> Tracer:
+    """One after the other, as NumPy does."""
+    values = (array.ravel() if axis is None else array).move(np.moveaxis, 0 if axis is None else axis, 0)
+    rows = [values[0]]
+    for row in range(1, len(values)):
+        rows.append(rows[-1] + values[row])
+    return stacked(x.builder, rows, 0).move(np.moveaxis, 0, 0 if axis is None else axis)
+
+
+def _diff(x: Tracer, array: Tracer, n: int = 1, axis: int = -1) -> Tracer:
+    for _ in range(n):
+        values = array.move(np.moveaxis, axis, -1)
+        array = (values[..., 1:] - values[..., :-1]).move(np.moveaxis, -1, axis)
+    return array
+
+
+def _kron(x: Tracer, a: Any, b: Any) -> Tracer:
+    first, second = x.lift(a), x.lift(b)
+    if first.ndim != second.ndim:
+        raise CircuitError(f"np.kron is traced for arrays of as many axes; got {first.ndim} and {second.ndim}.")
+    axes = range(first.ndim)
+    left = first.reshape(tuple(n for a in axes for n in (first.shape[a], 1)))
+    right = second.reshape(tuple(n for a in axes for n in (1, second.shape[a])))
+    return (left * right).reshape(tuple(first.shape[a] * second.shape[a] for a in axes))
+
+
+MOVES = {
+    np.reshape, np.ravel, np.transpose, np.swapaxes, np.moveaxis, np.squeeze, np.expand_dims, np.broadcast_to, np.roll,
+    np.flip, np.fliplr, np.flipud, np.rot90, np.take, np.take_along_axis, np.repeat, np.tile, np.diagonal, np.copy,
+    np.concatenate, np.stack, np.vstack, np.hstack, np.dstack, np.split, np.array_split, np.hsplit, np.vsplit,
+    np.atleast_1d, np.atleast_2d, np.column_stack, np.delete, np.compress,
+}  # fmt: skip
+
+UFUNCS: dict[Any, Callable[..., Tracer]] = {
+    np.add: lambda a, b: a + b,
+    np.subtract: lambda a, b: a - b,
+    np.multiply: lambda a, b: a * b,
+    np.true_divide: lambda a, b: a / b,
+    np.negative: lambda a: -a,
+    np.positive: lambda a: a,
+    np.square: lambda a: a * a,
+    np.reciprocal: lambda a: 1 / a,
+    np.power: lambda a, b: a**b,
+    np.matmul: lambda a, b: a @ b,
+}
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    np.sum: lambda x, array, axis=None, keepdims=False: x.lift(array).sum(axis, keepdims),
+    np.mean: lambda x, array, axis=None, keepdims=False: x.lift(array).mean(axis, keepdims),
+    np.dot: lambda x, a, b: x.lift(a) @ b if x.lift(a).ndim and x.lift(b).ndim else x.lift(a) * b,
+    np.inner: lambda x, a, b: x.lift(a) @ x.lift(b).T,
+    np.vdot: lambda x, a, b: x.lift(a).ravel() @ x.lift(b).ravel(),
+    np.outer: lambda x, a, b: x.lift(a).ravel()[:, None] * x.lift(b).ravel()[None, :],
+    np.trace: lambda x, array: array.move(np.diagonal).sum(axis=-1),
+    np.einsum: _einsum,
+    np.pad: _pad,
+    np.cumsum: _cumsum,
+    np.diff: _diff,
+    np.kron: _kron,
+    np.zeros_like: lambda x, array, **_: np.zeros(array.shape),
+    np.ones_like: lambda x, array, **_: np.ones(array.shape),
+    np.shape: lambda x, array: array.shape,
+    np.ndim: lambda x, array: array.ndim,
+    np.size: lambda x, array: array.size,
+}

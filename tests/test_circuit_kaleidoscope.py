@@ -1,0 +1,682 @@
+"""Butterfly factors, and linear circuits as kaleidoscope matrices. Exact over the rationals or a prime field."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from circuits import random_linear
+from hypothesis import given
+from scipy import fft, linalg
+
+from structmat.circuit import Builder, Circuit, Floats, PrimeField, Rationals, layers
+from structmat.circuit.catalogue import cosine, fourier, haar, hadamard, prefix_sums, toeplitz
+from structmat.circuit.kaleidoscope import (
+    ButterflyProduct,
+    Kaleidoscope,
+    Stage,
+    broadcast,
+    kaleidoscope,
+    permutation,
+    permutation_starred,
+    placed,
+    segment_sums,
+    sparse,
+    sparse_factors,
+    sparse_sum,
+    total,
+)
+from structmat.circuit.kaleidoscope.stage import bit_reversal
+from structmat.errors import CircuitError
+
+seeds = st.integers(0, 100_000)
+EXACT = Rationals()
+P = PrimeField()
+COMPLEX = Floats(complex)
+
+
+def up(size: int) -> tuple[int, ...]:
+    return tuple(1 << level for level in range(size.bit_length() - 1))
+
+
+def random_matrix(size: int, width: int, seed: int) -> Kaleidoscope:
+    """Random integer twiddles in (B B*)^width."""
+    rng = np.random.default_rng(seed)
+    strides = (*reversed(up(size)), *up(size)) * width
+    stages = [Stage.of(rng.integers(-2, 3, (size // (2 * s), 2, 2, s))) for s in strides]
+    return Kaleidoscope(ButterflyProduct(size, tuple(stages)), size, size)
+
+
+def dense_stage(stage: Stage) -> Any:
+    """The matrix from the definition, entry by entry."""
+    matrix = np.zeros((stage.size, stage.size), dtype=object)
+    blocks, _, _, stride = stage.shape
+    for a, b, c, d in itertools.product(range(blocks), range(2), range(2), range(stride)):
+        matrix[(2 * a + b) * stride + d, (2 * a + c) * stride + d] = stage.weight[a, b, c, d]
+    return matrix
+
+
+def decimation_in_time(size: int) -> ButterflyProduct:
+    """B with F = B R: twiddles [[1, w], [1, -w]]."""
+    stages = []
+    for s in up(size):
+        w = np.exp(-1j * np.pi * np.arange(s) / s)
+        block = np.stack([np.stack([np.ones(s), w]), np.stack([np.ones(s), -w])])
+        stages.append(Stage.of(np.broadcast_to(block, (size // (2 * s), 2, 2, s))))
+    return ButterflyProduct(size, tuple(stages))
+
+
+# ------------------------------------------------------------------------------------------------------ the checks
+
+
+@pytest.mark.parametrize("size", [2, 4, 16, 64, 512, 1024])
+def test_circuits_B1_transforms_are_butterfly_matrices(size: int) -> None:
+    rng = np.random.default_rng(size)
+    reversal = bit_reversal(size)
+    butterfly = decimation_in_time(size)
+    assert butterfly.strides == up(size)
+    x = rng.standard_normal((3, size))
+    np.testing.assert_allclose(butterfly.multiply(x[:, reversal], COMPLEX), np.fft.fft(x), atol=1e-12 * size)
+    # By transposition F = R B^T, with B^T in B*.
+    np.testing.assert_allclose(butterfly.T.multiply(x, COMPLEX)[:, reversal], np.fft.fft(x), atol=1e-12 * size)
+    # A circulant matrix is in B B* without a permutation.
+    column = rng.standard_normal(size)
+    eigenvalues = np.fft.fft(column)[reversal] / size
+    conjugate = ButterflyProduct(size, tuple(Stage.of(s.weight.conj()) for s in butterfly.stages))
+    first = (conjugate.stages[0].columns_scaled(eigenvalues), *conjugate.stages[1:])
+    circulant = Kaleidoscope(ButterflyProduct(size, butterfly.T.stages + first), size, size)
+    assert circulant.width == 1
+    expected = np.fft.ifft(np.fft.fft(x) * np.fft.fft(column))
+    np.testing.assert_allclose(circulant.multiply(x, COMPLEX), expected, atol=1e-12 * size)
+
+
+def test_circuits_B1_hadamard_needs_no_permutation() -> None:
+    twiddle = np.array([[1, 1], [1, -1]])[None, :, :, None]
+    stages = [Stage.of(np.broadcast_to(twiddle, (32 // (2 * s), 2, 2, s))) for s in up(32)]
+    assert np.array_equal(ButterflyProduct(32, tuple(stages)).to_dense(EXACT), hadamard(32).to_dense(EXACT))
+    assert np.array_equal(ButterflyProduct(32, tuple(stages[::-1])).to_dense(EXACT), hadamard(32).to_dense(EXACT))
+
+
+def scaled_last(product: ButterflyProduct, scale: Any) -> ButterflyProduct:
+    """The product with a diagonal matrix on the left: the last stage takes it in."""
+    last = product.stages[-1].transpose().columns_scaled(np.broadcast_to(scale, product.size)).transpose()
+    return ButterflyProduct(product.size, (*product.stages[:-1], last))
+
+
+def circulant(column: Any) -> ButterflyProduct:
+    """``conj(B) diag(eigenvalues / n, in bit-reversed order) B^T``: no permutation is needed."""
+    size = len(column)
+    butterfly = decimation_in_time(size)
+    conjugate = ButterflyProduct(size, tuple(Stage.of(stage.weight.conj()) for stage in butterfly.stages))
+    eigenvalues = np.fft.fft(column)[bit_reversal(size)] / size
+    first = (conjugate.stages[0].columns_scaled(eigenvalues), *conjugate.stages[1:])
+    return ButterflyProduct(size, butterfly.T.stages + first)
+
+
+def rotation(vector: Any) -> ButterflyProduct:
+    """An orthogonal member of B* that takes a vector to its norm times the first unit vector."""
+    size = len(vector)
+    stages, rest = [], np.array(vector, dtype=float)
+    for stride in up(size)[::-1]:
+        weight = Stage.identity(size, stride).weight.astype(float)
+        upper, lower = rest[:stride], rest[stride : 2 * stride]
+        norm = np.hypot(upper, lower)
+        safe = np.where(norm > 0, norm, 1)
+        c, s = np.where(norm > 0, upper / safe, 1), lower / safe
+        weight[0] = np.stack([np.stack([c, s]), np.stack([-s, c])])
+        stages.append(Stage.of(weight))
+        rest = norm
+    return ButterflyProduct(size, tuple(stages))
+
+
+@pytest.mark.parametrize("size", [2, 4, 16, 64, 512])
+def test_circuits_B1_inverse_and_real_relatives_of_the_fourier_transform(size: int) -> None:
+    x = np.random.default_rng(size).standard_normal((2, size))
+    k = np.arange(size)
+    reversal = bit_reversal(size)
+    butterfly = decimation_in_time(size)
+    halved = ButterflyProduct(size, tuple(Stage.of(stage.weight.conj() / 2) for stage in butterfly.stages))
+    np.testing.assert_allclose(halved.multiply(x[:, reversal], COMPLEX), np.fft.ifft(x), atol=1e-14 * size)
+    hartley = scaled_last(butterfly, 1 + 1j).multiply(x[:, reversal], COMPLEX).real
+    angle = 2 * np.pi * np.outer(k, k) / size
+    np.testing.assert_allclose(hartley, x @ (np.cos(angle) + np.sin(angle)), atol=1e-12 * size)
+    # Cosine and sine transforms: the evens ascending, then the odds descending, in bit-reversed order.
+    folded = np.concatenate([k[::2], k[1::2][::-1]])[reversal]
+    cosine_2 = scaled_last(butterfly, 2 * np.exp(-0.5j * np.pi * k / size))
+    np.testing.assert_allclose(cosine_2.multiply(x[:, folded], COMPLEX).real, fft.dct(x), atol=1e-12 * size)
+    unfolded = np.empty(size, dtype=np.int64)
+    unfolded[folded] = k
+    transposed = cosine_2.T.multiply(x, COMPLEX).real[:, unfolded]
+    doubled = x + np.where(k == 0, x, 0)  # SciPy takes the zeroth term once, the transpose twice
+    np.testing.assert_allclose(transposed, fft.dct(doubled, type=3), atol=1e-12 * size)
+    signs = np.where(k < size // 2 + size % 2, 1, -1)
+    shift = np.exp(-2j * np.pi * k / size)  # moves every frequency by one: the exponent k + 1 afterwards
+    sine_2 = scaled_last(butterfly, 2j * np.exp(-0.5j * np.pi * (k + 1) / size))
+    first = sine_2.stages[0].columns_scaled((signs * shift)[reversal])
+    sine_2 = ButterflyProduct(size, (first, *sine_2.stages[1:]))
+    np.testing.assert_allclose(sine_2.multiply(x[:, folded], COMPLEX).real, fft.dst(x), atol=1e-12 * size)
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_circuits_B1_kronecker_products_and_wavelets_are_butterfly_matrices(size: int) -> None:
+    rng = np.random.default_rng(size)
+    blocks = rng.integers(-3, 4, (len(up(size)), 2, 2))
+    tied = [
+        Stage.of(np.broadcast_to(block[None, :, :, None], (size // (2 * s), 2, 2, s)))
+        for s, block in zip(up(size), blocks, strict=True)
+    ]
+    expected = np.ones((1, 1), dtype=np.int64)
+    for block in blocks:
+        expected = np.kron(block, expected)
+    assert np.array_equal(ButterflyProduct(size, tuple(tied)).to_dense(EXACT), expected)
+    # The Haar wavelet in place: at stride s only pairs of multiples of s are mixed.
+    stages = []
+    for s in up(size):
+        weight = Stage.identity(size, s).weight.astype(float)
+        weight[:, :, :, 0] = np.array([[1, 1], [1, -1]]) / math.sqrt(2)
+        stages.append(Stage.of(weight))
+    in_place = ButterflyProduct(size, tuple(stages)).to_dense()
+    k = np.arange(size)
+    level = np.array([size if i == 0 else i & -i for i in range(size)])
+    coarse_first = np.lexsort((k, -level))
+    np.testing.assert_allclose(in_place[coarse_first], haar(size).to_dense(), atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+@pytest.mark.parametrize("factor", [1, -1, 0.5])
+def test_circuits_B1_circulant_relatives_are_in_one_pair(size: int, factor: float) -> None:
+    """f-circulant matrices: the wrapped entries times f; a cyclic shift is one of them."""
+    rng = np.random.default_rng(size)
+    for column in (rng.standard_normal(size), np.eye(size)[1]):
+        eta = np.power(complex(factor), np.arange(size) / size)
+        inner = circulant(column * eta)
+        first = inner.stages[0].columns_scaled(eta)
+        product = ButterflyProduct(size, (first, *inner.stages[1:]))
+        matrix = scaled_last(product, 1 / eta)
+        i, j = np.indices((size, size))
+        expected = np.where(i >= j, column[(i - j) % size], factor * column[(i - j) % size])
+        assert Kaleidoscope(matrix, size, size).width == 1
+        np.testing.assert_allclose(matrix.to_dense(COMPLEX), expected, atol=1e-12 * size)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 5), (3, 9), (12, 7), (30, 33)])
+def test_circuits_B1_toeplitz_matrices_of_any_size_are_corners_of_one_pair(rows: int, columns: int) -> None:
+    rng = np.random.default_rng(rows)
+    first_column, first_row = rng.standard_normal(rows), rng.standard_normal(columns)
+    first_row[0] = first_column[0]
+    size = max(2, 1 << (rows + columns - 2).bit_length())
+    padding = np.zeros(size - rows - columns + 1)
+    embedded = circulant(np.concatenate([first_column, padding, first_row[:0:-1]]))
+    matrix = Kaleidoscope(embedded, columns, rows)
+    assert matrix.width == 1
+    np.testing.assert_allclose(matrix.to_dense(COMPLEX), linalg.toeplitz(first_column, first_row), atol=1e-12)
+    # So is a circulant matrix of any size.
+    size = max(2, 1 << (2 * rows - 2).bit_length())
+    padding = np.zeros(size - 2 * rows + 1)
+    corner = Kaleidoscope(circulant(np.concatenate([first_column, padding, first_column[1:]])), rows, rows)
+    np.testing.assert_allclose(corner.to_dense(COMPLEX), linalg.circulant(first_column), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [2, 4, 32])
+def test_circuits_B1_rank_one_and_householder_matrices_are_in_one_pair(size: int) -> None:
+    rng = np.random.default_rng(size)
+    u, v = rng.standard_normal((2, size))
+    into, back = rotation(v), rotation(u).T
+    first = back.stages[0].columns_scaled(np.linalg.norm(u) * np.linalg.norm(v) * np.eye(size)[0])
+    outer = Kaleidoscope(ButterflyProduct(size, (*into.stages, first, *back.stages[1:])), size, size)
+    assert outer.width == 1
+    np.testing.assert_allclose(outer.to_dense(), np.outer(u, v), atol=1e-12)
+    for alpha in (-2 / (v @ v), 0.7):
+        back = into.T
+        scale = np.ones(size)
+        scale[0] += alpha * (v @ v)
+        first = back.stages[0].columns_scaled(scale)
+        reflected = Kaleidoscope(ButterflyProduct(size, (*into.stages, first, *back.stages[1:])), size, size)
+        assert reflected.width == 1
+        np.testing.assert_allclose(reflected.to_dense(), np.eye(size) + alpha * np.outer(v, v), atol=1e-12)
+    diagonal = Stage.identity(size, 1).columns_scaled(u)
+    assert np.array_equal(ButterflyProduct(size, (diagonal,)).to_dense(), np.diag(u))
+
+
+@pytest.mark.parametrize("size", [4, 8, 32])
+def test_circuits_B1_the_fourier_matrix_in_its_own_order_is_in_neither_class(size: int) -> None:
+    """Between two stages one coordinate joins certain rows and columns, whose block then has rank 1."""
+    far, near = np.array([0, size // 2]), np.array([0, 1])
+    transform = np.fft.fft(np.eye(size))
+    for strides, block in ((up(size), np.ix_(far, near)), (up(size)[::-1], np.ix_(near, far))):
+        rng = np.random.default_rng(size)
+        stages = [Stage.of(rng.integers(1, 9, (size // (2 * s), 2, 2, s))) for s in strides]
+        assert np.linalg.matrix_rank(ButterflyProduct(size, tuple(stages)).to_dense()[block]) == 1
+        assert np.linalg.matrix_rank(transform[block]) == 2
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_circuits_B2_permutations_of_one_butterfly_matrix(size: int) -> None:
+    """Switch settings give different permutations, and those of B* are the modular-balanced ones."""
+    strides = up(size)[::-1]
+    pairs = len(strides) * size // 2
+    x = np.arange(size)
+    reached = set()
+    for bits in itertools.product([False, True], repeat=pairs):
+        crossed = np.array(bits).reshape(len(strides), -1)
+        y = x
+        for s, switch in zip(strides, crossed, strict=True):
+            pair = y.reshape(-1, 2, s)
+            y = np.where(switch.reshape(-1, 1, s), pair[:, ::-1], pair).ravel()
+        reached.add(tuple(y.tolist()))
+    assert len(reached) == 2**pairs == {4: 16, 8: 4096}[size]
+
+    def balanced(order: tuple[int, ...]) -> bool:
+        chunks = [np.array(order).reshape(-1, m) % m for m in up(2 * size)]
+        return all(len(set(chunk.tolist())) == len(chunk) for array in chunks for chunk in array)
+
+    everything = itertools.permutations(range(size))
+    assert reached == {order for order in everything if balanced(order)}
+
+
+def test_circuits_K1_every_permutation_of_four() -> None:
+    for order in itertools.permutations(range(4)):
+        assert_routed(np.array(order))
+
+
+@pytest.mark.parametrize("size", [2, 8, 16, 128, 1024])
+def test_circuits_K1_random_permutations(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for _ in range(100 if size == 8 else 5):
+        assert_routed(rng.permutation(size))
+    assert_routed(np.arange(size))
+    assert all(stage.is_identity for stage in permutation(np.arange(size)).stages)
+
+
+@pytest.mark.slow
+def test_circuits_K1_every_permutation_of_eight() -> None:
+    x = np.arange(8)
+    for order in itertools.permutations(range(8)):
+        assert np.array_equal(permutation(order).multiply(x, P), order)
+
+
+def assert_routed(order: Any) -> None:
+    size = len(order)
+    x = np.arange(size)
+    strides = up(size)
+    for routed, expected in (
+        (permutation(order), (*reversed(strides), *strides)),
+        (permutation_starred(order), (*strides, *reversed(strides))),
+    ):
+        assert routed.strides == expected
+        assert np.array_equal(routed.multiply(x, P), order)
+        for stage in routed.stages:
+            weight = stage.weight
+            assert np.array_equal(weight[:, 0, 0], weight[:, 1, 1])
+            assert np.array_equal(weight[:, 0, 1], weight[:, 1, 0])
+            assert np.array_equal(weight[:, 0, 0] + weight[:, 0, 1], np.ones_like(weight[:, 0, 0]))
+
+
+@given(levels=st.integers(1, 7), seed=seeds)
+def test_circuits_K2_broadcast_and_segment_sums(levels: int, seed: int) -> None:
+    size = 1 << levels
+    rng = np.random.default_rng(seed)
+    source = np.concatenate([[0], np.cumsum(rng.random(size - 1) < rng.random())])
+    spread, sums = broadcast(source), segment_sums(source)
+    assert spread.strides == up(size)[::-1]
+    assert sums.strides == up(size)
+    x = rng.integers(-9, 10, size)
+    assert np.array_equal(spread.multiply(x, EXACT), x[source])
+    assert np.array_equal(sums.multiply(x, EXACT), [x[source == r].sum() for r in range(size)])
+
+
+@pytest.mark.parametrize("size", [2, 4, 16, 32])
+def test_circuits_K2_sparse_lemma(size: int) -> None:
+    rng = np.random.default_rng(size)
+    every = np.arange(size)
+    places = [
+        (np.zeros(size, np.int64), every),
+        (every, np.full(size, size - 1)),
+        (every, every),
+        (every, rng.permutation(size)),
+        (every[:0], every[:0]),
+    ]
+    for count in range(1, size + 1):
+        chosen = rng.choice(size * size, count, replace=False)
+        places.append((chosen // size, chosen % size))
+    for rows, columns in places:
+        values = rng.integers(1, 9, len(rows))
+        matrix = sparse(rows, columns, values, (size, size), size=size)
+        expected = np.zeros((size, size), dtype=np.int64)
+        expected[rows, columns] = values
+        assert matrix.width == 4
+        assert matrix.size == size
+        assert np.array_equal(matrix.to_dense(EXACT), expected)
+        assert all(stage.packed for stage in matrix.product.stages) or np.any(values != 1)
+
+
+def test_circuits_K3_sums() -> None:
+    for widths in ([1], [2], [1, 1], [1, 2], [2, 1, 1]):
+        terms = [random_matrix(4, width, seed) for seed, width in enumerate(widths)]
+        summed = total(terms)
+        assert summed.width == sum(widths)
+        assert summed.size == 4 * 4
+        assert np.array_equal(summed.to_dense(EXACT), sum(term.to_dense(EXACT) for term in terms))
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_circuits_K3_sparse_sums(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for entries in (size, size * 5 // 4, size * 5 // 2, size * size // 2):
+        chosen = rng.choice(size * size, entries, replace=False)
+        values = rng.integers(1, 9, entries)
+        expected = np.zeros(size * size, dtype=np.int64)
+        expected[chosen] = values
+        matrix = sparse_sum(chosen // size, chosen % size, values, (size, size))
+        assert matrix.width == 4 * math.ceil(entries / size)
+        assert matrix.expansion == 4
+        assert np.array_equal(matrix.to_dense(EXACT).ravel(), expected)
+
+
+CATALOGUE = {
+    "hadamard": lambda: hadamard(16),
+    "prefix": lambda: prefix_sums(16, "kogge-stone"),
+    "prefix_odd": lambda: prefix_sums(13),
+    "fourier": lambda: fourier(16),
+    "fourier_odd": lambda: fourier(12),
+    "cosine": lambda: cosine(16),
+    "haar": lambda: haar(16),
+    "toeplitz": lambda: toeplitz(np.arange(1, 8), np.arange(1, 8)),
+}
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("options", [{}, {"recognize": False}, {"full": True}, {"keep_all": True}])
+def test_circuits_K4_catalogue(name: str, options: dict[str, bool]) -> None:
+    circuit = CATALOGUE[name]()
+    assert_compiled(circuit, **options)
+
+
+@given(seed=seeds, options=st.sampled_from([{}, {"recognize": False}, {"full": True}, {"keep_all": True}]))
+def test_circuits_K4_random_circuits(seed: int, options: dict[str, bool]) -> None:
+    assert_compiled(random_linear(seed, parameters=seed % 3), **options)
+
+
+def assert_compiled(circuit: Circuit, **options: bool) -> None:
+    """Equal modulo a prime, in which a wrong entry has nowhere to hide; the constants of the theorem hold."""
+    matrix = kaleidoscope(circuit, **options)
+    assert np.array_equal(matrix.to_dense(P), circuit.to_dense(P))
+    assert matrix.width <= 3 * max(circuit.depth, 1) + 1
+    if len(set(circuit.outputs.tolist())) == circuit.out_features:
+        assert matrix.size <= 2 * (1 << max(circuit.size - 1, 1).bit_length())
+    assert matrix.parameters == 4 * matrix.width * matrix.size * (matrix.size.bit_length() - 1)
+
+
+def test_circuits_K4_table_of_compiled_sizes() -> None:
+    table = [(hadamard(16), 32, 13, 8_320), (hadamard(64), 128, 19, 68_096)]
+    table.append((prefix_sums(16, "kogge-stone"), 32, 13, 8_320))
+    for circuit, size, width, parameters in table:
+        matrix = kaleidoscope(circuit, recognize=False, full=True)
+        assert (matrix.size, matrix.width, matrix.parameters) == (size, width, parameters)
+        shorter = kaleidoscope(circuit, recognize=False)
+        assert shorter.parameters < parameters
+    kept = kaleidoscope(hadamard(16), recognize=False, full=True, keep_all=True)
+    assert (kept.size, kept.width) == (128, 13)
+
+
+@pytest.mark.parametrize(
+    ("circuit", "size", "width"),
+    [
+        (hadamard(64), 64, 1),  # strides 1, 2, .., 32: one butterfly matrix
+        (fourier(64), 64, 2),  # the same in the other direction, and the bit reversal
+        (haar(64), 64, 3),
+    ],
+)
+def test_circuits_K4_recognized_levels(circuit: Circuit, size: int, width: int) -> None:
+    matrix = kaleidoscope(circuit)
+    assert (matrix.size, matrix.width) == (size, width)
+    if circuit.weight.dtype == np.int64:
+        assert np.array_equal(matrix.to_dense(P), circuit.to_dense(P))
+    np.testing.assert_allclose(matrix.to_dense(), circuit.to_dense(), atol=1e-12)
+
+
+def test_circuits_K4_recognition_after_a_permutation() -> None:
+    """Pairs at all distances: one permutation brings each together, and its last switches take the stage in."""
+    rng = np.random.default_rng(0)
+    pairs = rng.permutation(16).reshape(8, 2)
+    builder = Builder(16)
+    sums = builder.sums(np.concatenate([pairs, pairs]), rng.integers(2, 9, (16, 2)))
+    circuit = builder.build(rng.permutation(sums))
+    matrix = kaleidoscope(circuit)
+    assert (matrix.size, matrix.width) == (16, 2)
+    assert np.array_equal(matrix.to_dense(P), circuit.to_dense(P))
+    found = placed(16, np.arange(16), np.arange(0, 33, 2), np.repeat(pairs, 2, axis=0).ravel(), np.ones(32, np.int64))
+    assert found is not None
+    assert found.order is not None
+    assert found.stage is not None
+    assert found.stage.stride == 8
+
+
+@given(seed=seeds)
+def test_circuits_K4_a_placed_layer_is_its_layer(seed: int) -> None:
+    """A layer of groups of at most two rows and two columns, its values at random places: always recognized in 16."""
+    rng = np.random.default_rng(seed)
+    where = rng.permutation(16)[:8]
+    entries = []
+    columns = iter(rng.permutation(8).tolist())
+    rows = iter(rng.permutation(16).tolist())
+    for kind in rng.integers(0, 5, 4):
+        a, b = next(columns), next(columns)
+        group = [[(a,), (b,)], [(a, b)], [(a, b), (b, a)], [(a, b), (b,)], [(a,), (a,)]][kind]
+        entries += [(next(rows), read) for read in group]
+    entries.sort()
+    start = np.concatenate([[0], np.cumsum([len(read) for _, read in entries])])
+    column = np.array([c for _, read in entries for c in read])
+    values = rng.integers(1, 5, len(column))
+    found = placed(16, where, start, column, values)
+    assert found is not None
+    x = rng.integers(0, 100, 16)
+    y = x if found.order is None else x[found.order]
+    y = y if found.stage is None else ButterflyProduct(16, (found.stage,)).multiply(y, P)
+    expected = [
+        sum(values[e] * x[where[column[e]]] for e in range(a, b)) for a, b in itertools.pairwise(start.tolist())
+    ]
+    assert y[found.where].tolist() == expected
+    assert len(set(found.where.tolist())) == len(entries)
+
+
+@pytest.mark.parametrize(
+    ("start", "column"),
+    [
+        ([0, 2, 4], [0, 1, 1, 2]),  # a value in two pairs
+        ([0, 3], [0, 1, 2]),  # three terms
+        ([0, 2], [0, 0]),  # one value twice
+        ([0, 0, 1], [0]),  # a row of nothing
+        ([0, 1, 2, 3], [0, 0, 0]),  # three rows of one value
+    ],
+)
+def test_circuits_K4_other_layers_are_not_recognized(start: list[int], column: list[int]) -> None:
+    assert placed(4, np.arange(3), np.array(start), np.array(column), np.ones(len(column), np.int64)) is None
+
+
+def long_circuit(inputs: int, gates: int, reach: int, seed: int) -> Circuit:
+    """A random circuit each of whose gates reads two of the last ``reach`` nodes."""
+    rng = np.random.default_rng(seed)
+    node = inputs + np.arange(gates)
+    i, j = rng.integers(np.maximum(0, node - reach), node), rng.integers(np.maximum(0, node - reach), node)
+    weights = rng.integers(1, 4, (2, gates))
+    return Circuit.from_gates(inputs, i, j, *weights, np.arange(gates, inputs + gates))
+
+
+def assert_large(circuit: Circuit, seconds: float) -> None:
+    begin = time.process_time()
+    matrix = kaleidoscope(circuit, recognize=False)
+    assert time.process_time() - begin < seconds
+    x = np.random.default_rng(0).integers(0, 1000, circuit.in_features)
+    assert np.array_equal(matrix.multiply(x, P), circuit.evaluate(x, P))
+    assert matrix.width <= 3 * circuit.depth + 1
+    assert matrix.size <= 2 * (1 << (circuit.size - 1).bit_length())
+
+
+def test_circuits_K4_ten_thousand_random_gates() -> None:
+    assert_large(long_circuit(256, 10_000, 1024, 0), 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("inputs", "reach"), [(512, 2048), (8192, 32768), (4096, 10**6)])
+def test_circuits_K4_a_hundred_thousand_random_gates_in_a_minute(inputs: int, reach: int) -> None:
+    assert_large(long_circuit(inputs, 100_000, reach, 0), 60)
+
+
+@pytest.mark.slow
+def test_circuits_K4_a_large_hadamard_circuit_unrecognized_in_a_minute() -> None:
+    circuit = hadamard(8192)
+    assert circuit.gates > 100_000
+    assert_large(circuit, 60)
+
+
+@pytest.mark.parametrize("circuit", [hadamard(16), prefix_sums(8), random_linear(4, wide=False)])
+def test_circuits_K4_layers_one_by_one(circuit: Circuit) -> None:
+    """The proof without routing two permutations as one: width 4 for each layer of all values."""
+    size = 2 * (1 << (circuit.size - 1).bit_length())
+    product: Kaleidoscope | None = None
+    found = layers(circuit, circuit.levels, keep_all=True)
+    for layer in found:
+        row = np.repeat(np.arange(layer.rows), np.diff(layer.start))
+        factor = sparse(row, layer.column, layer.weight, (layer.rows, layer.columns), size=size)
+        assert factor.width == 4
+        product = factor if product is None else factor @ product
+    assert product is not None
+    assert product.width == 4 * len(found)
+    assert np.array_equal(product.to_dense(P), circuit.to_dense(P))
+    assert product.parameters == 16 * len(found) * size * (size.bit_length() - 1)
+
+
+@pytest.mark.parametrize("circuit", [hadamard(4), random_linear(4, wide=False)])
+def test_circuits_K4_layers_as_sums(circuit: Circuit) -> None:
+    """The theorem by sums of parts of n entries: width 4 ceil(entries / n) for each layer, in size 4 n."""
+    product: Kaleidoscope | None = None
+    for layer in layers(circuit, circuit.levels, keep_all=True):
+        row = np.repeat(np.arange(layer.rows), np.diff(layer.start))
+        factor = sparse_sum(row, layer.column, layer.weight, (layer.rows, layer.columns))
+        block = factor.size // 4
+        assert factor.width == 4 * max(1, math.ceil(layer.nonzeros / block))
+        assert factor.width <= 8  # a layer has at most two entries for each value
+        product = factor if product is None else factor @ product
+    assert product is not None
+    assert np.array_equal(product.to_dense(P), circuit.to_dense(P))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_circuits_K5_closure(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, second = random_matrix(8, 2, seed), random_matrix(16, 1, seed + 10)
+    a, b = first.to_dense(EXACT), second.to_dense(EXACT)
+    assert np.array_equal(first.T.to_dense(EXACT), a.T)
+    assert first.T.width == 2
+    corner = Kaleidoscope(second.product, 16, 8)
+    product = first @ corner
+    assert product.width == 3
+    assert np.array_equal(product.to_dense(EXACT), a @ b[:8])
+    padded = corner.T @ Kaleidoscope(first.product, 5, 8)
+    assert np.array_equal(padded.to_dense(EXACT), b[:8].T @ a[:, :5])
+    field = PrimeField(10007)
+    shapes = [(8 // (2 * s), 2, 2, s) for s in (4, 2, 1, 1, 2, 4)]
+    random = ButterflyProduct(8, tuple(Stage.of(rng.integers(0, 10007, shape)) for shape in shapes))
+    invertible = Kaleidoscope(random, 8, 8)
+    both = invertible.inverse(field) @ invertible
+    assert both.width == 2
+    assert np.array_equal(both.to_dense(field), np.eye(8))
+
+
+@pytest.mark.parametrize(("size", "width"), [(2, 1), (8, 1), (16, 3)])
+def test_circuits_K5_parameters(size: int, width: int) -> None:
+    matrix = random_matrix(size, width, 1)
+    levels = size.bit_length() - 1
+    assert matrix.parameters == 4 * width * size * levels
+    assert matrix.flops == 6 * width * size * levels
+    merged = matrix.product.merged()
+    expected = 2 * size * (width * (2 * levels - 2) + 1)
+    assert merged.parameters == matrix.merged_parameters == expected
+    assert np.array_equal(merged.to_dense(EXACT), matrix.to_dense(EXACT))
+
+
+# ------------------------------------------------------------------------------------------------------ the values
+
+
+@pytest.mark.parametrize("stride", [1, 2, 8])
+def test_stages_equal_their_definition(stride: int) -> None:
+    rng = np.random.default_rng(stride)
+    for weight in (rng.integers(-3, 4, (8 // stride, 2, 2, stride)), rng.integers(0, 2, (8 // stride, 2, 2, stride))):
+        stage = Stage.of(weight)
+        assert np.array_equal(stage.weight, weight)
+        matrix = ButterflyProduct(16, (stage,))
+        assert np.array_equal(matrix.to_dense(EXACT), dense_stage(stage))
+        assert np.array_equal(matrix.T.to_dense(EXACT), dense_stage(stage).T)
+        reversal = bit_reversal(16)
+        turned = dense_stage(stage.bit_reversed())
+        assert np.array_equal(turned, dense_stage(stage)[reversal][:, reversal])
+        assert stage.nonzeros == np.count_nonzero(weight)
+
+
+@pytest.mark.parametrize("field", [Floats(), Floats(complex), EXACT, P])
+def test_multiply_in_every_field(field: Any) -> None:
+    matrix = kaleidoscope(prefix_sums(5))
+    x = np.arange(10).reshape(2, 5)
+    assert np.array_equal(matrix.multiply(x, field), np.cumsum(x, axis=1))
+    assert np.array_equal(matrix.multiply(x[1], field), np.cumsum(x[1]))
+
+
+@given(seed=seeds)
+def test_kaleidoscope_to_circuit_and_back(seed: int) -> None:
+    circuit = random_linear(seed)
+    matrix = circuit.kaleidoscope()
+    assert matrix.product.strides == kaleidoscope(circuit).product.strides
+    again = matrix.circuit()
+    assert np.array_equal(again.to_dense(P), circuit.to_dense(P))
+    assert again.in_features == circuit.in_features
+    assert random_matrix(8, 1, seed).product.circuit().gates <= 6 * 8
+
+
+def test_permutations_make_no_gates() -> None:
+    assert permutation(np.random.default_rng(0).permutation(32)).circuit().gates == 0
+
+
+def test_sparse_factors_multiply_to_the_matrix() -> None:
+    parts = sparse_factors([3, 0, 3], [1, 1, 2], [5, 6, 7], 4)
+    x = np.array([1, 2, 3, 4])
+    slots = parts.spread.multiply(x[parts.gather], EXACT)[parts.sort]
+    assert parts.combine.multiply(slots, EXACT)[parts.scatter].tolist() == [12, 0, 0, 10 + 21]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: permutation([0, 1, 2]), "power of two"),
+        (lambda: permutation([0, 0]), "no permutation"),
+        (lambda: broadcast([0, 2, 3, 4]), "grow by 0 or 1"),
+        (lambda: segment_sums([0.0, 1.0]), "integers"),
+        (lambda: sparse_factors([0] * 5, [0] * 5, [1] * 5, 4), "at most 4 entries"),
+        (lambda: sparse([4], [0], [1], (4, 4)), "outside"),
+        (lambda: sparse([0], [0], [1], (4, 4), size=2), "does not fit"),
+        (lambda: total([]), "at least one"),
+        (lambda: total([random_matrix(4, 1, 0), sparse([0], [0], [1], (2, 4))]), "one shape"),
+        (lambda: Stage.of(np.zeros((3, 2, 2, 1))), "powers of two"),
+        (lambda: Stage.of(np.zeros((1, 2, 2, 1))).inverse(P), "singular"),
+        (lambda: Kaleidoscope(permutation_starred([1, 0, 3, 2]), 4, 4), "strides"),
+        (lambda: Kaleidoscope(permutation([1, 0]), 3, 1), "do not fit"),
+        (lambda: ButterflyProduct(4, (Stage.identity(8, 1),)), "size 8"),
+        (lambda: random_matrix(4, 1, 0).multiply([1, 2]), "inputs"),
+        (lambda: random_matrix(4, 1, 0) @ random_matrix(8, 1, 0), "can't follow"),
+        (lambda: random_matrix(4, 1, 0).expanded(2), "can't be expanded"),
+        (lambda: kaleidoscope(square()), "linear"),
+    ],
+)
+def test_bad_input_is_refused(call: Any, message: str) -> None:
+    with pytest.raises(CircuitError, match=message):
+        call()
+
+
+def square() -> Circuit:
+    builder = Builder(1)
+    return builder.build([builder.product([0, 0])])
