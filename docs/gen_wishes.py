@@ -77,7 +77,7 @@ def _row(name: str, family: type[Structure], matrices: dict[str, Tensor]) -> tup
     largest = max(members, key=lambda structure: count_stored(structure, (SIZE, SIZE)))
     member = sm.StructuredMatrix.random(largest, (SIZE, SIZE), generator=torch.Generator().manual_seed(0))
     counts = _counted(member.circuit())
-    return (f"`{largest}`", *counts, *(held(members, matrix) for matrix in matrices.values()))
+    return (f"`{name}`", *counts, *(held(members, matrix) for matrix in matrices.values()))
 
 
 def _counted(circuit: Circuit) -> tuple[str, str, str]:
