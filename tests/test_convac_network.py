@@ -15,7 +15,7 @@ import structmat as sm
 from structmat.errors import ShapeError, StructureError
 from structmat.nn import ConvAC, ModeTree
 from structmat.nn.convac.expand import grid_tensor, matricize
-from structmat.nn.convac.network import UNSUPPORTED
+from structmat.nn.convac.options import UNSUPPORTED
 from structmat.nn.convac.semiring import Log, MaxProduct, Plain, RootMeanSquare, Scaled, Semiring, SignedLog
 from structmat.nn.convac.weights import Weights, normal_
 

@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from structmat.errors import ShapeError, StructureError
-from structmat.nn.convac.semiring import (
-    Log,
-    MaxProduct,
-    Plain,
-    RootMeanSquare,
-    Scaled,
-    Semiring,
-    Signed,
-    SignedLog,
-    State,
-    concatenate,
-    select,
-    window_product,
-)
+from structmat.errors import ShapeError
+from structmat.nn.convac.options import Activation, Pooling, check_options
+from structmat.nn.convac.semiring import Scaled, Semiring, Signed, State, concatenate, select, window_product
 from structmat.nn.convac.tree import Edge, ModeTree
 from structmat.nn.convac.weights import Constraint, EdgeMap, Sharing, Slot, Weights, averaging_, dirichlet_, normal_
 from structmat.structure import Structure
 
 if TYPE_CHECKING:
-    from structmat.nn.convac.inductive_bias import RankBounds
+    from structmat.nn.convac.inductive_bias import InductiveBias, RankBounds
     from structmat.nn.convac.mincut import Cut
-
-
-class Pooling(enum.StrEnum):
-    """What a window does with its values, per channel."""
-
-    PRODUCT = "product"
-    MAX = "max"
-    AVERAGE = "average"
-    """The sum: its factor 1 / w is absorbed by the next weights."""
-
-
-class Activation(enum.StrEnum):
-    """What follows a convolution."""
-
-    NONE = "none"
-    RELU = "relu"
+    from structmat.nn.convac.spectrum import Spectrum
 
 
 Initialize = Callable[[Weights], None]
@@ -81,7 +53,7 @@ class ConvAC(nn.Module):
 
     Raises:
         ShapeError: widths do not fit the tree.
-        StructureError: options that contradict each other; ``UNSUPPORTED`` lists them.
+        StructureError: options that contradict each other; :data:`structmat.nn.convac.options.UNSUPPORTED` lists them.
     """
 
     def __init__(
@@ -120,7 +92,7 @@ class ConvAC(nn.Module):
         self.constraint, self.semiring = Constraint(constraint), semiring
         self.activation, self.pooling = Activation(activation), Pooling(pooling)
         self.structure = weights
-        check_options(self)
+        check_options(self.semiring, self.constraint, self.activation, self.pooling)
         self.register_buffer("order", torch.tensor(tree.leaves), persistent=False)
         self._ordered = tree.leaves == tuple(range(tree.modes))
         self._tied: dict[tuple[int, int, int], Weights] = {}
@@ -350,55 +322,32 @@ class ConvAC(nn.Module):
 
         return grid_tensor(self, templates, output)
 
+    def separation_spectrum(self, part: Sequence[int], output: int = 0) -> Spectrum:
+        """Singular values of the matricisation, for a thousand patches too; its entropy and distances."""
+        from structmat.nn.convac.spectrum import separation_spectrum
+
+        return separation_spectrum(self, part, output)
+
+    def draw(self, part: Sequence[int] = ()) -> str:
+        """The tree as SVG, with the minimum cut between the modes ``part`` and the rest, if any are given."""
+        from structmat.nn.convac.picture import draw_cut
+
+        return draw_cut(self.tree, part, self.mincut(part) if part else None)
+
+    def inductive_bias(self, shape: int | tuple[int, int] | None = None) -> InductiveBias:
+        """Bounds of the ranks over standard partitions (halves, even | odd, checkerboards, mirror); ``str`` is a "
+        "table."""
+        from structmat.nn.convac.inductive_bias import inductive_bias
+
+        return inductive_bias(self, shape)
+
     @classmethod
-    def cp(
-        cls, representation: nn.Module | None, modes: int, terms: int, outputs: int = 1, **options: object
-    ) -> ConvAC:
+    def cp(cls, representation: nn.Module | None, modes: int, terms: int, outputs: int = 1, **options: Any) -> ConvAC:
         """The shallow network: one level of width ``terms`` and a global product."""
-        return cls(representation, ModeTree.sequence(modes, max(modes, 2)), terms, outputs, **options)  # type:
-        ignore[arg - type]
+        return cls(representation, ModeTree.sequence(modes, max(modes, 2)), terms, outputs, **options)
 
     def extra_repr(self) -> str:
         return (
             f"modes={self.tree.modes}, channels={self.channels}, widths={self.widths}, outputs={self.outputs}, "
             f"sharing={[s.value for s in self.sharing]}, semiring={self.semiring}, pooling={self.pooling.value}"
         )
-
-
-UNSUPPORTED = (
-    "a logarithmic semiring with unconstrained weights: Log() and MaxProduct() hold numbers of at least 0",
-    "ReLU or pooling by maximum or average in any semiring but Plain(): they are not multilinear",
-    "product pooling with ReLU, or max and average pooling without: no model of the literature, no theorem",
-    "complex or Fourier families under a constraint: their entries have both signs",
-)
-"""The combinations that raise, each with its reason."""
-
-
-def check_options(network: ConvAC) -> None:
-    """Refuse what ``UNSUPPORTED`` lists.
-
-    Raises:
-        StructureError: such a combination.
-    """
-    if not network.semiring.allows_negative and network.constraint is Constraint.NONE:
-        raise StructureError(
-            f"The semiring {network.semiring} holds numbers of at least 0, and the weights are unconstrained. Use "
-            "constraint='positive' or 'simplex', or the semiring Scaled() or SignedLog()."
-        )
-    relu, product = network.activation is Activation.RELU, network.pooling is Pooling.PRODUCT
-    if relu == product:
-        raise StructureError(
-            f"activation={network.activation.value!r} with pooling={network.pooling.value!r} is not supported. Use "
-            f"ReLU with "
-            "'max' or 'average', and 'product' without activation."
-        )
-    if relu and network.semiring != Plain():
-        raise StructureError(
-            f"A rectifier network does not run in {network.semiring}: its layers are not multilinear. Use Plain()."
-        )
-
-
-__all__ = [
-    "UNSUPPORTED", "Activation", "ConvAC", "Log", "MaxProduct", "Plain", "Pooling", "RootMeanSquare", "Scaled",
-    "SignedLog",
-]  # fmt: skip
