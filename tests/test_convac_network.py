@@ -130,11 +130,8 @@ def test_convac_4_a_cp_network_of_width_M_to_the_N_minus_1_is_universal() -> Non
     assert float((net.coefficient_tensor().detach() - target).abs().max()) <= 1e-14
 
 
-@pytest.mark.parametrize("modes", [2, 4, 8])
-@pytest.mark.parametrize("channels", [2, 3])
+@pytest.mark.parametrize(("modes", "channels"), [(2, 2), (2, 3), (4, 2), (4, 3), (8, 2), (8, 3)])
 def test_convac_5_the_identity_point(modes: int, channels: int) -> None:
-    if channels**modes > 7000:
-        pytest.skip("6561 entries are the most here")
     net = network(ModeTree.sequence(modes), channels, channels, 1, sharing="unshared")
     for level, maps in enumerate(net.layers):
         weights = maps[0].weights

@@ -245,5 +245,5 @@ def _image(height: int, width: int) -> None:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if value != int(value) or value < least:
         raise ShapeError(f"{name} must be an integer of at least {least}; got {value!r}.")

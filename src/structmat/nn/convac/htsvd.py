@@ -151,7 +151,8 @@ def ht_round(
 
 def _frame(unfolded: Tensor, rank: int | None, share: float | None) -> Tensor:
     vectors, values, _ = torch.linalg.svd(unfolded, full_matrices=False)
-    return vectors[:, : _kept(values, rank, share, ROUNDING)]
+    frame: Tensor = vectors[:, : _kept(values, rank, share, ROUNDING)]
+    return frame
 
 
 def _kept(values: Tensor, rank: int | None, share: float | None, rounding: float) -> int:
@@ -167,4 +168,5 @@ def _rank(ranks: int | Mapping[int, int] | None, node: int) -> int | None:
 
 
 def _contract(core: Tensor, axis: int, frame: Tensor) -> Tensor:
-    return torch.tensordot(core, frame, dims=([axis], [0])).movedim(-1, axis)
+    contracted: Tensor = torch.tensordot(core, frame, dims=([axis], [0]))
+    return contracted.movedim(-1, axis)

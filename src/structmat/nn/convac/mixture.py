@@ -107,6 +107,11 @@ class TensorialMixture(nn.Module):
         assert self.network.representation is not None
         return self.network.representation
 
+    def __call__(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See :meth:`forward`."""
+        result: Tensor = super().__call__(x, mask)
+        return result
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``log P(observed part | y)``, (batch, Y)."""
         leaves = self.network.lift(hide(x, mask))
@@ -182,16 +187,16 @@ class TensorialMixture(nn.Module):
             generator: source of randomness.
         """
         draw = descent.Draw(generator)
-        if given is None:
+        hidden = None if given is None else hide(given, mask).repeat_interleave(count, 0)
+        if hidden is None:
             states, scores = None, torch.zeros(self.classes, count)
         else:
-            hidden = hide(given, mask).repeat_interleave(count, 0)
             states, scores = descent.ascend(self.network, hidden)
             classes = None if classes is None else classes.repeat_interleave(count, 0)
         chosen = draw(scores.T) if classes is None else classes
         components = descent.descend(self.network, chosen, states, draw)
         values: Tensor = self.representation.sample(components, generator=generator)  # type: ignore[operator]
-        return Sample(values if given is None else fill(hidden, values), components, chosen)
+        return Sample(values if hidden is None else fill(hidden, values), components, chosen)
 
     @torch.no_grad()
     def explain(self, x: Tensor, mask: Tensor | None = None) -> Sample:

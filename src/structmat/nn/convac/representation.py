@@ -64,6 +64,23 @@ class Patches(nn.Module):
         windows = padded.unfold(2, self.size, self.stride).unfold(3, self.size, self.stride)
         return windows.permute(0, 1, 4, 5, 2, 3).flatten(4).flatten(1, 3)
 
+    def assemble(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """Images (batch, colors, height, width) from patches that do not overlap: imputed or drawn ones.
+
+        Raises:
+            ShapeError: the patches overlap, or their number is not that of such an image.
+        """
+        tall, wide = self.grid(height, width)
+        if self.stride != self.size or patches.shape[2] != tall * wide:
+            raise ShapeError(
+                f"Only patches with stride = size make up images; got size {self.size}, stride {self.stride}, and "
+                f"{patches.shape[2]} patches for a grid of {tall} x {wide}."
+            )
+        blocks = patches.reshape(len(patches), -1, self.size, self.size, tall, wide)
+        padded = blocks.permute(0, 1, 4, 2, 5, 3).reshape(len(patches), -1, tall * self.size, wide * self.size)
+        end = padded.shape[-1] - self.padding
+        return padded[..., self.padding : padded.shape[-2] - self.padding, self.padding : end]
+
 
 class GaussianRepresentation(nn.Module):
     """M diagonal Gaussians: ``log f_d(x) = sum_k -p_dk (x_k - mu_dk)^2 / 2 + (log p_dk - log 2 pi) / 2``.

@@ -122,12 +122,16 @@ def _compress(node: _Node) -> _Node:
     array = node.array
     rows, columns, channels = array.shape
     if rows > columns * channels:
-        array = np.linalg.qr(array.reshape(rows, -1), mode="r").reshape(-1, columns, channels)
+        array = _triangle(array.reshape(rows, -1)).reshape(-1, columns, channels)
     rows = array.shape[0]
     if columns > rows * channels:
-        turned = np.linalg.qr(array.transpose(1, 0, 2).reshape(columns, -1), mode="r")
+        turned = _triangle(array.transpose(1, 0, 2).reshape(columns, -1))
         array = turned.reshape(-1, rows, channels).transpose(1, 0, 2)
     size = float(np.abs(array).max())
     if size == 0.0:
         return _Node(array, node.log)
     return _Node(array / size, node.log + math.log(size))
+
+
+def _triangle(matrix: Floats) -> Floats:
+    return np.asarray(np.linalg.qr(matrix, mode="reduced")[1])
