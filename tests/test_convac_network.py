@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,12 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import structmat as sm
-from structmat.errors import ShapeError, StructureError
+from structmat.errors import ShapeError
 from structmat.nn import ConvAC, ModeTree
 from structmat.nn.convac.expand import grid_tensor, matricize
 from structmat.nn.convac.options import UNSUPPORTED
 from structmat.nn.convac.semiring import Log, MaxProduct, Plain, RootMeanSquare, Scaled, Semiring, SignedLog
 from structmat.nn.convac.weights import Weights, normal_
+from structmat.program import Chain, Complex, Diagonal, Fourier, Real
+from structmat.projection.target import Fit
+from structmat.structure import Normal, ParameterSpec
 
 F64 = torch.float64
 
@@ -193,6 +198,27 @@ def test_every_tree_sharing_semiring_and_family_together(name: str, sharing: str
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
 
 
+@dataclass(frozen=True)
+class Circulant(sm.Structure):
+    """A circulant matrix by its spectrum: entries of both signs whatever the parameters."""
+
+    def parameters(self, shape: tuple[int, int]) -> dict[str, ParameterSpec]:
+        return {"spectrum": ParameterSpec((shape[0], 2), Normal(1.0))}
+
+    def program(self, shape: tuple[int, int]) -> Chain:
+        n, where = shape[0], "spectrum"
+        return Chain(
+            (Complex(n), Fourier(n), Diagonal("spectrum", n, spectrum=True), Fourier(n, inverse=True), Real(n))
+        )
+
+    def project(self, target: object) -> Fit:
+        raise NotImplementedError
+
+    @classmethod
+    def configurations(cls, shape: tuple[int, int], budget: int) -> Iterator[Circulant]:
+        yield from ()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -202,15 +228,19 @@ def test_every_tree_sharing_semiring_and_family_together(name: str, sharing: str
         ({"activation": "relu", "semiring": Plain()}, "not supported"),
         ({"pooling": "average", "semiring": Plain()}, "not supported"),
         ({"weights": sm.LowRank(9)}, "LowRank"),
+        ({"weights": sm.TensorTrain(rank=1), "constraint": "other"}, "other"),
+        ({"weights": Circulant(), "constraint": "simplex", "width": 8, "channels": 8}, "both signs"),
+        ({"weights": sm.Sparse(density=0.1), "constraint": "simplex", "width": 8, "channels": 8}, "without entries"),
         ({"width": (2, 2)}, "2 levels|3 levels"),
         ({"sharing": ("shared",)}, "sharing"),
     ],
 )
 def test_unsupported_combinations_are_refused(options: dict[str, object], words: str) -> None:
     width = options.pop("width", 3)
-    with pytest.raises((StructureError, ShapeError), match=words):
-        ConvAC(None, ModeTree.sequence(8), width, channels=2, **options)  # type: ignore[arg-type]
-    assert len(UNSUPPORTED) == 4
+    channels = options.pop("channels", 2)
+    with pytest.raises(ValueError, match=words):
+        ConvAC(None, ModeTree.sequence(8), width, channels=channels, **options)  # type: ignore[arg-type]
+    assert len(UNSUPPORTED) == 6
 
 
 def test_inputs_of_the_wrong_shape_are_refused() -> None:

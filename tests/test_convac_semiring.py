@@ -22,9 +22,9 @@ from structmat.nn.convac.semiring import (
     State,
     power_of_two,
     shift,
-    window_product,
 )
 from structmat.nn.convac.weights import Weights, dirichlet_, normal_, orthogonal_
+from structmat.nn.convac.windows import window_product
 
 F64 = torch.float64
 

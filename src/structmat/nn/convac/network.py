@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from structmat.errors import ShapeError
 from structmat.nn.convac.options import Activation, Pooling, check_options
-from structmat.nn.convac.semiring import Scaled, Semiring, Signed, State, concatenate, select, window_product
+from structmat.nn.convac.semiring import Scaled, Semiring, Signed, State, concatenate, select
 from structmat.nn.convac.tree import Edge, ModeTree
 from structmat.nn.convac.weights import Constraint, EdgeMap, Sharing, Slot, Weights, averaging_, dirichlet_, normal_
+from structmat.nn.convac.windows import window_product
 from structmat.structure import Structure
 
 if TYPE_CHECKING:

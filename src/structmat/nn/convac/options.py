@@ -30,6 +30,9 @@ UNSUPPORTED = (
     "ReLU or pooling by maximum or average in any semiring but Plain(): they are not multilinear",
     "product pooling with ReLU, or max and average pooling without: no model of the literature, no theorem",
     "complex or Fourier families under a constraint: their entries have both signs",
+    "overlapping windows in a TensorialMixture, a coefficient tensor or a minimum cut: inputs would be counted twice",
+    "other semirings than Plain() and Scaled() in RecurrentConvAC and MixedConvAC: signed cores, and a sum of two "
+    "scores",
 )
 """The combinations that raise, each with its reason."""
 
