@@ -3,7 +3,7 @@
 PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
-INPUTS  := pyproject.toml constraints.txt
+INPUTS  := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 # Test processes, and the threads of each. On 2 cores 2 x 1 is the fastest, and 2 x 2 is many times slower than either.
 JOBS    ?= 2
 THREADS ?= 1

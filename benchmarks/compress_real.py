@@ -2,11 +2,17 @@
 
     python -m benchmarks.compress_real                      every cell that is not done, seed 0 before seed 1
     python -m benchmarks.compress_real --phase before       without recovery (minutes instead of hours)
+    python -m benchmarks.compress_real --phase rates        learning rates of the recovery, at one budget and seed
+    python -m benchmarks.compress_real --phase steps        seconds of a step of every cell, on a quiet machine
+    python -m benchmarks.compress_real --phase time         times of the compressed models again, likewise
     python -m benchmarks.compress_real table                the tables again, from what is there
 
 A cell is (model, method, budget, seed). Each phase of a cell runs in a process of its own, so that its peak memory is
 its own, and is written when it ends: a study that was interrupted goes on where it stopped. Compressed models and
 checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
+
+Recovery takes the same time for every method: what is measured is the seconds of a step, on a quiet machine, and every
+cell then takes as many steps as fit. So a busy machine delays the study but does not change its outcome.
 """
 
 from __future__ import annotations
@@ -18,10 +24,11 @@ import json
 import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +128,25 @@ def compressed(cell: Cell, real: RealModel, model: nn.Module) -> tuple[nn.Module
             "seconds": {**report.seconds, "all": time.perf_counter() - start},
             "layers": {layer.name: layer.structure for layer in report.layers},
             "predicted_loss": report.predicted_loss,
+            "against_low_rank": [beside_low_rank(layer) for layer in report.layers],
         }
     return uniform(cell, real, model, start)
+
+
+def beside_low_rank(layer: Any) -> dict[str, Any]:
+    """What a layer became, and the best low rank that it could have had for no more parameters."""
+    others = [
+        c for c in layer.candidates if c["structure"]["family"] == "LowRank" and c["parameters"] <= layer.parameters
+    ]
+    best = min(others, key=lambda c: c["loss"], default=None)
+    return {
+        "layer": layer.name,
+        "structure": layer.structure,
+        "parameters": layer.parameters / layer.dense_parameters,
+        "loss": layer.predicted_loss,
+        "low_rank": best and f"LowRank(rank={best['structure']['rank']})",
+        "low_rank_loss": best and best["loss"],
+    }
 
 
 def uniform(cell: Cell, real: RealModel, model: nn.Module, start: float) -> tuple[nn.Module, dict[str, Any]]:
@@ -186,7 +210,7 @@ def run_before(cell: Cell) -> dict[str, Any]:
     }
 
 
-def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
+def run_recovery(cell: Cell, steps: int) -> dict[str, Any]:
     """Recover what the first phase saved, and complete its result."""
     import structmat as sm
     from structmat.compression.recover import recover
@@ -195,19 +219,13 @@ def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
     original = real.load()
     model = sm.load(cell.folder / "before", real.load())
-    settings = sm.Distill(
-        steps=None,
-        minutes=minutes or real.minutes,
-        data=real.training(cell.seed),
-        held_out=real.held_out(),
-        **RECOVERY.get(cell.model, {}),
-    )
+    settings = recovery_settings(cell, steps)
     outcome = recover(model, original, (), settings, seed=cell.seed, folder=cell.folder / "recovery")
     sm.save(model, cell.folder / "after")
     result["quality"]["after"] = real.evaluate(model)
     result["peak_memory_mb"]["recovery"] = peak()
     result["recovery"] = {
-        "minutes": minutes or real.minutes,
+        "minutes": real.minutes,
         "steps": outcome.steps,
         "kept_step": outcome.kept_step,
         "held_out": list(outcome.held_out),
@@ -216,11 +234,81 @@ def run_recovery(cell: Cell, minutes: float | None) -> dict[str, Any]:
     return result
 
 
-RECOVERY: dict[str, dict[str, Any]] = {
-    "novel-lm": {"learning_rate": 1e-3, "check_every": 100},
-    "mnist-mlp": {"learning_rate": 1e-3, "check_every": 200},
-}
-"""Settings of the recovery: the same for every method."""
+def run_rate(cell: Cell, rate: float, steps: int) -> dict[str, Any]:
+    """Recover what the first phase saved at one learning rate; judged on data held out from training."""
+    import structmat as sm
+    from structmat.compression.recover import recover
+
+    real = MODELS[cell.model]
+    settings = dataclasses.replace(recovery_settings(cell, steps), learning_rate=rate)
+    outcome = recover(sm.load(cell.folder / "before", real.load()), real.load(), (), settings, seed=cell.seed)
+    return {
+        "cell": dataclasses.asdict(cell),
+        "rate": rate,
+        "steps": outcome.steps,
+        "objective": outcome.objective,
+        "held_out": {"before": outcome.held_out[0][1], "best": min(value for _, value in outcome.held_out)},
+        "environment": environment(),
+    }
+
+
+def run_time(cell: Cell) -> dict[str, Any]:
+    """A result with the times of the compressed model measured anew."""
+    import structmat as sm
+
+    real = MODELS[cell.model]
+    result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
+    result["milliseconds"] = milliseconds(real, real.load(), sm.load(cell.folder / "before", real.load()))
+    result["timed"] = environment()
+    return result
+
+
+def step_seconds(cell: Cell) -> dict[str, Any]:
+    """The median time from one training batch to the next, after a few that warm up."""
+    import structmat as sm
+    from structmat.compression.recover import recover
+
+    real = MODELS[cell.model]
+    times: list[float] = []
+
+    def clocked() -> Iterator[Any]:
+        for batch in real.training(cell.seed):
+            times.append(time.perf_counter())
+            yield batch
+
+    class Batches:
+        def __iter__(self) -> Iterator[Any]:
+            return clocked()
+
+    settings = dataclasses.replace(recovery_settings(cell, real.clocked_steps + 4), data=Batches(), held_out=None)
+    recover(sm.load(cell.folder / "before", real.load()), real.load(), (), settings, seed=cell.seed)
+    steps = [after - before for before, after in itertools.pairwise(times[-real.clocked_steps :])]
+    return {"cell": dataclasses.asdict(cell), "seconds": statistics.median(steps), "environment": environment()}
+
+
+def recovery_settings(cell: Cell, steps: int) -> Any:
+    import structmat as sm
+
+    real = MODELS[cell.model]
+    return sm.Distill(
+        steps=steps,
+        data=real.training(cell.seed),
+        held_out=real.held_out(),
+        learning_rate=RATE[cell.model],
+        check_every=max(1, steps // 6),
+    )
+
+
+RATES = (3e-4, 1e-3, 3e-3)
+"""Swept at seed 0, at one budget, for ours and the best baseline; the best one is used for every method."""
+
+RATE_BUDGET = 0.25
+
+RATE = {"novel-lm": 1e-3, "mnist-mlp": 1e-3}
+
+
+def rate_result(cell: Cell, rate: float) -> Path:
+    return RESULTS.with_name("compress_real_rates") / f"{cell.key}_{rate:g}.json"
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -254,12 +342,16 @@ def sizes(original: nn.Module, model: nn.Module) -> dict[str, Any]:
 
 
 def milliseconds(real: RealModel, original: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """Medians of both models, run in turns in this process, and their ratio; the compressed one frozen."""
+    """Medians of both models, run in turns in this process, and their ratio; the compressed one is frozen."""
     import structmat as sm
     from structmat.compression.timing import sized, time_models
 
-    timings = time_models(original, sm.freeze(model), sized(real.sample(), real.batches), seconds=3.0)
-    return {str(t.batch): {"original": t.before, "compressed": t.after, "ratio": t.ratio} for t in timings}
+    found = {}
+    for size, batch in sized(real.sample(), real.batches).items():
+        frozen = sm.freeze(model, rows=size * real.rows)
+        (timing,) = time_models(original, frozen, {size: batch}, seconds=3.0)
+        found[str(size)] = {"original": timing.before, "compressed": timing.after, "ratio": timing.ratio}
+    return found
 
 
 def disk(folder: Path) -> int:
@@ -283,24 +375,74 @@ def environment() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ the driver
 
 
-def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
+def clock_result(cell: Cell) -> Path:
+    """Of seed 0: a step takes as long with another."""
+    first = dataclasses.replace(cell, seed=0)
+    return RESULTS.with_name("compress_real_steps") / f"{first.key}.json"
+
+
+def steps_within(cell: Cell, minutes: float) -> int:
+    """How many steps of recovery fit; measured first where nobody has."""
+    if not clock_result(cell).exists():
+        in_own_process(cell, "steps")
+    seconds: float = json.loads(clock_result(cell).read_text(encoding="utf-8"))["seconds"]
+    return max(1, round(60 * minutes / seconds))
+
+
+def in_own_process(cell: Cell, phase: str, *options: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.compress_real", "cell", "--phase", phase, "--key", cell.key, *options]
+    outcome = subprocess.run(command, cwd=ROOT, check=False)
+    if outcome.returncode:
+        print(f"    failed with exit code {outcome.returncode}; the next run tries again", flush=True)
+
+
+def run_steps(chosen: list[Cell]) -> None:
+    """The seconds of a step of every cell whose first phase is done."""
+    for cell in chosen:
+        if cell.seed == 0 and cell.budget in RECOVERED and cell.result.exists() and not clock_result(cell).exists():
+            print(f"seconds of a step: {cell.key}", flush=True)
+            in_own_process(cell, "steps")
+
+
+def run_times(chosen: list[Cell]) -> None:
+    """Time every compressed model that is there."""
+    for cell in chosen:
+        if cell.result.exists() and (cell.folder / "before").exists():
+            print(f"times: {cell.key}", flush=True)
+            in_own_process(cell, "time")
+    write_tables(RESULTS, cells(3), RATE)
+
+
+def run_rates(chosen: list[Cell]) -> None:
+    """The sweep of learning rates, of the cells whose first phase is done."""
+    for cell, rate in itertools.product(chosen, RATES):
+        is_swept = cell.method in SEEDED and cell.budget == RATE_BUDGET and cell.seed == 0
+        if not is_swept or not cell.result.exists() or rate_result(cell, rate).exists():
+            continue
+        print(f"rate {rate:g}: {cell.key}", flush=True)
+        steps = steps_within(cell, MODELS[cell.model].minutes / 3)
+        in_own_process(cell, "rates", "--rate", str(rate), "--steps", str(steps))
+    write_tables(RESULTS, cells(3), RATE)
+
+
+def run(phase: str, chosen: list[Cell]) -> None:
     """Run what is not done, each phase of a cell in its own process."""
     work: list[tuple[str, Cell]] = []
     for seed in sorted({c.seed for c in chosen}):
         own = [c for c in chosen if c.seed == seed]
-        work += [("before", c) for c in own if not c.result.exists()]
-        if phase == "all":
+        if phase != "recovery":
+            work += [("before", c) for c in own if not c.result.exists()]
+        if phase != "before":
             work += [("recovery", c) for c in own if c.budget in RECOVERED]
     for number, (step, cell) in enumerate(work, 1):
-        if step == "recovery" and json.loads(cell.result.read_text(encoding="utf-8"))["recovery"] is not None:
+        if step == "recovery" and (
+            not cell.result.exists() or json.loads(cell.result.read_text(encoding="utf-8"))["recovery"] is not None
+        ):
             continue
         print(f"[{number}/{len(work)}] {step}: {cell.key}", flush=True)
-        command = [sys.executable, "-m", "benchmarks.compress_real", "cell", "--phase", step, "--key", cell.key]
-        command += ["--minutes", str(minutes)] if minutes else []
-        outcome = subprocess.run(command, cwd=ROOT, check=False)
-        if outcome.returncode:
-            print(f"    failed with exit code {outcome.returncode}; the next run tries again", flush=True)
-        write_tables(RESULTS, cells(3))
+        steps = ["--steps", str(steps_within(cell, MODELS[cell.model].minutes))] if step == "recovery" else []
+        in_own_process(cell, step, *steps)
+        write_tables(RESULTS, cells(3), RATE)
 
 
 def write(path: Path, data: Any) -> None:
@@ -314,24 +456,29 @@ def write(path: Path, data: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "cell", "table"), default="run")
-    parser.add_argument("--phase", choices=("all", "before", "recovery"), default="all")
+    parser.add_argument("--phase", choices=("all", "before", "recovery", "rates", "steps", "time"), default="all")
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="only these models")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only these methods")
     parser.add_argument("--budget", type=float, action="append", help="only these budgets")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds of ours and the best baseline")
-    parser.add_argument("--minutes", type=float, help="of recovery, if not the study's")
     parser.add_argument("--key", help="the cell that this process runs")
+    parser.add_argument("--rate", type=float, help="the learning rate that this process tries")
+    parser.add_argument("--steps", type=int, help="of recovery, that this process takes")
     options = parser.parse_args()
     if options.action == "table":
-        write_tables(RESULTS, cells(3))
+        write_tables(RESULTS, cells(3), RATE)
         return
     require_data()
     if options.action == "cell":
         cell = next(c for c in cells(99) if c.key == options.key)
-        work: Callable[[], dict[str, Any]] = (
-            (lambda: run_before(cell)) if options.phase == "before" else (lambda: run_recovery(cell, options.minutes))
-        )
-        write(cell.result, work())
+        if options.phase == "rates":
+            write(rate_result(cell, options.rate), run_rate(cell, options.rate, options.steps))
+        elif options.phase == "steps":
+            write(clock_result(cell), step_seconds(cell))
+        elif options.phase == "time":
+            write(cell.result, run_time(cell))
+        else:
+            write(cell.result, run_before(cell) if options.phase == "before" else run_recovery(cell, options.steps))
         return
     chosen = [
         c
@@ -340,7 +487,14 @@ def main() -> None:
         and (not options.method or c.method in options.method)
         and (not options.budget or c.budget in options.budget)
     ]
-    run(options.phase, chosen, options.minutes)
+    if options.phase == "rates":
+        run_rates(chosen)
+    elif options.phase == "steps":
+        run_steps(chosen)
+    elif options.phase == "time":
+        run_times(chosen)
+    else:
+        run(options.phase, chosen)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ REFERENCE = "whitened SVD, uniform"
 """The baseline whose loss of quality "excess removed" refers to."""
 
 
-def write_tables(folder: Path, cells: Iterable[Any]) -> None:
+def write_tables(folder: Path, cells: Iterable[Any], rates: Mapping[str, float]) -> None:
     """``<folder>.json`` with every cell that is done and ``<folder>.md`` with the tables; cells not run are marked."""
     planned = list(cells)
     done = {c.key: json.loads(c.result.read_text(encoding="utf-8")) for c in planned if c.result.exists()}
@@ -27,7 +27,66 @@ def write_tables(folder: Path, cells: Iterable[Any]) -> None:
     for (model, budget), members in groups.items():
         lines += ["", f"## {model}, {budget:.0%} of the parameters of its linear layers", ""]
         lines += _table(members, done)
+    lines += _rates(folder.with_name(f"{folder.name}_rates"), rates)
     folder.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    layers = [line for cell in planned if cell.key in done for line in _layers(cell, done[cell.key])]
+    if layers:
+        text = ["# Ours beside low rank alone, layer by layer", "", _LAYERS, *layers]
+        folder.with_name(f"{folder.name}_layers.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+_LAYERS = (
+    "What each layer became, and the best low rank among its candidates that holds no more parameters, with the rise "
+    "of the loss that the screen predicts for either (nats of the model's own loss; corrected by measured effects). "
+    "Where low rank fell behind early it was tried at a few sizes only, so that single rows flatter the other "
+    'structure; what low rank alone can do for whole models is the row "low rank, allocated" of the main tables. '
+    "Seed 0 only. Layers where low rank itself was chosen, or that were kept, are left out."
+)
+
+
+def _layers(cell: Any, result: dict[str, Any]) -> list[str]:
+    """A table of the layers of one cell where another structure than low rank won."""
+    rows = [r for r in result.get("against_low_rank", []) if not r["structure"].startswith(("LowRank", "Dense"))]
+    if cell.seed or not rows:
+        return []
+    title = f"## {cell.model}, {cell.budget:.0%} of the parameters"
+    note = f"{len(rows)} of {len(result['against_low_rank'])} layers."
+    head = ("layer", "structure", "parameters", "predicted rise", "low rank", "its predicted rise")
+    table = [
+        (
+            f"`{r['layer']}`",
+            f"`{r['structure']}`",
+            f"{r['parameters']:.1%}",
+            f"{r['loss']:.5f}",
+            f"`{r['low_rank']}`" if r["low_rank"] else "—",
+            f"{r['low_rank_loss']:.5f}" if r["low_rank"] else "—",
+        )
+        for r in rows
+    ]
+    return ["", title, "", note, "", _row(head), _row(["---"] * len(head)), *map(_row, table)]
+
+
+def _rates(folder: Path, chosen: Mapping[str, float]) -> list[str]:
+    """The sweep of learning rates: the distance from the original on held-out training data, and what was chosen."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not found:
+        return []
+    rates = sorted({r["rate"] for r in found})
+    head = ("model", "method", "budget", "steps", "before", *(f"{rate:g}" for rate in rates))
+    rows: dict[tuple[str, ...], dict[float, float]] = defaultdict(dict)
+    for r in found:
+        cell = r["cell"]
+        before = f"{r['held_out']['before']:.4f}"
+        key = (cell["model"], cell["method"], f"{cell['budget']:.0%}", str(r["steps"]), before)
+        rows[key][r["rate"]] = r["held_out"]["best"]
+    table = [(*key, *(f"{own[rate]:.4f}" if rate in own else "—" for rate in rates)) for key, own in rows.items()]
+    note = (
+        "Distance from the original on held-out training data after recovery at each rate (seed 0): the divergence of "
+        "the outputs, per prediction, in nats. Every method is recovered at "
+        + ", ".join(f"{rate:g} ({model})" for model, rate in chosen.items())
+        + "."
+    )
+    return ["", "## Learning rates", "", note, "", _row(head), _row(["---"] * len(head)), *map(_row, table)]
 
 
 def _preface(results: Iterable[dict[str, Any]]) -> list[str]:
@@ -37,7 +96,10 @@ def _preface(results: Iterable[dict[str, Any]]) -> list[str]:
         f"Machines: {'; '.join(machines) or 'none yet'}. Times are medians, both models run in turns in one process.",
         "",
         f'*Excess removed* is the share of the loss of quality of "{REFERENCE}" (before recovery, same budget) that is '
-        "gone. Where there are several seeds: mean ± standard deviation (number of seeds). A dash is a cell not run.",
+        "gone. Where there are several seeds: mean ± standard deviation (number of seeds). A dash is a cell not run. "
+        "Recovery is distillation from the original with the same settings in every cell, for as many steps as fit "
+        "into the same minutes on a quiet machine. *Time* is that of the frozen compressed model by that of the "
+        "original, at several batch sizes.",
     ]
 
 
@@ -47,6 +109,7 @@ def _table(members: Sequence[Any], done: dict[str, dict[str, Any]]) -> list[str]
         "before recovery",
         "excess removed",
         "after recovery",
+        "recovery",
         "parameters",
         "FLOPs",
         "time",
@@ -72,6 +135,7 @@ def _table(members: Sequence[Any], done: dict[str, dict[str, Any]]) -> list[str]
                 _spread([r["quality"]["before"] for r in results], 4),
                 _excess(results, reference, method),
                 _spread([r["quality"]["after"] for r in results if r["quality"]["after"] is not None], 4),
+                _recovery(results),
                 f"{_share(first, 'parameters'):.1%}",
                 f"{_share(first, 'flops'):.1%}",
                 ", ".join(f"{t['ratio']:.2f} at {b}" for b, t in first["milliseconds"].items()),
@@ -81,6 +145,12 @@ def _table(members: Sequence[Any], done: dict[str, dict[str, Any]]) -> list[str]
         )
     note = f"Quality is {metric}; the original has {original}." if metric else "No cell of this table was run."
     return [note, "", _row(head), _row(["---"] * len(head)), *map(_row, rows)]
+
+
+def _recovery(results: list[dict[str, Any]]) -> str:
+    """Minutes and steps, of the first cell that was recovered."""
+    found = next((r["recovery"] for r in results if r["recovery"] is not None), None)
+    return "—" if found is None else f"{found['minutes']:g} min, {found['steps']} steps"
 
 
 def _share(result: dict[str, Any], unit: str) -> float:

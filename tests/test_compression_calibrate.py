@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 import torch
 from compression_models import Encoder, gpt2, labelled, llama, mlp, tokens
@@ -179,3 +182,36 @@ def test_disk_round_trip() -> None:
         assert torch.equal(again.moments[name].second_moment, moments.second_moment)
         assert torch.equal(again.moments[name].gradient_moment, moments.gradient_moment)
     assert (again.loss, again.terms, again.kind) == (found.loss, found.terms, found.kind)
+
+
+def live_bytes() -> int:
+    """Of all tensors that anything still refers to."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class Watched:
+    """Batches made when they are asked for; the bytes that are alive then are noted."""
+
+    def __init__(self, count: int, rows: int) -> None:
+        self.count, self.rows = count, rows
+        self.alive: list[int] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(self.count):
+            self.alive.append(live_bytes())
+            yield torch.randn(self.rows, 64)
+
+
+def test_memory_is_the_moments_and_one_batch() -> None:
+    model = mlp(sizes=(64, 96, 80, 16))
+    # A float64 sum for each moment, and the float32 product of the batch that is being added.
+    moments = 12 * sum(m.in_features**2 + m.out_features**2 for m in model if isinstance(m, nn.Linear))
+    data, before = Watched(12, rows=512), live_bytes()
+    found = calibrate(model, scan(model).sites, data)
+    assert found.batches == 12
+    batch = 4 * 512 * 64
+    # Between two batches nothing of the earlier ones is left, however many there were.
+    assert max(data.alive[-12:]) - before <= moments + 2 * batch
+    assert data.alive[-1] <= data.alive[-10] + batch

@@ -359,6 +359,25 @@ def test_a_finished_run_is_read_back_quickly(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+def test_other_data_does_not_meet_old_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    compressed(folder=tmp_path)
+    more = compressed(folder=tmp_path, calibration=labelled(count=5))
+    assert more.report.calibration is not None
+    assert more.report.calibration["batches"] == 5
+    assert more.plan == compressed(calibration=labelled(count=5)).plan
+    assert not caplog.records
+
+
+def test_shuffled_data_resumes_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    batches = list(labelled())
+    first = compressed(folder=tmp_path, calibration=batches)
+    again = compressed(folder=tmp_path, calibration=batches[::-1])
+    assert again.plan == first.plan
+    assert "starts with another batch" in caplog.text
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_other_weights_do_not_meet_old_work(tmp_path: Path) -> None:
     compressed(folder=tmp_path)
     other = compressed(folder=tmp_path, model=mlp(seed=1))

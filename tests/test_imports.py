@@ -59,3 +59,10 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 def test_that_test_can_fail() -> None:
     assert "torch" in loaded_after("import structmat; structmat.StructuredMatrix")
+
+
+@pytest.mark.parametrize(
+    "module", ["structmat.matrix", "structmat.kernels", "structmat.program", "structmat.structures", "structmat.io"]
+)
+def test_a_module_can_be_the_first_to_be_imported(module: str) -> None:
+    assert module in loaded_after(f"import {module}")

@@ -178,6 +178,17 @@ def test_the_best_on_held_out_batches_is_kept(original: Classifier, student: Cla
     assert [step for step, _ in result.held_out] == [0, 2, 4, 6]
 
 
+def test_too_high_a_rate_is_lowered_where_it_leads_away(original: Classifier, student: Classifier) -> None:
+    near = Distill(steps=300, learning_rate=3e-3)
+    recover(student, original, batches(), near, show=False)
+    settings = Distill(steps=120, learning_rate=1.0, warmup=0.0, held_out=batches(seed=5), check_every=10)
+    found = recover(student, original, batches(), settings, show=False)
+    distances = [value for _, value in found.held_out]
+    assert max(distances) > distances[0]  # it was too high
+    assert min(distances[1:]) < distances[0]  # and still helped in the end
+    assert found.kept_step > 0
+
+
 def test_users_forward_and_loss_are_honoured(original: Classifier, student: Classifier) -> None:
     seen = []
 

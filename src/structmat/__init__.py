@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from structmat import circuit as circuit
     from structmat import nn as nn
     from structmat.compression.budget import Flops as Flops
     from structmat.compression.budget import Latency as Latency
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from structmat.errors import StructmatError as StructmatError
     from structmat.io import load as load
     from structmat.io import save as save
+    from structmat.kernels.choice import backend as backend
     from structmat.learn.groups import parameter_groups as parameter_groups
     from structmat.matrix import StructuredMatrix as StructuredMatrix
     from structmat.matrix import matmul as matmul
@@ -50,6 +52,7 @@ _HOME = {
     "SparsePlusLowRank": "structmat.structures.sum_of",
     "Structure": "structmat.structure",
     "StructuredMatrix": "structmat.matrix",
+    "backend": "structmat.kernels.choice",
     "calibrate": "structmat.compression.calibrate",
     "compress": "structmat.compression.compress",
     "compress_": "structmat.compression.compress",
@@ -64,7 +67,7 @@ _HOME = {
     "scan": "structmat.compression.scan",
     "to_dense": "structmat.compression.replace",
 }
-_MODULES = ("nn", "program", "structures", "testing")
+_MODULES = ("circuit", "nn", "program", "structures", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -33,3 +33,7 @@ class BudgetError(StructmatError):
 
 class FormatError(StructmatError):
     """A file is foreign, damaged, newer than this version, or does not match."""
+
+
+class CircuitError(StructmatError):
+    """An arithmetic circuit is ill-formed, or can't do what is asked: a cycle, no linear map, a division by zero."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from structmat.errors import ShapeError, StructureError
-from structmat.program import Cost, Program, apply, build, cost, transpose
+from structmat.kernels import apply
+from structmat.program import Cost, Program, build, cost, reference, transpose
 from structmat.program.padding import padding_factor
 from structmat.structure import Shape, Structure, allows_complex, check_shape, resolve, specs
 
@@ -137,9 +138,9 @@ class StructuredMatrix:
         # Multiply the smaller identity: n products of the matrix or m of its transpose.
         if in_features <= out_features:
             eye = torch.eye(in_features, dtype=self.dtype, device=self.device)
-            return apply(self.program, self.tensors, eye).T
+            return reference.apply(self.program, self.tensors, eye).T
         eye = torch.eye(out_features, dtype=self.dtype, device=self.device)
-        return apply(transpose(self.program), self.tensors, eye)
+        return reference.apply(transpose(self.program), self.tensors, eye)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return matmul(self, x)

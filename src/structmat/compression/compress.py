@@ -5,39 +5,34 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structmat.compression import budget as budgets
-from structmat.compression.allocate import Allocation, allocate
-from structmat.compression.budget import Budget, Latency
+from structmat.compression.allocate import allocate
+from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
 from structmat.compression.contest import contest
+from structmat.compression.figures import Clock, Timer, bytes_of, layer_report, stored_numbers, total_flops
 from structmat.compression.fill import fill
 from structmat.compression.plan import Plan
-from structmat.compression.replace import Replaced, frozen_layers, replace_layers
-from structmat.compression.report import LayerReport, Report, Timing, Totals, environment
+from structmat.compression.replace import replace_layers
+from structmat.compression.report import Report, Totals, environment
 from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss, check_loader
 from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
 from structmat.compression.score import Measurement, corrected, score
-from structmat.compression.screen import Choice, Screening, candidate_to_json, check_weight, screen
-from structmat.compression.timing import sized, time_models
-from structmat.compression.workfolder import WorkFolder, digest, fingerprint
+from structmat.compression.screen import Choice, check_weight, screen
+from structmat.compression.workfolder import WorkFolder, digest, fingerprint, form_of, start_of
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
-from structmat.nn.linear import StructuredLinear
 from structmat.projection.project import DEFAULT_SWEEPS
-from structmat.structure import ParameterSpec, Structure, resolve, specs
-from structmat.structure import to_json as structure_to_json
+from structmat.structure import Structure, resolve
 from structmat.structures.dense import Dense
 
 if TYPE_CHECKING:
@@ -48,12 +43,6 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 """A user's measure of quality: a number, or several by name."""
-
-BATCHES = (1, 8, 32)
-"""Numbers of samples at which the report states times."""
-
-MODEL_SECONDS = 0.3
-"""To spend on timing both models at each of them."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +120,9 @@ def compress_(
     _check(model, budget, calibration, overrides, floor)
     if original is model:
         raise ModelError("The original is the model that is compressed in place. Pass a copy of it, or nothing.")
-    clock = _Clock()
+    from structmat import __version__
+
+    clock = Clock()
     work = WorkFolder(folder)
     overrides = overrides or {}
     with clock("scan"):
@@ -140,16 +131,15 @@ def compress_(
         fixed = _fixed(found, overrides, model)
         for site in found.sites:
             check_weight(site, dense_weight(model.get_submodule(site.name)))
-        base = digest(fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
+        base = digest(__version__, fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
     sequential = sequential and calibration is not None
     if original is None and (recover is not None or calibration is not None):
         original = copy.deepcopy(model)
     with clock("evaluate"):
         quality = {"before": _quality(evaluate, model, work, "before", base)} if evaluate else {}
     with clock("calibrate"):
-        seen = _calibrated(model, found, calibration, forward, loss, seed, work, base, progress)
+        seen, key = _calibrated(model, found, calibration, forward, loss, seed, work, base, progress)
         sites, skipped = _called(found, seen)
-        key = digest(base, seen is not None)
     with clock("screen"):
         screening = screen(
             model,
@@ -222,7 +212,7 @@ def compress_(
         )
         if folder is not None:
             plan.write(Path(folder) / "plan.json")
-    parameters_before, bytes_before = _stored(model), _bytes(model)
+    parameters_before, bytes_before = stored_numbers(model), bytes_of(model)
     with clock("replace"):
         replaced = replace_layers(
             model,
@@ -249,7 +239,7 @@ def compress_(
             with clock("evaluate"):
                 quality["recovered"] = _numbers(evaluate, model)
     with clock("time"):
-        timer = _Timer(calibration, forward, seen)
+        timer = Timer(calibration, forward, seen)
         timings = timer.compare(original, model, plan)
     report = Report(
         model=type(model).__name__,
@@ -264,12 +254,12 @@ def compress_(
             sum(s.shape[0] * s.shape[1] for s in sites),
             sum(c.parameters for c in allocation.chosen.values()),
         ),
-        model_parameters=Totals(parameters_before, _stored(model)),
-        model_bytes=Totals(bytes_before, _bytes(model)),
-        flops=_total_flops(sites, allocation, seen),
+        model_parameters=Totals(parameters_before, stored_numbers(model)),
+        model_bytes=Totals(bytes_before, bytes_of(model)),
+        flops=total_flops(sites, allocation, seen),
         quality=quality,
         timings=timings,
-        layers=tuple(_layer_report(site, allocation, screening, measured, replaced, fixed, timer) for site in sites),
+        layers=tuple(layer_report(site, allocation, screening, measured, replaced, fixed, timer) for site in sites),
         skipped=tuple(dataclasses.asdict(s) for s in skipped),
         predicted_loss=allocation.loss,
         loss_bound=allocation.bound,
@@ -338,16 +328,31 @@ def _calibrated(
     work: WorkFolder,
     base: str,
     progress: bool,
-) -> Calibration | None:
+) -> tuple[Calibration | None, str]:
+    """What calibration saw, now or when the folder was begun, and a digest of that and all before it."""
     if loader is None:
-        return None
-    key = digest(base, forward is not None, loss is not None)
+        return None, base
+    key, start = digest(base, _name(forward), _name(loss)), ""
+    if work.path is not None:
+        key, start = digest(key, form_of(loader)), start_of(loader)
     kept = work.load("calibration", key)
     if kept is not None:
-        return from_tensors(*kept)
+        if kept[0]["start"] != start:
+            logger.warning(
+                "The calibration data starts with another batch than that of the moments in %s, which are used. Data "
+                "that is shuffled anew does so; for other data, use another folder.",
+                work.path,
+            )
+        return from_tensors(kept[0]["seen"], kept[1]), digest(key, kept[0]["start"])
     seen = calibrate(model, found.sites, loader, forward=forward, loss=loss, seed=seed, progress=progress)
-    work.store("calibration", key, *to_tensors(seen))
-    return seen
+    numbers, tensors = to_tensors(seen)
+    work.store("calibration", key, {"seen": numbers, "start": start}, tensors)
+    return seen, digest(key, start)
+
+
+def _name(function: Callable[..., Any] | None) -> str | None:
+    """What tells a user's functions apart between processes."""
+    return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _called(found: Scan, seen: Calibration | None) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
@@ -392,7 +397,7 @@ def _recovered(
 
 def _quality(evaluate: Evaluate, model: nn.Module, work: WorkFolder, moment: str, key: str) -> dict[str, float]:
     """The quality, or what was kept of it: evaluations can take long."""
-    key = digest(key, getattr(evaluate, "__qualname__", ""))
+    key = digest(key, _name(evaluate))
     kept = work.load(f"quality-{moment}", key)
     if kept is not None:
         return dict(kept[0])
@@ -412,126 +417,3 @@ def _numbers(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
         except (TypeError, ValueError, RuntimeError):
             raise DataError(f"evaluate(model) returns a number or a dict of numbers; {name} is {number!r}.") from None
     return found
-
-
-# --------------------------------------------------------------------------------------------------------- figures
-
-
-class _Clock:
-    """Seconds of each step; a step that comes twice adds up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
-            logger.info("%s: %.1f s so far", step, self.seconds[step])
-
-
-class _Timer:
-    """Times of layers and of the whole model at several batch sizes."""
-
-    def __init__(self, loader: Iterable[Any] | None, forward: Forward | None, seen: Calibration | None) -> None:
-        self.batch = next(iter(loader)) if loader is not None else None
-        self.forward, self.seen = forward, seen
-
-    def layer(self, structure: Structure, site_name: str, shape: tuple[int, int], batch: int) -> float:
-        rows = 1.0 if self.seen is None else self.seen.rows_per_sample(site_name)
-        return Latency(0.5, batch).cost(structure, shape, rows)
-
-    def compare(self, original: nn.Module | None, model: nn.Module, plan: Plan) -> tuple[Timing, ...]:
-        """Layers alone at every batch size; both models in turns where there is data to run them on."""
-        if self.batch is None or original is None:
-            return (Timing(BATCHES[0], *self._layers(plan, BATCHES[0])),)
-        batches = sized(self.batch, BATCHES)
-        with frozen_layers(model):
-            found = time_models(original, model, batches, forward=self.forward, seconds=MODEL_SECONDS)
-        return tuple(Timing(t.batch, *self._layers(plan, t.batch), t.before, t.after, t.ratio) for t in found)
-
-    def _layers(self, plan: Plan, batch: int) -> tuple[float, float]:
-        dense = sum(self.layer(Dense(), n, s, batch) for n, s in plan.shapes.items())
-        now = sum(self.layer(plan.layers[n], n, s, batch) for n, s in plan.shapes.items())
-        return dense / 1e3, now / 1e3
-
-
-def _layer_report(
-    site: Site,
-    allocation: Allocation,
-    screening: Screening,
-    measured: Mapping[str, tuple[Measurement, ...]],
-    replaced: Sequence[Replaced],
-    fixed: Mapping[str, Structure],
-    timer: _Timer,
-) -> LayerReport:
-    layer, chosen = screening[site.name], allocation.chosen[site.name]
-    final = next((r for r in replaced if r.name == site.name), None)
-    dense = layer.keep
-    now = timer.layer(chosen.structure, site.name, site.shape, 1)
-    then = timer.layer(Dense(), site.name, site.shape, 1)
-    return LayerReport(
-        name=site.name,
-        shape=site.shape,
-        kind=site.kind,
-        structure=str(chosen.structure),
-        structure_json=structure_to_json(chosen.structure),
-        reason="by override" if site.name in fixed else "chosen",
-        parameters=chosen.parameters,
-        dense_parameters=dense.parameters,
-        flops=chosen.flops,
-        dense_flops=dense.flops,
-        error=final.error if final else 0.0,
-        lower_bound=final.lower_bound if final else 0.0,
-        certificate=final.certificate if final else "optimal",
-        method=final.method if final else "kept",
-        norm=final.norm if final else layer.norm,
-        predicted_loss=chosen.loss,
-        microseconds=now,
-        dense_microseconds=then,
-        slower=now > then,
-        candidates=tuple(candidate_to_json(c) for c in layer.candidates),
-        measured=tuple(
-            {"structure": str(m.structure), "predicted": m.predicted, "measured": m.measured}
-            for m in measured.get(site.name, ())
-        ),
-        refused=layer.refused,
-    )
-
-
-def _total_flops(sites: Sequence[Site], allocation: Allocation, seen: Calibration | None) -> Totals:
-    def total(dense: bool) -> float:
-        return sum(
-            budgets.flops(Dense() if dense else allocation.chosen[s.name].structure, s.shape)
-            * (1.0 if seen is None else seen.rows_per_sample(s.name))
-            for s in sites
-        )
-
-    return Totals(total(True), total(False))
-
-
-def _stored(model: nn.Module) -> int:
-    """Stored numbers of a whole model: parameters, and what says where those of structured layers lie."""
-    size = sum(p.numel() for p in model.parameters())
-    return size + sum(spec.stored for _, spec in _fixed_tensors(model))
-
-
-def _bytes(model: nn.Module) -> int:
-    """Of all tensors that are saved, each once."""
-    kept = {(t.data_ptr(), t.shape, t.dtype): t for t in model.state_dict().values() if isinstance(t, Tensor)}
-    packed = {t.data_ptr(): math.prod(spec.file_shape) for t, spec in _fixed_tensors(model) if spec.is_packed}
-    return sum(packed.get(t.data_ptr(), t.numel() * t.element_size()) for t in kept.values())
-
-
-def _fixed_tensors(model: nn.Module) -> list[tuple[Tensor, ParameterSpec]]:
-    """Supports and permutations of structured layers, each once."""
-    layers = {id(m): m for m in model.modules() if isinstance(m, StructuredLinear)}
-    return [
-        (getattr(layer, name), spec)
-        for layer in layers.values()
-        for name, spec in specs(layer.structure, layer.matrix.shape).items()
-        if not spec.learned
-    ]

@@ -35,6 +35,9 @@ from structmat.nn.linear import StructuredLinear
 
 logger = logging.getLogger(__name__)
 
+_STEP_BACK = 1 / 3
+"""What the learning rate is multiplied by when the model has moved away from the original."""
+
 DIVERGENCE, SQUARES = "divergence of the logits", "squared error of the output"
 
 
@@ -57,7 +60,9 @@ class Distill:
         weight_decay: for matrices that are not structured; structured tensors never decay.
         data: batches to train on, if others than those of calibration.
         held_out: batches to be judged by: the state that is nearest to the original on them is kept, so that recovery
-            never ends farther from the original than it began. Without them the last state is kept.
+            never ends farther from the original than it began; where a look finds the model farther away than at the
+            start, the best state is taken up again with a third of the learning rate. Without them the last state is
+            kept.
         check_every: steps between two looks at ``held_out``, and between two entries of the curve of losses.
         save_every: seconds between two checkpoints, where there is a folder.
     """
@@ -209,6 +214,7 @@ class _Run:
         self.recent: list[float] = []
         self.checks: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] | None = None
+        self.caution = 1.0  # factor of all learning rates
         self.done = False
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -263,7 +269,17 @@ class _Run:
                 self._note()
                 if self.settings.held_out is not None:
                     self._check()
+                    if self.step > self.settings.layerwise and self.checks[-1][1] > self.checks[0][1]:
+                        self._step_back()
             yield self.step
+
+    def _step_back(self) -> None:
+        """The rate was too high for a model that is as near as this one: on from the best state with a lower one."""
+        assert self.best is not None
+        logger.info("recovery: step %d is farther from the original than the start; on with a lower rate", self.step)
+        self._write(self.best)
+        self.optimizer.state.clear()
+        self.caution *= _STEP_BACK
 
     def _share(self) -> float:
         """How much of the phase is over, 0 to 1."""
@@ -275,7 +291,7 @@ class _Run:
         return max(time_share, done)
 
     def _learn(self, batch: Any, share: float) -> None:
-        scale = _schedule(share, self.settings.warmup)
+        scale = self.caution * _schedule(share, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["top"] * scale
         value = self._layerwise(batch) if self.step < self.settings.layerwise else self._distance(batch, own=True)
@@ -410,6 +426,7 @@ class _Run:
             "losses": self.losses,
             "recent": self.recent,
             "checks": self.checks,
+            "caution": self.caution,
             "done": self.done,
         }
         write_checkpoint(folder, Checkpoint(self._identity(), facts, tensors))
@@ -435,6 +452,7 @@ class _Run:
         self.losses = [(int(s), float(v)) for s, v in facts["losses"]]
         self.checks = [(int(s), float(v)) for s, v in facts["checks"]]
         self.recent, self.done = [float(v) for v in facts["recent"]], bool(facts["done"])
+        self.caution = float(facts["caution"])
         logger.info("recovery goes on from step %d", self.step)
 
 

@@ -179,21 +179,26 @@ def to_dense(model: Model) -> Model:
     return _converted(model, _dense)
 
 
-def freeze(model: Model) -> Model:
+def freeze(model: Model, rows: int | None = None) -> Model:
     """A copy of a model for deployment, in evaluation mode: every structured layer is a ``FrozenLinear``.
 
     Its stages are merged where that runs faster, and what would be put together at every call (the matrix of a sparse
     stage, for one) is put together once, which may take more memory. A frozen model computes the same but can't be
     trained or saved by :func:`structmat.save`: keep the model that it was made from.
+
+    Args:
+        model: with structured layers.
+        rows: of a layer's typical input, all leading axes together: tokens, for a language model. Many by default; 1
+            for a model that answers one request at a time.
     """
-    return _converted(model, StructuredLinear.freeze).eval()
+    return _converted(model, lambda layer: layer.freeze(rows)).eval()
 
 
 @contextmanager
-def frozen_layers(model: nn.Module) -> Iterator[None]:
+def frozen_layers(model: nn.Module, rows: int | None = None) -> Iterator[None]:
     """The model itself with frozen layers for a while: what :func:`freeze` would make, without copying the rest."""
     places = [(parent_and_child(model, name), module) for name, module in _structured_layers(model)]
-    made = {id(module): module.freeze() for _, module in places}
+    made = {id(module): module.freeze(rows) for _, module in places}
     try:
         for (parent, child), module in places:
             setattr(parent, child, made[id(module)])

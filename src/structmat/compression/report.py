@@ -140,7 +140,9 @@ class Report:
 def environment() -> dict[str, Any]:
     """Versions and the machine: figures without them mean little."""
     from structmat import __version__
+    from structmat.kernels import native
 
+    kernels = native()
     return {
         "structmat": __version__,
         "torch": torch.__version__,
@@ -148,6 +150,7 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "native": kernels.instruction_set if kernels.available else f"no: {kernels.reason}",
     }
 
 

@@ -97,7 +97,7 @@ def layer_microseconds(structure: Structure, shape: Shape, rows: int) -> float:
             return 1e6 * statistics.median(first + second)
         layer = StructuredLinear.from_matrix(
             StructuredMatrix.random(structure, shape, generator=generator, dtype=torch.float32, device="cpu")
-        ).freeze()
+        ).freeze(rows)
         ratio = _ratio(*interleaved(lambda: dense(x), lambda: layer(x), seconds=LAYER_SECONDS))
     return ratio * layer_microseconds(Dense(), shape, rows)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,34 @@ def fingerprint(model: nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if tensor.device.type != "meta" and tensor.numel():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            total.update(flat.view(torch.uint8).numpy().tobytes())
+        if tensor.device.type != "meta":
+            total.update(_raw(tensor))
     return total.hexdigest()[:24]
+
+
+def form_of(loader: Iterable[Any]) -> list[Any]:
+    """What tells data apart whatever its order: numbers of batches and samples, shapes and types in the first batch."""
+    lengths = [len(d) if isinstance(d, Sized) else None for d in (loader, getattr(loader, "dataset", None))]
+    return [*lengths, [(tuple(tensor.shape), str(tensor.dtype)) for tensor in _tensors(next(iter(loader), None))]]
+
+
+def start_of(loader: Iterable[Any]) -> str:
+    """A digest of the values in the first batch."""
+    total = hashlib.sha256()
+    for tensor in _tensors(next(iter(loader), None)):
+        total.update(_raw(tensor))
+    return total.hexdigest()[:24]
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    """Of a batch, however nested."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(item)
+
+
+def _raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""

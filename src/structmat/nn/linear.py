@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from structmat.errors import StructureError
+from structmat.kernels import affine, apply, runs_native
 from structmat.matrix import StructuredMatrix, draw
-from structmat.program import Contraction, Program, affine, apply, build, cost, form, fuse, stages, table
+from structmat.program import (
+    FOR_NATIVE,
+    FOR_REFERENCE,
+    Contraction,
+    Program,
+    Writing,
+    build,
+    cost,
+    form,
+    fuse,
+    stages,
+    table,
+)
 from structmat.projection.project import DEFAULT_SWEEPS, project
 from structmat.structure import Structure, resolve, specs
 
@@ -151,16 +165,30 @@ class StructuredLinear(nn.Module):
                 linear.bias.copy_(self._loaded(self.bias))
         return linear.train(self.training)
 
-    def freeze(self) -> FrozenLinear:
-        """The layer for deployment: adjacent stages merged where that runs faster, nothing left to train."""
+    def freeze(self, rows: int | None = None) -> FrozenLinear:
+        """The layer for deployment: what runs faster put together is put together, nothing is left to train.
+
+        Args:
+            rows: of a typical call (all leading axes together). Few rows ask for other forms than many: a sparse matrix
+                with one vector is slower than the dense one, for instance. Many by default.
+        """
         with torch.no_grad():
-            program, tensors = fuse(self._program, self.tensors())
+            tensors = self.tensors()
+            program, made = fuse(self._program, tensors, self._writing(tensors, rows))
             bias = None if self.bias is None else self._loaded(self.bias).detach().clone()
-        return FrozenLinear(program, {name: t.detach().clone() for name, t in tensors.items()}, bias)
+        return FrozenLinear(program, {name: t.detach().clone() for name, t in made.items()}, bias)
+
+    def _writing(self, tensors: Mapping[str, Tensor], rows: int | None) -> Writing:
+        """For the backend that will run the frozen layer."""
+        return FOR_NATIVE if runs_native(self._program, tensors, rows) else FOR_REFERENCE
 
     def explain(self, batch: int = 1) -> str:
         """What runs for ``batch`` rows: the program, the form of each stage, and the operations."""
         lines = [table(self._program), ""]
+        native = runs_native(self._program, self.tensors(), batch)
+        if native:
+            lines.append("Without gradients: native backend, all stages in one pass over tiles of the batch.")
+            lines.append("With gradients, and in compiled graphs:")
         for number, stage in enumerate(stages(self._program), 1):
             lines.append(f"{number}. {stage}: reference backend, {form(stage).value}")
         amount = cost(self._program, complex_weights=self._complex)

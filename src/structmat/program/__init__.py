@@ -2,7 +2,7 @@
 
 from structmat.program.build import build
 from structmat.program.cost import Cost, cost
-from structmat.program.fuse import chainable, fuse, merge, merged_pattern
+from structmat.program.fuse import FOR_NATIVE, FOR_REFERENCE, Writing, chainable, fuse, merge, merged_pattern
 from structmat.program.reference import affine, apply, form
 from structmat.program.simplify import simplify
 from structmat.program.stages import (
@@ -31,6 +31,8 @@ from structmat.program.table import table
 from structmat.program.transpose import transpose
 
 __all__ = [
+    "FOR_NATIVE",
+    "FOR_REFERENCE",
     "Call",
     "Chain",
     "Complex",
@@ -49,6 +51,7 @@ __all__ = [
     "Stage",
     "Sum",
     "Windowed",
+    "Writing",
     "affine",
     "apply",
     "build",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 
 from torch import Tensor
 
-from structmat.program.reference import Form, form, interpolation_matrix, sparse_matrix
+from structmat.program.reference import MATERIALISED_DENSITY, interpolation_matrix, sparse_matrix
 from structmat.program.simplify import simplify
 from structmat.program.stages import Chain, Contraction, Diagonal, Interpolation, Program, Sparse, Stage, Sum
 
@@ -63,22 +64,44 @@ def full_weight(stage: Contraction, tensors: Tensors) -> Tensor:
     return weight.expand(stage.pattern)
 
 
-def fuse(program: Program, tensors: Tensors, *, growth: float = 2.0) -> tuple[Program, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Writing:
+    """What :func:`fuse` puts together ahead of time: it depends on who runs the program.
+
+    Args:
+        growth: a run of contractions is merged while the multiplications of the merged one are at most ``growth``
+            times those of the run; with 1 none is added.
+        sparse_from: sparse stages that hold at least this share of their matrix are written out as a dense one.
+        interpolations: whether these are written out.
+    """
+
+    growth: float
+    sparse_from: float
+    interpolations: bool
+
+
+FOR_REFERENCE = Writing(growth=2.0, sparse_from=MATERIALISED_DENSITY, interpolations=True)
+"""Few fat stages run faster than many thin ones: four stages of a butterfly become one of radix 16. Interpolations and
+dense enough sparse stages run as a dense product in any case."""
+
+FOR_NATIVE = Writing(growth=1.0, sparse_from=0.4, interpolations=False)
+"""Stages of a chain run one after the other in the cache, so nothing is gained by merging them. The products of a
+sparse stage run at a bit less than half of the speed of dense ones (float32, large batches, AVX-512)."""
+
+
+def fuse(program: Program, tensors: Tensors, writing: Writing = FOR_REFERENCE) -> tuple[Program, dict[str, Tensor]]:
     """An equal program with adjacent contractions (and diagonals) merged, and its tensors.
 
     Args:
         program: what is to run.
         tensors: its tensors by name.
-        growth: a run of contractions is merged while the multiplications of the merged one are at most ``growth``
-            times those of the run. Few fat stages run faster than many thin ones: with the default 2, four stages of a
-            butterfly become one of radix 16. With 1 none is added, but for interpolations and dense enough sparse
-            stages: they run as a dense product in any case and are written out as one.
+        writing: what is put together ahead of time.
 
     Returns:
         The program and the tensors that it reads, all others dropped. Exact up to rounding.
     """
     made: dict[str, Tensor] = {}
-    result = _fuse(simplify(program), tensors, growth, made)
+    result = _fuse(simplify(program), tensors, writing, made)
     names = {name for stage in _stages(result) for name in (*stage.weights, *stage.indices)}
     return result, {name: (made[name] if name in made else tensors[name]) for name in sorted(names)}
 
@@ -89,23 +112,23 @@ def _stages(program: Program) -> tuple[Stage, ...]:
     return stages(program)
 
 
-def _fuse(program: Program, tensors: Tensors, growth: float, made: dict[str, Tensor]) -> Program:
-    if isinstance(program, Interpolation):
+def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, Tensor]) -> Program:
+    if isinstance(program, Interpolation) and writing.interpolations:
         matrix = interpolation_matrix(program, tensors)
         return _dense(program, matrix.T if program.transposed else matrix, tensors, made)
-    if isinstance(program, Sparse) and form(program) is Form.MATERIALISED:
+    if isinstance(program, Sparse) and program.capacity > writing.sparse_from * program.height * program.width:
         return _dense(program, sparse_matrix(program, tensors), tensors, made)
     if isinstance(program, Stage):
         return program
     if isinstance(program, Sum):
-        return Sum(tuple(_fuse(part, tensors, growth, made) for part in program.parts))
+        return Sum(tuple(_fuse(part, tensors, writing, made) for part in program.parts))
     done: list[Program] = []
     work: list[int] = []  # multiplications of the original run behind each entry of done
     for step in program.steps:
-        step = _fuse(step, tensors, growth, made)
+        step = _fuse(step, tensors, writing, made)
         amount = step.multiplications if isinstance(step, Stage) else 0
         while done:
-            joined = _join(done[-1], step, {**tensors, **made}, growth, work[-1] + amount, made)
+            joined = _join(done[-1], step, {**tensors, **made}, writing.growth, work[-1] + amount, made)
             if joined is None:
                 break
             step, amount = joined, amount + work.pop()

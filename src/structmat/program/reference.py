@@ -54,7 +54,7 @@ class Form(enum.Enum):
 _UNROLLED_LIMIT = 4
 """Contractions of at most 4 x 4 blocks run as multiply-adds: a batched product of so small blocks is all overhead."""
 
-_MATERIALISED_DENSITY = 1.0 / 64.0
+MATERIALISED_DENSITY = 1.0 / 64.0
 """Denser sparse stages run as a dense product: gather and add is an order of magnitude slower a multiplication."""
 
 
@@ -67,7 +67,7 @@ def form(stage: Stage) -> Form:
             return Form.UNROLLED
         return Form.BATCHED
     if isinstance(stage, Sparse):
-        dense = stage.capacity > _MATERIALISED_DENSITY * stage.height * stage.width
+        dense = stage.capacity > MATERIALISED_DENSITY * stage.height * stage.width
         return Form.MATERIALISED if dense else Form.GATHER
     if isinstance(stage, Windowed | Interpolation):
         return Form.MATERIALISED
@@ -86,7 +86,7 @@ def apply(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
     Raises:
         ShapeError: the last axis of ``x`` is not ``in_features``.
     """
-    rows = _run(program, tensors, _rows(program, x))
+    rows = _run(program, tensors, as_rows(program, x))
     return rows if x.dim() == 2 else rows.reshape(*x.shape[:-1], program.out_features)
 
 
@@ -99,7 +99,7 @@ def affine(program: Program, tensors: Tensors, x: Tensor, bias: Tensor) -> Tenso
     last = program.steps[-1] if isinstance(program, Chain) else None
     if not isinstance(program, Chain) or not isinstance(last, Crop):
         return apply(program, tensors, x) + bias
-    rows = _rows(program, x)
+    rows = as_rows(program, x)
     for step in program.steps[:-1]:
         rows = _run(step, tensors, rows)
     after = last.size - last.kept - last.before
@@ -107,7 +107,7 @@ def affine(program: Program, tensors: Tensors, x: Tensor, bias: Tensor) -> Tenso
     return rows[:, last.before : last.before + last.kept].reshape(*x.shape[:-1], last.kept)
 
 
-def _rows(program: Program, x: Tensor) -> Tensor:
+def as_rows(program: Program, x: Tensor) -> Tensor:
     """The input (..., in_features) as rows (batch, in_features)."""
     if x.dim() == 0 or x.shape[-1] != program.in_features:
         raise ShapeError(

@@ -138,8 +138,9 @@ class _Weighted:
         left, right = self._unweigh(u[..., :rank]), u[..., :rank].mH @ weighed
         if not self.is_separable:
             member, whole = self._rows(left @ right), self._rows(self.slices)
-            size = self._inner(member, member)
-            right = right * (self._inner(member, whole) / size if size > 0 else 1.0)
+            weighed = self._weighed(member)
+            size = _real_inner(weighed, member)
+            right = right * (_real_inner(weighed, whole) / size if size > 0 else 1.0)
         return left, right, tail
 
     def lower_bound(self, rank: int, tail: float) -> float:
@@ -159,14 +160,16 @@ class _Weighted:
 
         Without an output moment the groups are independent and are updated at once.
         """
+        if sweeps == 0:
+            return left, right, 0
         rest = self._rows(self.slices - left @ right)
-        error = self._inner(rest, rest)
+        error = self._squared(rest)
         for number in range(sweeps):
             new_left, new_right = left.clone(), right.clone()
             rest = self._rows(self.slices - left @ right)
             for k in range(self.blocks):
                 self._update_block(k, new_left, new_right, rest)
-            reduced = self._inner(rest, rest)
+            reduced = self._squared(rest)
             if not reduced < error:
                 return left, right, number
             left, right, gain, error = new_left, new_right, error - reduced, reduced
@@ -215,12 +218,20 @@ class _Weighted:
         """(g, k, s, p) to the rows of each group, (g, s, k * p)."""
         return slices.transpose(1, 2).reshape(self.groups, self.rows, self.blocks * self.width)
 
-    def _inner(self, one: Tensor, other: Tensor) -> float:
-        """The real inner product of the target's norm, of the rows of groups."""
-        weighed = other @ self.inputs.moment
-        if self.outputs is not None:
-            weighed = (self.outputs.moment @ weighed.reshape(self.groups * self.rows, -1)).reshape(other.shape)
-        return float((weighed * one.conj()).sum().real)
+    def _squared(self, rows: Tensor) -> float:
+        """The square of the target's norm, of the rows of groups."""
+        return _real_inner(self._weighed(rows), rows)
+
+    def _weighed(self, rows: Tensor) -> Tensor:
+        """``B rows C``: with it inner products of the target's norm become plain ones."""
+        weighed = rows @ self.inputs.moment
+        if self.outputs is None:
+            return weighed
+        return (self.outputs.moment @ weighed.reshape(self.groups * self.rows, -1)).reshape(rows.shape)
+
+
+def _real_inner(one: Tensor, other: Tensor) -> float:
+    return float((one * other.conj()).sum().real)
 
 
 def leading_directions(matrix: Tensor, rank: int) -> Tensor:

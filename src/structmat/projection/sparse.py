@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ _GRADIENT_STEPS = 3
 """Conjugate gradient steps each time that a support changes."""
 
 _LAST_STEPS = 40
-"""At most so many of them on the last support."""
+"""At most so many of them on the last support; half of them where a single round may be spent."""
 
 _SOLVED = 1e-10
 """Enough of these: the squared gradient, in the norm of the preconditioner, has fallen by this factor."""
@@ -78,7 +79,7 @@ def sparsify(target: Target, nonzeros: int, rounds: int) -> tuple[Tensor, Tensor
         exact = least_squares_on(mask, weight, target.second_moment, weight @ target.second_moment)
         if target.squared(weight - exact) <= error:
             return exact, mask
-    return _descend(dense, mask, weight, norm, _LAST_STEPS), mask
+    return _descend(dense, mask, weight, norm, min(_LAST_STEPS, rounds * _LAST_STEPS // 2)), mask
 
 
 def improve(target: Target, dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,18 +134,25 @@ class Norm:
 
 
 def _pruned(target: Target, norm: Norm, nonzeros: int) -> tuple[Tensor, Tensor]:
-    """Entries are dropped step by step, those first that are missed least once the others have made up for them."""
+    """Entries are dropped step by step, those first that are missed least once the others have made up for them.
+
+    The steps do not depend on ``nonzeros``, but for the last: fits of several sizes share them.
+    """
     outputs, inputs = target.output_moment, target.second_moment
     rows = 1.0 if outputs is None else target.output_fact("inverse diagonal", lambda: _inverse_diagonal(outputs))
     columns = 1.0 if inputs is None else target.input_fact("inverse diagonal", lambda: _inverse_diagonal(inputs))
     compensated = 1.0 / (torch.as_tensor(rows)[..., None] * torch.as_tensor(columns))
+
+    def without_least(dense: Tensor, mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        mask = largest(torch.where(mask, dense.abs().square() * compensated, -1.0), kept)
+        return _descend(torch.where(mask, dense, torch.zeros_like(dense)), mask, target.weight, norm), mask
+
     dense, mask = target.weight, torch.ones(target.native, dtype=torch.bool)
     kept = dense.numel()
-    while kept > nonzeros:
-        kept = max(nonzeros, int(_PATH * kept))
-        mask = largest(torch.where(mask, dense.abs().square() * compensated, -1.0), kept)
-        dense = _descend(torch.where(mask, dense, torch.zeros_like(dense)), mask, target.weight, norm)
-    return dense, mask
+    while (less := int(_PATH * kept)) > nonzeros:
+        kept = less
+        dense, mask = target.weight_fact(("pruned", kept), partial(without_least, dense, mask, kept))
+    return without_least(dense, mask, nonzeros) if nonzeros < kept else (dense, mask)
 
 
 def _inverse_diagonal(moment: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from structmat.structure import Shape
 _T = TypeVar("_T")
 
 Facts = dict[Hashable, Any]
-"""What was computed from one moment, by key; shared by all targets with that moment."""
+"""What was computed from one moment, or from one weight in one norm, by key; shared by all targets that have it."""
 
 _RELATIVE_RANK_TOLERANCE = 1e-12
 """Eigenvalues of a second moment below this share of the largest are rounding: inputs that never occur."""
@@ -97,9 +97,7 @@ class Target:
     def replace_sweeps(self, sweeps: int) -> Target:
         """The same problem with another number of sweeps; what was computed from it is kept."""
         other = self._sharing(replace(self, sweeps=sweeps))
-        for name in ("whitened", "whitened_svd"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
+        other.__dict__["_weight_facts"] = self._weight_facts
         return other
 
     def _sharing(self, other: Target) -> Target:
@@ -115,12 +113,18 @@ class Target:
         """The same for the moment of the outputs."""
         return _remember(self._output_facts, key, make)
 
+    def weight_fact(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        """The same for what depends on the weight and the norm, made once whatever the number of sweeps."""
+        return _remember(self._weight_facts, key, make)
+
     def unweighted(self) -> Target:
         """The same matrix in the Frobenius norm. Always the same object, so that its decomposition is shared."""
         if self.second_moment is None and self.output_moment is None:
             return self
         if "plain" not in self._derived:
-            self._derived["plain"] = replace(self, second_moment=None, output_moment=None)
+            other = replace(self, second_moment=None, output_moment=None)
+            other.__dict__["_weight_facts"] = self._facts_of("plain")
+            self._derived["plain"] = other
         return self._derived["plain"]
 
     def without_output_moment(self) -> Target:
@@ -129,7 +133,7 @@ class Target:
             return self
         if "inputs" not in self._derived:
             other = replace(self, output_moment=None)
-            other.__dict__["_input_facts"] = self._input_facts
+            other.__dict__.update(_input_facts=self._input_facts, _weight_facts=self._facts_of("inputs"))
             self._derived["inputs"] = other
         return self._derived["inputs"]
 
@@ -143,7 +147,8 @@ class Target:
             inputs, input_facts = _embedded(self.second_moment, native[1], self._input_facts)
             outputs, output_facts = _embedded(self.output_moment, native[0], self._output_facts)
             larger = replace(self, weight=weight, second_moment=inputs, output_moment=outputs)
-            larger.__dict__.update(_input_facts=input_facts, _output_facts=output_facts)
+            weight_facts = self._facts_of(native)
+            larger.__dict__.update(_input_facts=input_facts, _output_facts=output_facts, _weight_facts=weight_facts)
             self._derived[native] = larger
         return self._derived[native]
 
@@ -159,6 +164,14 @@ class Target:
     @cached_property
     def _output_facts(self) -> Facts:
         return {}
+
+    @cached_property
+    def _weight_facts(self) -> Facts:
+        return {}
+
+    def _facts_of(self, derived: Shape | str) -> Facts:
+        """Those of a target made from this one, whatever its sweeps."""
+        return self.weight_fact(("facts", derived), lambda: cast(Facts, {}))
 
     @property
     def root(self) -> Tensor | None:
@@ -180,17 +193,25 @@ class Target:
         """The pseudo-inverse of ``B^(1/2)``: zero on outputs that do not count. None for the identity."""
         return _inverse_root(self.output_moment, self._output_facts)
 
-    @cached_property
+    @property
     def whitened(self) -> Tensor:
         """``B^(1/2) W C^(1/2)``: the matrix whose plain Frobenius distances are the target's norm."""
-        whitened = self.weight if self.root is None else self.weight @ self.root
-        return whitened if self.output_root is None else self.output_root @ whitened
 
-    @cached_property
+        def make() -> Tensor:
+            whitened = self.weight if self.root is None else self.weight @ self.root
+            return whitened if self.output_root is None else self.output_root @ whitened
+
+        return self.weight_fact("whitened", make)
+
+    @property
     def whitened_svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Thin SVD ``(U, s, Vh)`` of :attr:`whitened`; shared by every fit of this target that needs it."""
-        u, s, vh = torch.linalg.svd(self.whitened, full_matrices=False)
-        return u, s, vh
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            u, s, vh = torch.linalg.svd(self.whitened, full_matrices=False)
+            return u, s, vh
+
+        return self.weight_fact("whitened SVD", make)
 
     def error(self, dense: Tensor) -> float:
         """The distance of a member, given as a dense matrix of the native or the unpadded shape; padding is free."""

@@ -1,0 +1,41 @@
+// Which instruction sets this build holds, and which the machine has.
+#include "kernels.h"
+
+namespace structmat {
+
+#define STRUCTMAT_DECLARE(set)      \
+  namespace set {                   \
+  const Kernels<float>* single();   \
+  const Kernels<double>* wide();    \
+  }
+STRUCTMAT_DECLARE(isa_base)
+#if defined(__x86_64__)
+STRUCTMAT_DECLARE(isa_avx2)
+STRUCTMAT_DECLARE(isa_avx512)
+#endif
+
+const InstructionSet& instruction_set(int number) {
+  static const InstructionSet all[] = {
+      {"base", isa_base::single(), isa_base::wide()},
+#if defined(__x86_64__)
+      {"avx2", isa_avx2::single(), isa_avx2::wide()},
+      {"avx512", isa_avx512::single(), isa_avx512::wide()},
+#else
+      {"avx2", isa_base::single(), isa_base::wide()},
+      {"avx512", isa_base::single(), isa_base::wide()},
+#endif
+  };
+  return all[number];
+}
+
+bool supported(int number) {
+#if defined(__x86_64__)
+  if (number == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (number == 2)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+  return number == 0;
+}
+
+}  // namespace structmat

@@ -1,0 +1,80 @@
+// Runs cases from a file without PyTorch, for sanitizers and instruction counts:  driver FILE [repetitions]
+//
+// A case: length and text of a program; rows, storage, stride of the input; bytes and data of the input; number of
+// tensors, and of each its bytes, its count and its data. All numbers are int64. Cases follow one another to the end.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "execute.h"
+
+namespace {
+
+struct File {
+  std::FILE* file;
+  explicit File(const char* name) : file(std::fopen(name, "rb")) {
+    if (!file) throw std::runtime_error("the file can't be opened");
+  }
+  ~File() { std::fclose(file); }
+  bool read(void* to, size_t bytes) { return bytes == 0 || std::fread(to, 1, bytes, file) == bytes; }
+  int64_t number() {
+    int64_t n;
+    if (!read(&n, sizeof n)) throw std::runtime_error("the file ends too early");
+    return n;
+  }
+  // Exactly as large as what it holds, so that a read beyond its end is noticed.
+  std::vector<char> bytes() {
+    std::vector<char> data(number());
+    if (!read(data.data(), data.size())) throw std::runtime_error("the file ends too early");
+    return data;
+  }
+};
+
+int run(const char* name, int repetitions) {
+  File file(name);
+  int cases = 0;
+  int64_t length;
+  while (file.read(&length, sizeof length)) {
+    std::string text(length, ' ');
+    if (!file.read(&text[0], length)) throw std::runtime_error("the file ends too early");
+    const structmat::Plan plan = structmat::make_plan(text);
+    structmat::Batch batch;
+    batch.rows = file.number();
+    batch.storage = structmat::Storage(file.number());
+    batch.x_stride = file.number();
+    const std::vector<char> x = file.bytes();
+    std::vector<std::vector<char>> data(file.number());
+    std::vector<structmat::Array> tensors;
+    for (auto& own : data) {
+      const int64_t count = file.number();
+      own = file.bytes();
+      tensors.push_back({own.data(), count});
+    }
+    if (tensors.size() != plan.sizes.size()) throw std::runtime_error("the number of tensors is wrong");
+    const int64_t size = batch.storage == structmat::Storage::f64 ? 8 : batch.storage == structmat::Storage::f32 ? 4 : 2;
+    std::vector<char> y(batch.rows * plan.out_features * size);
+    batch.x = x.data(), batch.y = y.data(), batch.y_stride = plan.out_features;
+    for (int r = 0; r < repetitions; ++r) structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
+    ++cases;
+  }
+  std::printf("%d cases, %s\n", cases, structmat::chosen().name);
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 2) {
+    std::fprintf(stderr, "usage: %s FILE [repetitions]\n", arguments[0]);
+    return 2;
+  }
+  try {
+    return run(arguments[1], count > 2 ? std::atoi(arguments[2]) : 1);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,37 @@
+// Running a plan over a batch.
+#pragma once
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace structmat {
+
+// One array of numbers outside of the tiles.
+struct Array {
+  const void* data;
+  int64_t count;
+};
+
+// How loops are shared between threads: body(begin, end, context) for ranges that cover 0 .. count.
+typedef void (*Body)(int64_t begin, int64_t end, void* context);
+typedef void (*Parallel)(int64_t count, Body body, void* context);
+void serially(int64_t count, Body body, void* context);
+
+struct Batch {
+  const void* x;
+  int64_t x_stride;  // numbers from one row to the next
+  void* y;
+  int64_t y_stride;
+  int64_t rows;
+  Storage storage;   // of x, y and all learned tensors
+};
+
+// Which instruction set runs: the widest that the machine has, or less by STRUCTMAT_ISA (base, avx2, avx512).
+const InstructionSet& chosen();
+
+// Learned tensors in the storage of the batch, indices as int64. Throws std::invalid_argument for an index that is out
+// of range, and std::bad_alloc.
+void execute(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads);
+
+}  // namespace structmat

@@ -1,0 +1,74 @@
+// The kernels of one instruction set: what runs on a tile, a block of the batch with the batch innermost.
+//
+// A tile holds `columns` vectors of the batch; number r of the vectors is row r, `columns` contiguous numbers. All
+// kernels work on whole rows: lanes beyond the end of the batch hold zeros and are never written back. No kernel
+// allocates, and none knows of PyTorch.
+#pragma once
+
+#include <cstdint>
+
+namespace structmat {
+
+// How numbers lie in memory outside of the tiles.
+enum class Storage : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+// y[a, b, d] (+)= sum over c of w[a, b, c, d] x[a, c, d], the weight with any strides (0 where an axis is shared).
+struct Contract {
+  int64_t a, b, c, d;
+  int64_t stride_a, stride_b, stride_c, stride_d;
+};
+
+// Up to three stages of 2 x 2 blocks that act on the same groups of 2^count rows, one after the other in registers.
+struct Radix {
+  static constexpr int most = 3;
+  int count;                    // stages
+  int64_t rows, lowest;         // rows in all; distance of neighbours in a group
+  int bit[most];                // which bit of the group's index a stage mixes
+  bool transposed[most];
+  int weight[most];             // numbers of the tensors
+};
+
+// A matrix by its entries, row by row, in the compressed form.
+struct Compressed {
+  const int32_t* start;   // rows + 1
+  const int32_t* column;  // of every entry
+};
+
+template <class Real>
+struct Kernels {
+  // Vectors first .. first + count of the batch into a tile; `count` may be less than `columns`.
+  void (*load)(const void* x, Storage storage, int64_t stride, int64_t count, int64_t features, Real* tile,
+               int64_t columns);
+  // Back, with the bias (features numbers, or null) added.
+  void (*store)(const Real* tile, int64_t columns, const Real* bias, void* y, Storage storage, int64_t stride,
+                int64_t count, int64_t features);
+  void (*contract)(const Contract& stage, const Real* weight, const Real* x, Real* y, int64_t columns, bool add);
+  void (*radix)(const Radix& stage, const Real* const* tensors, Real* tile, int64_t columns);
+  void (*diagonal)(const Real* weight, const Real* x, Real* y, int64_t rows, int64_t columns, bool add);
+  // Row i of y (+)= row index[i] of x.
+  void (*gather)(const int64_t* index, const Real* x, Real* y, int64_t rows, int64_t columns, bool add);
+  // Row index[i] of y += row i of x.
+  void (*scatter_add)(const int64_t* index, const Real* x, Real* y, int64_t rows, int64_t columns);
+  void (*copy)(const Real* x, Real* y, int64_t rows, int64_t columns, bool add);
+  void (*sparse)(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t rows, int64_t columns,
+                 bool add);
+  // y[(start + i) mod size] += left[i] * (the sum over j of right[j] * x[(from + j) mod length]), by rows.
+  void (*rank_one)(const Real* left, int64_t start, int64_t height, int64_t size, const Real* right, int64_t from,
+                   int64_t width, int64_t length, const Real* x, Real* y, int64_t columns);
+  // Numbers of any storage as Real.
+  void (*widen)(const void* from, Storage storage, Real* to, int64_t count);
+  int64_t lanes;  // numbers in one vector register
+};
+
+struct InstructionSet {
+  const char* name;
+  const Kernels<float>* single;
+  const Kernels<double>* wide;
+};
+
+// What this build holds, from the plainest to the widest; `supported` asks the machine.
+constexpr int instruction_sets = 3;
+const InstructionSet& instruction_set(int number);
+bool supported(int number);
+
+}  // namespace structmat

@@ -1,0 +1,43 @@
+// A program, read from its text and laid out: which instruction reads and writes which rows of a tile's memory.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace structmat {
+
+struct Instruction {
+  enum Kind { contract, radix, diagonal, gather, scatter_add, copy, clear, sparse, windowed } kind;
+  int64_t from = 0, to = 0;  // first rows, in the memory of a tile
+  int64_t rows = 0;          // of the outcome (of the source where it is scattered)
+  bool add = false;
+  int tensor = -1, other = -1, index = -1;  // numbers of tensors; `index` holds integers
+  Contract contraction{};
+  Radix stages{};
+  bool transposed = false, inverse = false;
+  int64_t height = 0, width = 0, entries = 0;  // of a sparse or windowed matrix; `entries` counts terms there
+  int64_t left = 0, right = 0;                 // numbers that the windows of all terms hold
+  int table = -1;                              // of a fixed index
+  int64_t skip = 0, kept = 0;                  // an interpolation: columns of the identity, and of the weight
+};
+
+struct Plan {
+  int64_t in_features = 0, out_features = 0;
+  int64_t rows = 0;    // of the memory of a tile
+  int64_t input = 0, output = 0;
+  int64_t tensors = 0;  // how many the program reads
+  bool has_bias = false;
+  std::vector<Instruction> instructions;
+  std::vector<std::vector<int64_t>> tables;
+  std::vector<int64_t> sizes;    // of every tensor, as the program needs it
+  std::vector<char> is_index;    // whether a tensor holds integers
+  int64_t widest_source = 0;     // rows of the widest matrix whose columns are read in no order
+};
+
+// Reads the text that structmat.kernels.text writes. Throws std::invalid_argument.
+Plan make_plan(const std::string& text);
+
+}  // namespace structmat

@@ -1,0 +1,40 @@
+"""Running programs: on the native library where it can and pays, else on PyTorch's operations.
+
+:func:`apply` and :func:`affine` have the meaning of those of :mod:`structmat.program.reference`, which stay the
+definition of every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from structmat.kernels.choice import Backend, backend, native_text, prefers_native, runs_native
+from structmat.kernels.library import Native, native
+from structmat.kernels.operator import multiply
+from structmat.program import Program, reference
+
+__all__ = ["Backend", "Native", "affine", "apply", "backend", "native", "native_text", "prefers_native", "runs_native"]
+
+
+def apply(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Multiply rows: ``x`` (..., in_features) to (..., out_features), as ``torch.nn.functional.linear``.
+
+    Raises:
+        ShapeError: the last axis of ``x`` is not ``in_features``.
+    """
+    text = native_text(program, tensors, x, None)
+    if text is None:
+        return reference.apply(program, tensors, x)
+    rows = reference.as_rows(program, x)
+    return multiply(text, tensors, rows, None).reshape(*x.shape[:-1], program.out_features)
+
+
+def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor) -> Tensor:
+    """``apply(program, tensors, x) + bias``, with ``bias`` (out_features,)."""
+    text = native_text(program, tensors, x, bias)
+    if text is None:
+        return reference.affine(program, tensors, x, bias)
+    rows = reference.as_rows(program, x)
+    return multiply(text, tensors, rows, bias).reshape(*x.shape[:-1], program.out_features)

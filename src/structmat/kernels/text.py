@@ -1,0 +1,114 @@
+"""Programs as text, the form in which the native backend reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from structmat.program import Program
+from structmat.program.stages import (
+    Call,
+    Chain,
+    Complex,
+    Contraction,
+    Crop,
+    Diagonal,
+    Fourier,
+    Interpolation,
+    Pad,
+    Permute,
+    Real,
+    Shuffle,
+    Sparse,
+    Stage,
+    Sum,
+    Windowed,
+)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A program as the native backend reads it.
+
+    Args:
+        plain: what is put out (``rows``), how many numbers a row of it has, and the stages in prefix order, in which
+            tensors are numbered.
+        biased: the same with a bias (``rows+bias``), the last of the tensors.
+        names: of the other tensors, by number.
+        indices: which of them hold integers.
+    """
+
+    plain: str
+    biased: str
+    names: tuple[str, ...]
+    indices: frozenset[str]
+
+
+class NotNativeError(Exception):
+    """A stage has no native kernel; the message says which."""
+
+
+_KEPT = "_native_text"
+
+
+def text_of(program: Program) -> Text | str:
+    """The text of a program, or the reason why it has none."""
+    # Kept with the program itself: hashing one, for a table, takes longer than a small product.
+    kept: Text | str | None = program.__dict__.get(_KEPT)
+    if kept is None:
+        kept = program.__dict__[_KEPT] = _text_of(program)
+    return kept
+
+
+def _text_of(program: Program) -> Text | str:
+    names: dict[str, int] = {}
+    indices: set[str] = set()
+    try:
+        words = _words(program, names, indices)
+    except NotNativeError as reason:
+        return str(reason)
+    body = f"{program.out_features} {words}"
+    return Text(f"rows {body}", f"rows+bias {body}", tuple(names), frozenset(indices))
+
+
+def _words(program: Program, names: dict[str, int], indices: set[str]) -> str:
+    if isinstance(program, Chain | Sum):
+        parts = program.steps if isinstance(program, Chain) else program.parts
+        inner = " ".join(_words(part, names, indices) for part in parts)
+        return f"{'chain' if isinstance(program, Chain) else 'sum'} {len(parts)} {inner}"
+    return _stage(program, names, indices)
+
+
+def _stage(stage: Stage, names: dict[str, int], indices: set[str]) -> str:
+    def tensor(name: str) -> int:
+        return names.setdefault(name, len(names))
+
+    def index(name: str) -> int:
+        indices.add(name)
+        return tensor(name)
+
+    def words(kind: str, *numbers: int) -> str:
+        return " ".join([kind, *(str(int(n)) for n in numbers)])
+
+    if isinstance(stage, Contraction):
+        shared = (stage.shared_a, stage.shared_d, stage.transposed)
+        return words("contract", *stage.pattern, *shared, tensor(stage.weight))
+    if isinstance(stage, Diagonal) and not stage.spectrum:
+        return words("diagonal", stage.size, tensor(stage.weight))
+    if isinstance(stage, Permute):
+        return words("permute", stage.size, stage.inverse, index(stage.index))
+    if isinstance(stage, Shuffle):
+        return words("shuffle", len(stage.sizes), *stage.sizes, *stage.axes)
+    if isinstance(stage, Sparse):
+        numbers = (stage.height, stage.width, stage.capacity, stage.transposed)
+        return words("sparse", *numbers, tensor(stage.values), index(stage.places))
+    if isinstance(stage, Interpolation):
+        return words("interpolate", stage.rank, stage.size, stage.transposed, tensor(stage.weight), index(stage.places))
+    if isinstance(stage, Windowed):
+        held = (stage.height, stage.width, stage.terms, stage.left_size, stage.right_size, stage.transposed)
+        return words("windowed", *held, tensor(stage.left), tensor(stage.right), index(stage.windows))
+    if isinstance(stage, Pad):
+        return words("pad", stage.size, stage.padded, stage.before)
+    if isinstance(stage, Crop):
+        return words("crop", stage.size, stage.kept, stage.before)
+    assert isinstance(stage, Fourier | Real | Complex | Call | Diagonal), f"unknown stage {type(stage).__name__}"
+    raise NotNativeError(f"{stage} has no native kernel")

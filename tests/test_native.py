@@ -1,0 +1,346 @@
+"""The native backend: equal to the reference for every stage, dtype, instruction set and batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from native_programs import programs, tensors_of
+from torch import Tensor
+
+import structmat as sm
+from structmat.errors import StructureError
+from structmat.kernels import apply, native, operator
+from structmat.kernels.choice import native_text, prefers_native
+from structmat.kernels.text import Text, text_of
+from structmat.matrix import draw
+from structmat.program import (
+    Chain,
+    Complex,
+    Contraction,
+    Program,
+    Real,
+    Sparse,
+    build,
+    reference,
+    simplify,
+    transpose,
+)
+from structmat.structure import resolve
+from structmat.structures import families
+
+here = native()
+
+
+def test_the_library_is_there_where_it_must_be() -> None:
+    if os.environ.get("STRUCTMAT_REQUIRE_NATIVE") == "1":
+        assert here.available, here.reason
+    if not here.available:
+        pytest.skip(f"no native library: {here.reason}")
+    assert here.instruction_set in here.supported
+
+
+pytestmark = pytest.mark.filterwarnings("error")
+needs_native = pytest.mark.skipif(not here.available, reason=f"no native library: {here.reason}")
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+def assert_equal(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None = None) -> None:
+    """The native outcome is the float64 reference, to the rounding of the dtype."""
+    text = text_of(program)
+    assert isinstance(text, Text), text
+    found = operator.multiply(text, tensors, x, bias)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    wanted = reference.apply(program, wide, x.double())
+    if bias is not None:
+        wanted = wanted + bias.double()
+    assert found.dtype == x.dtype
+    assert found.shape == wanted.shape
+    if found.numel():
+        size = float(wanted.abs().max())
+        assert float((found.double() - wanted).abs().max()) <= TOLERANCE[x.dtype] * max(size, 1e-3), program
+
+
+# ------------------------------------------------------------------------------------------------ random programs
+
+
+@needs_native
+@settings(deadline=None, max_examples=150)
+@given(programs(), st.sampled_from(list(TOLERANCE)), st.integers(0, 70), st.integers(0, 10**6), st.booleans())
+def test_random_programs(program: Program, dtype: torch.dtype, batch: int, seed: int, with_bias: bool) -> None:
+    tensors = tensors_of(program, dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, program.in_features, generator=generator, dtype=torch.float64).to(dtype)
+    bias = torch.randn(program.out_features, generator=generator).to(dtype) if with_bias else None
+    assert_equal(program, tensors, x, bias)
+    y = torch.randn(batch, program.out_features, generator=generator, dtype=torch.float64).to(dtype)
+    assert_equal(transpose(program), tensors, y)
+    assert_equal(simplify(program), tensors, x)
+
+
+@needs_native
+@pytest.mark.slow
+@settings(deadline=None, max_examples=5000)
+@given(programs(depth=3), st.sampled_from(list(TOLERANCE)), st.integers(0, 200), st.integers(0, 10**6))
+def test_thousands_of_random_programs(program: Program, dtype: torch.dtype, batch: int, seed: int) -> None:
+    tensors = tensors_of(program, dtype, seed)
+    x = torch.randn(batch, program.in_features, dtype=torch.float64).to(dtype)
+    assert_equal(program, tensors, x)
+
+
+# ------------------------------------------------------------------------------------------------------- families
+
+
+@needs_native
+@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("shape", [(64, 64), (17, 23), (96, 40), (1, 9), (688, 256)])
+def test_every_family(name: str, shape: tuple[int, int]) -> None:
+    members = list(families()[name].configurations(shape, shape[0] * shape[1] // 2))
+    for member in members[:3]:
+        structure = resolve(member, shape)
+        tensors = draw(structure, shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+        program = build(structure, shape)
+        if isinstance(text_of(program), str):
+            continue
+        assert_equal(program, tensors, torch.randn(37, shape[1]))
+        assert_equal(transpose(program), tensors, torch.randn(37, shape[0]))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_wide_stages_and_full_tiles(dtype: torch.dtype) -> None:
+    """Sizes beyond one block of the inner loops: more than 256 terms, several tiles, a last one that is not full."""
+    program = Chain((Contraction("w", 2, 40, 300, 1), Contraction("v", 1, 33, 5, 16, shared_d=True)))
+    tensors = tensors_of(program, dtype, 1)
+    assert_equal(program, tensors, torch.randn(131, 600, dtype=torch.float64).to(dtype))
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["base", "avx2", "avx512"])
+def test_every_instruction_set_of_this_machine(name: str) -> None:
+    if name not in here.supported:
+        pytest.skip(f"this machine has no {name}")
+    code = (
+        "import torch, structmat as sm\n"
+        "from structmat.kernels import backend, native\n"
+        "torch.manual_seed(0)\n"
+        "structures = [sm.Monarch(4, rank=2), sm.Butterfly(), sm.Sparse(density=0.2), sm.PivotedLowRank(5),\n"
+        "              sm.Kronecker(terms=2), sm.BLAST(4, rank=8), sm.TensorTrain(rank=4)]\n"
+        "for structure in structures:\n"
+        "    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):\n"
+        "        S = sm.StructuredMatrix.random(structure, (96, 64), dtype=torch.float64).to(dtype=dtype)\n"
+        "        x = torch.randn(64, 75, dtype=torch.float64).to(dtype)\n"
+        "        wanted = S.to(dtype=torch.float64).to_dense() @ x.double()\n"
+        "        with backend('native'):\n"
+        "            found = (S @ x).double()\n"
+        "        error = float((found - wanted).abs().max() / wanted.abs().max())\n"
+        "        assert error < 8 * torch.finfo(dtype).eps, (structure, dtype, error)\n"
+        "print(native().instruction_set)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "STRUCTMAT_ISA": name, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == name
+
+
+@needs_native
+def test_results_do_not_depend_on_threads_or_on_the_rest_of_the_batch() -> None:
+    S = sm.StructuredMatrix.random(sm.Monarch(8, rank=2), (128, 96), generator=torch.Generator().manual_seed(0))
+    x = torch.randn(96, 203)
+    threads = torch.get_num_threads()
+    try:
+        outcomes = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outcomes.append(S @ x)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert torch.equal(outcomes[0], outcomes[2])
+    assert torch.equal((S @ x[:, 50:150]), outcomes[0][:, 50:150])
+
+
+# ------------------------------------------------------------------------------------------------ choice, and layers
+
+
+def layer(**options: object) -> sm.nn.StructuredLinear:
+    return sm.nn.StructuredLinear(
+        64, 96, structure=sm.Monarch(4, rank=2), generator=torch.Generator().manual_seed(0), **options
+    )
+
+
+@needs_native
+def test_a_layer_runs_native_without_gradients_only() -> None:
+    net, x = layer(), torch.randn(2, 33, 64)
+    program, tensors = net._program, net.tensors()
+    assert native_text(program, tensors, x, net.bias) is None  # its parameters want gradients
+    with torch.no_grad():
+        assert native_text(program, tensors, x, net.bias) is not None
+        found = net(x)
+        with sm.backend("reference"):
+            assert native_text(program, tensors, x, net.bias) is None
+            wanted = net(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert net(x).requires_grad
+    net.requires_grad_(False)
+    assert not net(x).requires_grad
+    assert net(x.requires_grad_()).requires_grad
+    assert "native backend" in net.explain(batch=64)
+    with sm.backend("reference"):
+        assert "native backend" not in net.explain(batch=64)
+
+
+@needs_native
+def test_inputs_of_any_strides_and_shape() -> None:
+    net = layer().requires_grad_(False)
+    wide = torch.randn(40, 128)
+    for x in (wide[:, :64], wide[:, ::2], wide[::3, 64:], torch.randn(64, 40).T, torch.randn(64), torch.randn(0, 64),
+              torch.randn(3, 1, 64).expand(3, 5, 64), torch.randn(2, 0, 64)):  # fmt: skip
+        with sm.backend("native"):
+            found = net(x)
+        with sm.backend("reference"):
+            wanted = net(x)
+        assert found.shape == wanted.shape
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_forcing_the_native_backend_says_why_it_can_not() -> None:
+    net = layer()
+    with sm.backend("native"), pytest.raises(StructureError, match="a gradient is wanted"):
+        net(torch.randn(3, 64))
+    complex_chain = Chain((Complex(8), Real(8)))
+    with sm.backend("native"), pytest.raises(StructureError, match="no native kernel"):
+        apply(complex_chain, {}, torch.randn(3, 8))
+    with sm.backend("native"), torch.no_grad(), pytest.raises(StructureError, match="other dtypes"):
+        net(torch.randn(3, 64, dtype=torch.float64))
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(StructureError, match="cuda"), sm.backend("cuda"):
+        pass
+
+
+@needs_native
+def test_transforms_and_compiled_graphs_run_on_the_reference() -> None:
+    net = layer().requires_grad_(False)
+    x = torch.randn(5, 64)
+    jacobian = torch.func.jacrev(lambda v: net(v))(x[0])
+    torch.testing.assert_close(jacobian, net.matrix.to_dense(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(net)(x), net(x), rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+def test_plain_products_stay_with_pytorch_and_few_rows_of_large_blocks_too() -> None:
+    def chosen(structure: sm.Structure, rows: int) -> bool:
+        return prefers_native(build(resolve(structure, (256, 256)), (256, 256)), rows, torch.float32)
+
+    assert not chosen(sm.LowRank(8), 1000)
+    assert not chosen(sm.Dense(), 1000)
+    assert chosen(sm.Butterfly(), 1)
+    assert chosen(sm.Sparse(density=0.2), 64)
+    assert not chosen(sm.Sparse(density=0.2), 1)
+    assert not chosen(sm.Sparse(density=0.7), 1000)
+    assert not chosen(sm.BlockDiagonal(2), 1)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [None, 1, 64])
+@pytest.mark.parametrize("structure", [sm.Sparse(density=0.2), sm.Sparse(density=0.6), sm.PivotedLowRank(5),
+                                       sm.Butterfly(), sm.SparsePlusLowRank(2, 0.1)])  # fmt: skip
+def test_frozen_layers_are_equal_in_every_form(structure: sm.Structure, rows: int | None) -> None:
+    net = sm.nn.StructuredLinear(64, 96, structure=structure)
+    frozen = net.freeze(rows)
+    for count in (1, 70):
+        x = torch.randn(count, 64)
+        torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@needs_native
+def test_freezing_keeps_sparse_matrices_for_many_rows_and_writes_them_out_for_one() -> None:
+    net = sm.nn.StructuredLinear(64, 96, structure=sm.Sparse(density=0.2))
+    assert isinstance(net.freeze().program, Sparse)
+    assert isinstance(net.freeze(rows=1).program, Contraction)
+    with sm.backend("reference"):
+        assert isinstance(net.freeze().program, Contraction)
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("program", "tensors", "message"),
+    [
+        ("rows 2 contract 1 2 3", [(6,)], "bad program"),
+        ("rows 1 unknown 1", [], "unknown stage"),
+        ("columns 1 crop 1 1 0", [], "begins with columns"),
+        ("rows 3 contract 1 4 8 1 0 0 0 0", [(32,)], "another number"),
+        ("rows 4 chain 2 crop 8 4 0 crop 8 4 0", [], "sizes"),
+        ("rows 4 contract 1 4 8 1 0 0 0 0", [(31,)], "wrong size"),
+        ("rows 4 contract 1 4 8 1 0 0 0 0", [], "number of tensors"),
+        ("rows 4 contract 1 4 8 1 0 0 0 0 surplus", [(32,)], "follows"),
+        ("rows 4 contract 1 4 8 1 0 0 0 3", [(32,)], "never read"),
+        ("rows 8 shuffle 2 2 4 0 0", [], "no permutation"),
+    ],
+)
+def test_a_bad_program_is_an_error_and_not_a_crash(program: str, tensors: list[tuple[int, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torch.ops.structmat.multiply.default(torch.randn(3, 8), [torch.randn(s) for s in tensors], program)
+
+
+@needs_native
+@pytest.mark.parametrize("place", [-1, 64, 10**12])
+def test_a_place_out_of_range_is_an_error(place: int) -> None:
+    places = torch.arange(5)
+    for position in (0, 2, 4):
+        own = places.clone()
+        own[position] = place
+        with pytest.raises(ValueError, match="out of range"):
+            torch.ops.structmat.multiply.default(torch.randn(3, 8), [torch.randn(5), own], "rows 8 sparse 8 8 5 0 0 1")
+    with pytest.raises(ValueError, match="out of range"):
+        torch.ops.structmat.multiply.default(torch.randn(3, 8), [torch.full((8,), place)], "rows 8 permute 8 0 0")
+
+
+@needs_native
+def test_wrong_dtypes_and_shapes_are_errors() -> None:
+    multiply = torch.ops.structmat.multiply.default
+    weight, program = torch.randn(32), "rows 4 contract 1 4 8 1 0 0 0 0"
+    with pytest.raises(ValueError, match="dtype"):
+        multiply(torch.randn(3, 8), [weight.double()], program)
+    with pytest.raises(ValueError, match="shape"):
+        multiply(torch.randn(3, 9), [weight], program)
+    with pytest.raises(ValueError, match="float32"):
+        multiply(torch.ones(3, 8, dtype=torch.int64), [torch.ones(32, dtype=torch.int64)], program)
+
+
+@needs_native
+def test_no_memory_grows() -> None:
+    """Ten thousand calls leave the process as large as it was after the first hundred."""
+    code = (
+        "import resource, torch, structmat as sm\n"
+        "net = sm.nn.StructuredLinear(64, 64, structure=sm.Sparse(density=0.2)).requires_grad_(False)\n"
+        "x = torch.randn(64, 64)\n"
+        "def run(count):\n"
+        "    for _ in range(count):\n"
+        "        net(x)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = run(200)\n"
+        "print(run(10000) - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2048, f"{done.stdout} KB more"
