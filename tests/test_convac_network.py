@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import structmat as sm
-from structmat.errors import ShapeError
+from structmat.errors import ShapeError, StructureError
 from structmat.nn import ConvAC, ModeTree
-from structmat.nn.convac.expand import grid_tensor, matricize
+from structmat.nn.convac.expand import fold, grid_tensor, matricize
 from structmat.nn.convac.options import UNSUPPORTED
 from structmat.nn.convac.semiring import Log, MaxProduct, Plain, RootMeanSquare, Scaled, Semiring, SignedLog
 from structmat.nn.convac.weights import Weights, normal_
@@ -39,6 +39,7 @@ TREES = {
     "rows": ModeTree.alternating(2, 3),
     "dilated": ModeTree.dilated((1, 0)),
 }
+OVERLAPPING = ModeTree.overlapping(5, (3,), (2,))
 SHARINGS = ("shared", "window", "unshared", "recurrent")
 
 
@@ -164,38 +165,66 @@ SEMIRINGS: dict[str, Semiring] = {
     "plain": Plain(), "scaled": Scaled(), "log": Log(), "signed log": SignedLog(), "rms": RootMeanSquare(),
     "max": MaxProduct(),
 }  # fmt: skip
-MATRIX_TREES = ("cp", "five", "chain", "mirror")
+MATRIX_TREES = ("cp", "five", "chain", "mirror", "nested", "truncated", "overlapping")
+
+
+def by_hand(net: ConvAC, x: Tensor, *, tropical: bool = False) -> Tensor:
+    """Scores (batch, Y) by a walk over the tree with the dense matrix of each edge, one node after the other.
+
+    ``tropical``: logarithms, with maximum in the place of the sum.
+    """
+    matrices = [net.edge_matrices(level) for level in range(len(net.tree.levels))]
+
+    def through(matrix: Tensor, value: Tensor) -> Tensor:
+        return (value[:, None] + matrix.log()).amax(-1) if tropical else value @ matrix.T
+
+    def multiply(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).sum(0) if tropical else torch.stack(parts).prod(0)
+
+    leaves = x.log() if tropical else x
+    root = fold(net.tree, lambda mode: leaves[:, :, mode], lambda l, w, p, v: through(matrices[l][w, p], v), multiply)
+    return through(net.output_matrix(), root)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("semiring", sorted(SEMIRINGS))
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("name", MATRIX_TREES)
-def test_every_tree_sharing_semiring_and_family_together(name: str, sharing: str, semiring: str, family: str) -> None:
-    """All semirings give the number that the written-out tensor gives; the maximum is that over all terms."""
-    tree = TREES[name]
+def test_convac_1_every_tree_sharing_semiring_and_family(name: str, sharing: str, semiring: str, family: str) -> None:
+    """All give the number that a walk with dense matrices gives, and finite gradients for all weights."""
+    tree = OVERLAPPING if name == "overlapping" else TREES[name]
     chosen = SEMIRINGS[semiring]
     constraint = "simplex" if semiring in ("log", "max") else "none"
     options = {"sharing": sharing, "weights": FAMILIES[family], "constraint": constraint, "initialize": lambda w: None}
     net = ConvAC(None, tree, 4, 2, channels=4, semiring=chosen, dtype=F64, **options)  # type: ignore[arg-type]
-    x = torch.rand(3, 4, tree.modes, dtype=F64) + 0.1
+    x = torch.rand(3, 4, tree.modes, dtype=F64, generator=torch.Generator().manual_seed(1)) + 0.1
     sign, log = net.signed_log(x)
-    plain = ConvAC(None, tree, 4, 2, channels=4, semiring=Plain(), dtype=F64, **options)  # type: ignore[arg-type]
-    plain.load_state_dict(net.state_dict())
-    expected = plain(x)
+    scores = net(x)
     if semiring == "max":
-        net.semiring, plain.semiring = Log(), MaxProduct()
-        assert bool((plain(x) <= net(x) + 1e-12).all()), "a maximum of terms is at most their sum"
-        assert bool(plain(x).isfinite().all())
-        return
-    if semiring == "rms":
-        ratio = (sign * log.exp()) / expected
+        assert torch.allclose(scores, by_hand(net, x, tropical=True), rtol=1e-9)
+    elif semiring == "rms":
+        ratio = scores / by_hand(net, x)
         assert torch.allclose(ratio[:, 0], ratio[:, 1], rtol=1e-9), "one factor for each sample"
         assert bool((ratio > 0).all())
-        return
-    assert torch.allclose(sign * log.exp(), expected, rtol=1e-9, atol=1e-300)
-    net.double()(x).sum().backward()
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.parameters())
+    else:
+        expected = by_hand(net, x)
+        assert torch.allclose(sign * log.exp(), expected, rtol=1e-9, atol=1e-300)
+        assert torch.allclose(scores.exp() if semiring == "log" else scores, expected, rtol=1e-9, atol=1e-300)
+    scores.sum().backward()
+    gradients = [p.grad for p in net.parameters()]
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
+    assert any(g is not None and bool((g != 0).any()) for g in gradients)
+
+
+def test_no_rectifier_runs_in_other_semirings() -> None:
+    """The rest of the matrix: rectifiers in each semiring but Plain() are refused by name."""
+    for semiring in SEMIRINGS.values():
+        options = {"activation": "relu", "pooling": "max", "semiring": semiring, "constraint": "positive"}
+        if semiring == Plain():
+            assert ConvAC(None, TREES["pairs"], 2, channels=2, **options)(torch.ones(1, 2, 4)).shape == (1, 1)  # type: ignore[arg-type]
+            continue
+        with pytest.raises(StructureError, match="Use Plain"):
+            ConvAC(None, TREES["pairs"], 2, channels=2, **options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -206,7 +235,7 @@ class Circulant(sm.Structure):
         return {"spectrum": ParameterSpec((shape[0], 2), Normal(1.0))}
 
     def program(self, shape: tuple[int, int]) -> Chain:
-        n, where = shape[0], "spectrum"
+        n = shape[0]
         return Chain(
             (Complex(n), Fourier(n), Diagonal("spectrum", n, spectrum=True), Fourier(n, inverse=True), Real(n))
         )
@@ -257,15 +286,33 @@ def test_inputs_of_the_wrong_shape_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["truncated", "mirror", "chain", "nested"])
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_convac_23_state_dicts_and_export(name: str, sharing: str) -> None:
+def test_convac_23_state_dicts(name: str, sharing: str) -> None:
     net, other = network(TREES[name], sharing=sharing), network(TREES[name], sharing=sharing, seed=1)
     x = torch.randn(3, 2, TREES[name].modes, dtype=F64)
     assert not torch.equal(net(x), other(x))
     other.load_state_dict(net.state_dict())
     assert torch.equal(net(x), other(x))
     assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+@pytest.mark.parametrize(("name", "sharing"), [("truncated", "shared"), ("mirror", "window"), ("chain", "unshared")])
+def test_convac_23_networks_export(name: str, sharing: str) -> None:
+    net = network(TREES[name], sharing=sharing)
+    x = torch.randn(3, 2, TREES[name].modes, dtype=F64)
     exported = torch.export.export(net, (x,))
     assert torch.allclose(exported.module()(x), net(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["truncated", "mirror"])
+def test_convac_23_counts_of_other_trees(name: str) -> None:
+    """Unshared weights are as many as the multiply-adds; a pattern with the period of a window has one set a place."""
+    tree = TREES[name]
+    unshared, periodic = (ConvAC(None, tree, 3, 2, channels=4, sharing=s) for s in ("unshared", "window"))
+    edges = [len(list(tree.edges(level))) for level in range(len(tree.levels))]
+    below = [4, *(3 for _ in edges[1:])]
+    assert unshared.num_parameters == unshared.macs == sum(3 * r * n for n, r in zip(edges, below, strict=True)) + 6
+    places = [len(windows[0]) for windows in tree.levels]
+    assert periodic.num_parameters == sum(3 * r * n for n, r in zip(places, below, strict=True)) + 6
 
 
 def test_recurrent_sharing_ties_the_levels_of_a_chain() -> None:

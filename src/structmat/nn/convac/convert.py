@@ -26,8 +26,7 @@ def to_cp(network: ConvAC, output: int = 0) -> CP:
     if len(network.tree.levels) != 1:
         raise ShapeError(
             f"A network of {len(network.tree.levels)} levels is no CP tensor of its own width. Write the tensor out "
-            f"and "
-            "approximate it with fit_cp."
+            "and approximate it with fit_cp."
         )
     matrices = network.edge_matrices(0)
     by_mode = {network.tree.leaves[e.node]: matrices[e.window, e.position].T for e in network.tree.edges(0)}

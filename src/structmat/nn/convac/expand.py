@@ -139,6 +139,5 @@ def _check_size(size: int, modes: int) -> None:
     if size**modes > LARGEST:
         raise ShapeError(
             f"A tensor with {modes} modes of size {size} has {size}^{modes} entries, more than 2^26. Write out a "
-            f"smaller "
-            "network, or ask for ranks and spectra, which need no tensor."
+            "smaller network, or ask for ranks and spectra, which need no tensor."
         )

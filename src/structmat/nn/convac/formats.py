@@ -123,8 +123,10 @@ class HierarchicalTucker:
         return tuple(int(a.shape[-1]) for a in self.arrays[:-1])
 
     def frames(self) -> list[Tensor]:
-        """The frame of each node but the root, (entries of its modes as a walk meets them, rank); then the tensor "
-        "(.., 1)."""
+        """The frame of each node but the root, (entries of its modes as a walk meets them, rank).
+
+        Last comes the tensor, (.., 1).
+        """
         found = list(self.arrays[: self.tree.modes])
         for node in range(self.tree.modes, self.tree.nodes):
             array = self.arrays[node]

@@ -80,8 +80,8 @@ def minimum_cut(tree: ModeTree, channels: int, widths: Sequence[int], part: Sequ
 
 
 def lowered_cut(tree: ModeTree, channels: int, widths: Sequence[int], part: Sequence[int]) -> int:
-    """The largest cut with all capacities lowered to powers of one integer: a lower bound for generic unshared "
-    "weights."""
+    """The largest cut with all capacities lowered to powers of one integer: a lower bound if weights are generic and
+    unshared."""
     best = 1
     for base in range(2, max(channels, *widths) + 1):
         lowered = [_power_below(width, base) for width in widths]

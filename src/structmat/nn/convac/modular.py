@@ -129,8 +129,7 @@ def _random_matrices(weights: Weights, rng: np.random.Generator) -> Ints:
         if not torch.equal(dense, dense.round()) or float(dense.abs().max()) >= 2.0**53:
             raise StructureError(
                 f"{weights.structure} has entries that are no integers for integer parameters, so that its rank "
-                f"can't be "
-                "found in a finite field. Use rank(part, exact=True), which takes the weights as they are."
+                "can't be found in a finite field. Use rank(part, exact=True), which takes the weights as they are."
             )
         found.append(dense.numpy().astype(np.int64) % PRIME)
     return np.stack(found)
@@ -148,8 +147,7 @@ def _sketched_rank(
     if network.pooling.value != "product":
         raise ShapeError(
             "A rectifier network has no matricisation in a finite field: maximum and ReLU need an order. Write the "
-            "grid "
-            "tensor out and take its singular values."
+            "grid tensor out and take its singular values."
         )
     inside = check_partition(tree.modes, part)
     leaves = _grid_leaves if tree.overlaps else _random_leaves
@@ -196,8 +194,7 @@ def _random_leaves(
     if count > LARGEST_SKETCH:
         raise ShapeError(
             f"The rank may be as large as {count - EXTRA}, and a sketch has at most {LARGEST_SKETCH} functionals a "
-            f"side. "
-            "Use mincut(part), which is the generic rank of unshared networks, or a smaller network."
+            "side. Use mincut(part), which is the generic rank of unshared networks, or a smaller network."
         )
     drawn = rng.integers(0, prime, (modes, count, channels), dtype=np.int64)
     return lambda mode: drawn[mode][:, None] if mode in inside else drawn[mode][None]

@@ -17,6 +17,7 @@ from structmat.nn.convac.windows import window_product
 from structmat.structure import Structure
 
 if TYPE_CHECKING:
+    from structmat.circuit import Circuit
     from structmat.nn.convac.inductive_bias import InductiveBias, RankBounds
     from structmat.nn.convac.mincut import Cut
     from structmat.nn.convac.spectrum import Spectrum
@@ -82,8 +83,7 @@ class ConvAC(nn.Module):
         if len(self.widths) != depth or min(self.widths) < 1 or outputs < 1:
             raise ShapeError(
                 f"The tree has {depth} levels; got widths {self.widths} and {outputs} outputs. Give one width of at "
-                f"least "
-                "1 for each level."
+                "least 1 for each level."
             )
         self.channels = self._channels(representation, channels)
         given = [sharing] * depth if isinstance(sharing, str) else list(sharing)
@@ -113,8 +113,7 @@ class ConvAC(nn.Module):
         if not isinstance(found, int) or found < 1:
             raise ShapeError(
                 f"The number of representation channels must be an integer of at least 1; got {found!r}. Give "
-                f"channels=M, "
-                "or a representation with an attribute `channels`."
+                "channels=M, or a representation with an attribute `channels`."
             )
         return found
 
@@ -175,7 +174,7 @@ class ConvAC(nn.Module):
             how(weights)
         elif self.constraint is Constraint.SIMPLEX:
             dirichlet_(weights, generator=generator)
-        elif self.activation is Activation.RELU:
+        elif self.activation is Activation.RELU and self.constraint is Constraint.NONE:
             normal_(weights, generator=generator)
         else:
             averaging_(weights, spread, generator=generator)
@@ -329,6 +328,15 @@ class ConvAC(nn.Module):
 
         return separation_spectrum(self, part, output)
 
+    def circuit(self) -> Circuit:
+        """Weighted sums and products of the N M representation values, gate by gate; one output for each score.
+
+        See :func:`structmat.nn.convac.circuit.scalar_circuit`.
+        """
+        from structmat.nn.convac.circuit import scalar_circuit
+
+        return scalar_circuit(self)
+
     def draw(self, part: Sequence[int] = ()) -> str:
         """The tree as SVG, with the minimum cut between the modes ``part`` and the rest, if any are given."""
         from structmat.nn.convac.picture import draw_cut
@@ -336,8 +344,7 @@ class ConvAC(nn.Module):
         return draw_cut(self.tree, part, self.mincut(part) if part else None)
 
     def inductive_bias(self, shape: int | tuple[int, int] | None = None) -> InductiveBias:
-        """Bounds of the ranks over standard partitions (halves, even | odd, checkerboards, mirror); ``str`` is a "
-        "table."""
+        """Bounds of the ranks over standard partitions (halves, even | odd, checkerboards, mirror), as a table."""
         from structmat.nn.convac.inductive_bias import inductive_bias
 
         return inductive_bias(self, shape)

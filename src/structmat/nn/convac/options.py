@@ -52,8 +52,7 @@ def check_options(semiring: Semiring, constraint: Constraint, activation: Activa
     if relu == product:
         raise StructureError(
             f"activation={activation.value!r} with pooling={pooling.value!r} is not supported. Use "
-            f"ReLU with "
-            "'max' or 'average', and 'product' without activation."
+            "ReLU with 'max' or 'average', and 'product' without activation."
         )
     if relu and semiring != Plain():
         raise StructureError(

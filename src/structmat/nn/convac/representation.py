@@ -48,8 +48,7 @@ class Patches(nn.Module):
             if (side + 2 * self.padding - self.size) % self.stride or side + 2 * self.padding < self.size:
                 raise ShapeError(
                     f"Patches of size {self.size} and stride {self.stride} do not cover an image side of {side} "
-                    f"padded by "
-                    f"{self.padding} exactly. Choose another padding."
+                    f"padded by {self.padding} exactly. Choose another padding."
                 )
         tall, wide = ((s + 2 * self.padding - self.size) // self.stride + 1 for s in (height, width))
         return tall, wide
@@ -241,8 +240,7 @@ def templates(representation: nn.Module, patches: Tensor, *, condition: float = 
     if not number <= condition:
         raise DataError(
             f"The {count} representation functions have condition number {number:.1e} on the centroids of the "
-            f"patches. Use "
-            "fewer functions, or ones that are farther apart."
+            "patches. Use fewer functions, or ones that are farther apart."
         )
     return found
 

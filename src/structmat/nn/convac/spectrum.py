@@ -109,8 +109,7 @@ def _multiply(parts: list[_Node]) -> _Node:
         if math.prod(shape) > LARGEST:
             raise ShapeError(
                 f"The partition splits so many nodes that one has an array of {shape}, more than 2^24 entries. The "
-                f"method "
-                "is for partitions of few tiles; use rank(part) or mincut(part)."
+                "method is for partitions of few tiles; use rank(part) or mincut(part)."
             )
         product = (a[:, None, :, None] * b[None, :, None, :]).reshape(shape)
         result = _compress(_Node(product, result.log + part.log))

@@ -19,12 +19,12 @@ from structmat.nn.convac.semiring import RootMeanSquare
 from structmat.nn.convac.tree import ModeTree
 
 GRADIENT_CLIP = 1.0
-"""Norm of a step's gradient: products of many factors have heavy-tailed gradients, and one batch must not undo the "
-"rest."""
+"""Norm of a step's gradient: products of many factors have heavy-tailed gradients, and one batch must not undo the
+rest."""
 
 WARM_UP = 100
-"""Steps over which the rate of classifiers rises: Adam's variance estimates are poor at first, products amplify "
-"errors."""
+"""Steps over which the rate of classifiers rises: Adam's variance estimates are poor at first, products amplify
+errors."""
 
 PIXELS_MARGINALIZED = 0.5
 """Probability with which generative training hides each pixel: the dropout of these networks. Never zero a factor of a
@@ -83,8 +83,7 @@ def classifier(
     if len(varied) < channels:
         raise DataError(
             f"{len(varied)} of {len(patches)} patches vary (standard deviation of at least 0.05), fewer than "
-            f"{channels} "
-            "channels. Give more patches, or scale pixels to a range of one."
+            f"{channels} channels. Give more patches, or scale pixels to a range of one."
         )
     lowest = float(patches.min()) if background is None else background
     means = torch.cat(

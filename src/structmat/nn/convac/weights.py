@@ -159,14 +159,15 @@ class Weights(nn.Module):
         if self.structure is None:
             dense = self.dense()
             return [(w @ x.flatten(1)).unflatten(1, x.shape[1:]) for w, x in zip(dense, parts, strict=True)]
-        results = []
-        for copy, x in enumerate(parts):
-            tensors = self._tensors(copy)
-            columns = apply(self._program, tensors, x.flatten(1).T).T
-            if self.constraint is Constraint.SIMPLEX:
-                columns = columns / apply(self._program, tensors, x.new_ones(1, self.shape[1])).T
-            results.append(columns.unflatten(1, x.shape[1:]))
-        return results
+        return [self.multiply_one(copy, x) for copy, x in enumerate(parts)]
+
+    def multiply_one(self, copy: int, x: Tensor) -> Tensor:
+        """Matrix ``copy`` of structured weights times columns: (in, ...) to (out, ...)."""
+        tensors = self._tensors(copy)
+        columns = apply(self._program, tensors, x.flatten(1).T).T
+        if self.constraint is Constraint.SIMPLEX:
+            columns = columns / apply(self._program, tensors, x.new_ones(1, self.shape[1])).T
+        return columns.unflatten(1, x.shape[1:])
 
     def exponent(self) -> Tensor | None:
         """The power of two of the largest dense weight, an integer (); ``None`` for structured ones."""
