@@ -167,7 +167,8 @@ class Weights(nn.Module):
         columns = apply(self._program, tensors, x.flatten(1).T).T
         if self.constraint is Constraint.SIMPLEX:
             columns = columns / apply(self._program, tensors, x.new_ones(1, self.shape[1])).T
-        return columns.unflatten(1, x.shape[1:])
+        result: Tensor = columns.unflatten(1, x.shape[1:])
+        return result
 
     def exponent(self) -> Tensor | None:
         """The power of two of the largest dense weight, an integer (); ``None`` for structured ones."""
