@@ -5,6 +5,7 @@
     python -m benchmarks.compress_real --phase rates        learning rates of the recovery, at one budget and seed
     python -m benchmarks.compress_real --phase steps        seconds of a step of every cell, on a quiet machine
     python -m benchmarks.compress_real --phase time         times of the compressed models again, likewise
+    python -m benchmarks.compress_real --phase menu         what low rank alone could do for each single layer
     python -m benchmarks.compress_real table                the tables again, from what is there
 
 A cell is (model, method, budget, seed). Each phase of a cell runs in a process of its own, so that its peak memory is
@@ -128,24 +129,43 @@ def compressed(cell: Cell, real: RealModel, model: nn.Module) -> tuple[nn.Module
             "seconds": {**report.seconds, "all": time.perf_counter() - start},
             "layers": {layer.name: layer.structure for layer in report.layers},
             "predicted_loss": report.predicted_loss,
-            "against_low_rank": [beside_low_rank(layer) for layer in report.layers],
+            "chosen": [
+                {
+                    "layer": layer.name,
+                    "structure": layer.structure,
+                    "parameters": layer.parameters / layer.dense_parameters,
+                    "loss": layer.predicted_loss,
+                }
+                for layer in report.layers
+            ],
         }
     return uniform(cell, real, model, start)
 
 
-def beside_low_rank(layer: Any) -> dict[str, Any]:
-    """What a layer became, and the best low rank that it could have had for no more parameters."""
-    others = [
-        c for c in layer.candidates if c["structure"]["family"] == "LowRank" and c["parameters"] <= layer.parameters
-    ]
-    best = min(others, key=lambda c: c["loss"], default=None)
+def low_rank_menu(real: RealModel) -> dict[str, list[dict[str, Any]]]:
+    """For each layer every size of low rank on the grid, with the rise of the loss that our steps predict for it."""
+    import structmat as sm
+    from structmat.compression.calibrate import calibrate
+    from structmat.compression.scan import scan
+    from structmat.compression.score import corrected, score
+    from structmat.compression.screen import screen
+
+    model, batches = real.load(), real.calibration(0)
+    sites = scan(model).sites
+    seen = calibrate(model, sites, batches, seed=0, progress=True)
+    found = screen(model, sites, sm.Parameters(0.5), calibration=seen, structures=("LowRank",), progress=True)
+    _, measured = score(model, sites, found, seen, batches, progress=True)
     return {
-        "layer": layer.name,
-        "structure": layer.structure,
-        "parameters": layer.parameters / layer.dense_parameters,
-        "loss": layer.predicted_loss,
-        "low_rank": best and f"LowRank(rank={best['structure']['rank']})",
-        "low_rank_loss": best and best["loss"],
+        name: [
+            {
+                "structure": str(c.structure),
+                "parameters": c.parameters / (layer.shape[0] * layer.shape[1]),
+                "loss": c.loss,
+            }
+            for c in layer.candidates
+            if isinstance(c.structure, sm.LowRank)
+        ]
+        for name, layer in corrected(found, measured).items()
     }
 
 
@@ -299,12 +319,18 @@ def recovery_settings(cell: Cell, steps: int) -> Any:
     )
 
 
+PHASES = ("all", "before", "recovery", "rates", "steps", "time", "menu")
+
 RATES = (3e-4, 1e-3, 3e-3)
 """Swept at seed 0, at one budget, for ours and the best baseline; the best one is used for every method."""
 
 RATE_BUDGET = 0.25
 
 RATE = {"novel-lm": 1e-3, "mnist-mlp": 1e-3}
+
+
+def menu_result(model: str) -> Path:
+    return RESULTS.with_name("compress_real_low_rank") / f"{model}.json"
 
 
 def rate_result(cell: Cell, rate: float) -> Path:
@@ -413,6 +439,15 @@ def run_times(chosen: list[Cell]) -> None:
     write_tables(RESULTS, cells(3), RATE)
 
 
+def run_menus(chosen: list[Cell]) -> None:
+    """Low rank alone for each single layer, once a model."""
+    for model in dict.fromkeys(cell.model for cell in chosen):
+        if not menu_result(model).exists():
+            print(f"menu of low rank: {model}", flush=True)
+            in_own_process(next(c for c in chosen if c.model == model), "menu")
+    write_tables(RESULTS, cells(3), RATE)
+
+
 def run_rates(chosen: list[Cell]) -> None:
     """The sweep of learning rates, of the cells whose first phase is done."""
     for cell, rate in itertools.product(chosen, RATES):
@@ -456,11 +491,12 @@ def write(path: Path, data: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "cell", "table"), default="run")
-    parser.add_argument("--phase", choices=("all", "before", "recovery", "rates", "steps", "time"), default="all")
+    parser.add_argument("--phase", choices=PHASES, default="all")
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="only these models")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only these methods")
     parser.add_argument("--budget", type=float, action="append", help="only these budgets")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds of ours and the best baseline")
+    parser.add_argument("--seed", type=int, action="append", help="only these of them")
     parser.add_argument("--key", help="the cell that this process runs")
     parser.add_argument("--rate", type=float, help="the learning rate that this process tries")
     parser.add_argument("--steps", type=int, help="of recovery, that this process takes")
@@ -473,6 +509,9 @@ def main() -> None:
         cell = next(c for c in cells(99) if c.key == options.key)
         if options.phase == "rates":
             write(rate_result(cell, options.rate), run_rate(cell, options.rate, options.steps))
+        elif options.phase == "menu":
+            menu = low_rank_menu(MODELS[cell.model])
+            write(menu_result(cell.model), {"layers": menu, "environment": environment()})
         elif options.phase == "steps":
             write(clock_result(cell), step_seconds(cell))
         elif options.phase == "time":
@@ -486,9 +525,12 @@ def main() -> None:
         if (not options.model or c.model in options.model)
         and (not options.method or c.method in options.method)
         and (not options.budget or c.budget in options.budget)
+        and (not options.seed or c.seed in options.seed)
     ]
     if options.phase == "rates":
         run_rates(chosen)
+    elif options.phase == "menu":
+        run_menus(chosen)
     elif options.phase == "steps":
         run_steps(chosen)
     elif options.phase == "time":

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+OURS = "ours"
+
 REFERENCE = "whitened SVD, uniform"
 """The baseline whose loss of quality "excess removed" refers to."""
 
@@ -29,40 +31,54 @@ def write_tables(folder: Path, cells: Iterable[Any], rates: Mapping[str, float])
         lines += _table(members, done)
     lines += _rates(folder.with_name(f"{folder.name}_rates"), rates)
     folder.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    layers = [line for cell in planned if cell.key in done for line in _layers(cell, done[cell.key])]
+    menus = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))["layers"]
+        for path in folder.with_name(f"{folder.name}_low_rank").glob("*.json")
+    }
+    layers = [
+        line
+        for cell in planned
+        if cell.key in done and cell.model in menus
+        for line in _layers(cell, done[cell.key], menus[cell.model])
+    ]
     if layers:
         text = ["# Ours beside low rank alone, layer by layer", "", _LAYERS, *layers]
         folder.with_name(f"{folder.name}_layers.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 _LAYERS = (
-    "What each layer became, and the best low rank among its candidates that holds no more parameters, with the rise "
-    "of the loss that the screen predicts for either (nats of the model's own loss; corrected by measured effects). "
-    "Where low rank fell behind early it was tried at a few sizes only, so that single rows flatter the other "
-    'structure; what low rank alone can do for whole models is the row "low rank, allocated" of the main tables. '
-    "Seed 0 only. Layers where low rank itself was chosen, or that were kept, are left out."
+    "What each layer became, and the best low rank that holds no more parameters (of every size on the grid, a "
+    "multiple of 8), with the rise of the loss that the steps of `compress` predict for either: nats of the model's own "
+    "loss for this layer replaced alone, the prediction corrected by measured effects. What low rank alone does for "
+    'whole models is the row "low rank, allocated" of the main tables. Seed 0. Layers where low rank itself was '
+    "chosen, or that were kept, are left out."
 )
 
 
-def _layers(cell: Any, result: dict[str, Any]) -> list[str]:
+def _layers(cell: Any, result: dict[str, Any], menu: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """A table of the layers of one cell where another structure than low rank won."""
-    rows = [r for r in result.get("against_low_rank", []) if not r["structure"].startswith(("LowRank", "Dense"))]
-    if cell.seed or not rows:
+    chosen = [] if cell.seed or cell.method != OURS else result.get("chosen", [])
+    rows = [r for r in chosen if not r["structure"].startswith(("LowRank", "Dense"))]
+    if not rows:
         return []
-    title = f"## {cell.model}, {cell.budget:.0%} of the parameters"
-    note = f"{len(rows)} of {len(result['against_low_rank'])} layers."
-    head = ("layer", "structure", "parameters", "predicted rise", "low rank", "its predicted rise")
-    table = [
-        (
-            f"`{r['layer']}`",
-            f"`{r['structure']}`",
-            f"{r['parameters']:.1%}",
-            f"{r['loss']:.5f}",
-            f"`{r['low_rank']}`" if r["low_rank"] else "—",
-            f"{r['low_rank_loss']:.5f}" if r["low_rank"] else "—",
+    better, table = 0, []
+    for row in rows:
+        smaller = [c for c in menu[row["layer"]] if c["parameters"] <= row["parameters"]]
+        best = min(smaller, key=lambda c: c["loss"], default=None)
+        better += best is None or row["loss"] < best["loss"]
+        table.append(
+            (
+                f"`{row['layer']}`",
+                f"`{row['structure']}`",
+                f"{row['parameters']:.1%}",
+                f"{row['loss']:.1e}",
+                f"`{best['structure']}`" if best else "—",
+                f"{best['loss']:.1e}" if best else "—",
+            )
         )
-        for r in rows
-    ]
+    title = f"## {cell.model}, {cell.budget:.0%} of the parameters"
+    note = f"{len(rows)} of {len(chosen)} layers; {better} of them better than low rank by the prediction."
+    head = ("layer", "structure", "parameters", "predicted rise", "low rank", "its predicted rise")
     return ["", title, "", note, "", _row(head), _row(["---"] * len(head)), *map(_row, table)]
 
 

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "execute.h"
 
@@ -31,6 +32,7 @@ struct Torch {
   Code (*get_sizes)(Tensor, int64_t**);
   Code (*get_strides)(Tensor, int64_t**);
   Code (*get_dtype)(Tensor, int32_t*);
+  Code (*get_device_type)(Tensor, int32_t*);
   Code (*empty_strided)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Tensor*);
   Code (*delete_tensor)(Tensor);
   Code (*list_size)(List, size_t*);
@@ -63,6 +65,7 @@ std::string load_symbols(const char* library) {
   find("aoti_torch_get_sizes", torch.get_sizes);
   find("aoti_torch_get_strides", torch.get_strides);
   find("aoti_torch_get_dtype", torch.get_dtype);
+  find("aoti_torch_get_device_type", torch.get_device_type);
   find("aoti_torch_empty_strided", torch.empty_strided);
   find("aoti_torch_delete_tensor_object", torch.delete_tensor);
   find("torch_list_size", torch.list_size);
@@ -130,6 +133,25 @@ Storage storage_of(int32_t dtype) {
   throw std::invalid_argument("structmat: inputs are float32, float64, bfloat16 or float16");
 }
 
+void require_cpu(Tensor tensor) {
+  int32_t device;
+  require(torch.get_device_type(tensor, &device));
+  if (device != torch.cpu) throw std::invalid_argument("structmat: a tensor is not in the memory of the CPU");
+}
+
+// The distance of neighbouring rows of a tensor (..., features), all leading axes taken together.
+int64_t row_stride(int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int64_t stride = sizes[dim - 1], next = -1;
+  for (int64_t i = dim - 2; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (next < 0) stride = strides[i];
+    else if (strides[i] != next)
+      throw std::invalid_argument("structmat: the rows of the input must lie at equal distances");
+    next = strides[i] * sizes[i];
+  }
+  return stride;
+}
+
 // multiply(Tensor x, Tensor[] tensors, str program) -> Tensor
 Tensor multiply(Tensor x, List list, Text text) {
   const char* characters;
@@ -144,8 +166,14 @@ Tensor multiply(Tensor x, List list, Text text) {
   require(torch.get_sizes(x, &sizes));
   require(torch.get_strides(x, &strides));
   require(torch.get_dtype(x, &dtype));
-  if (dim != 2 || sizes[1] != plan.in_features || (strides[1] != 1 && sizes[1] > 1))
-    throw std::invalid_argument("structmat: the input must have shape (rows, in_features), its rows contiguous");
+  require_cpu(x);
+  if (dim < 1 || sizes[dim - 1] != plan.in_features || (strides[dim - 1] != 1 && plan.in_features > 1))
+    throw std::invalid_argument("structmat: the input must have shape (..., in_features), its rows contiguous");
+  std::vector<int64_t> shape(sizes, sizes + dim), dense(dim, 1);
+  shape[dim - 1] = plan.out_features;
+  for (int64_t i = dim - 1; i > 0; --i) dense[i - 1] = dense[i] * shape[i];
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) rows *= sizes[i];
 
   require(torch.list_size(list, &count));
   if (count != plan.sizes.size()) throw std::invalid_argument("structmat: the number of tensors is wrong");
@@ -161,6 +189,7 @@ Tensor multiply(Tensor x, List list, Text text) {
     int32_t own;
     void* data;
     require(torch.get_dtype(tensor, &own));
+    require_cpu(tensor);
     if (own != (plan.is_index[i] ? torch.i64 : dtype))
       throw std::invalid_argument("structmat: a tensor has another dtype than the input");
     require(torch.get_data_ptr(tensor, &data));
@@ -168,16 +197,15 @@ Tensor multiply(Tensor x, List list, Text text) {
     arrays[i].data = data;
   }
 
-  const int64_t shape[] = {sizes[0], plan.out_features}, dense[] = {plan.out_features, 1};
   Tensor y;
-  require(torch.empty_strided(2, shape, dense, dtype, torch.cpu, -1, &y));
+  require(torch.empty_strided(dim, shape.data(), dense.data(), dtype, torch.cpu, -1, &y));
   try {
     Batch batch;
     void* data;
     require(torch.get_data_ptr(x, &data));
-    batch.x = data, batch.x_stride = sizes[0] > 1 ? strides[0] : plan.in_features;
+    batch.x = data, batch.x_stride = rows ? row_stride(dim, sizes, strides) : plan.in_features;
     require(torch.get_data_ptr(y, &batch.y));
-    batch.y_stride = plan.out_features, batch.rows = sizes[0], batch.storage = storage_of(dtype);
+    batch.y_stride = plan.out_features, batch.rows = rows, batch.storage = storage_of(dtype);
     uint32_t threads = 1;
     require(torch.num_threads(&threads));
     structmat::execute(plan, batch, arrays.data(), in_parallel, int(threads));
@@ -187,7 +215,6 @@ Tensor multiply(Tensor x, List list, Text text) {
   }
   return y;
 }
-
 
 void multiply_boxed(Value* stack, uint64_t, uint64_t) {
   Tensor x;

@@ -120,7 +120,7 @@ def test_never_worse_than_low_rank(height: int, width: int, blocks: int, rank: i
     rank = min(rank, height, width)
     found = sm.project(matrix, sm.BLAST(blocks, rank), second_moment=moment)
     low = sm.project(matrix, sm.LowRank(rank), second_moment=moment)
-    assert found.error <= low.error * (1 + 1e-9) + 1e-12
+    assert found.error <= low.error * (1 + 1e-9) + 1e-9  # a singular moment amplifies rounding
     assert found.lower_bound <= found.error * (1 + 1e-9)
     assert found.certificate is not Certificate.OPTIMAL
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import structmat as sm
 from structmat.compression.allocate import allocate, water_filling
-from structmat.compression.screen import Candidate, LayerScreen
+from structmat.compression.candidates import Candidate, LayerScreen
 from structmat.errors import BudgetError
 
 

@@ -14,19 +14,12 @@ from torch import nn
 
 import structmat as sm
 from structmat.compression.calibrate import calibrate
+from structmat.compression.candidates import EXPECTED, layer_from_json, layer_to_json
 from structmat.compression.plan import Plan
 from structmat.compression.replace import replace_layers, to_dense
 from structmat.compression.scan import scan
 from structmat.compression.score import Correction, points, score
-from structmat.compression.screen import (
-    EXPECTED,
-    damped,
-    layer_from_json,
-    layer_target,
-    layer_to_json,
-    layer_worker,
-    screen,
-)
+from structmat.compression.screen import damped, layer_target, layer_worker, screen
 from structmat.compression.workfolder import WorkFolder, digest, write_atomically
 from structmat.errors import DataError, FormatError, ModelError, ShapeError, StructureError
 from structmat.projection.project import project_target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from hypothesis import given, settings
 from native_programs import programs, tensors_of
 from torch import Tensor
@@ -30,6 +32,7 @@ from structmat.program import (
     build,
     reference,
     simplify,
+    stages,
     transpose,
 )
 from structmat.structure import resolve
@@ -245,17 +248,71 @@ def test_transforms_and_compiled_graphs_run_on_the_reference() -> None:
 
 
 @needs_native
-def test_plain_products_stay_with_pytorch_and_few_rows_of_large_blocks_too() -> None:
-    def chosen(structure: sm.Structure, rows: int) -> bool:
-        return prefers_native(build(resolve(structure, (256, 256)), (256, 256)), rows, torch.float32)
+def test_large_plain_products_stay_with_pytorch_and_few_rows_of_large_blocks_too() -> None:
+    def chosen(structure: sm.Structure, rows: int, dtype: torch.dtype = torch.float32) -> bool:
+        return prefers_native(build(resolve(structure, (256, 256)), (256, 256)), rows, dtype)
 
-    assert not chosen(sm.LowRank(8), 1000)
+    assert chosen(sm.LowRank(8), 1)
+    assert chosen(sm.LowRank(8), 1000)
+    assert not chosen(sm.LowRank(8), 10000)
+    assert not chosen(sm.LowRank(8), 1, torch.bfloat16)
+    assert not chosen(sm.Dense(), 1)
     assert not chosen(sm.Dense(), 1000)
     assert chosen(sm.Butterfly(), 1)
     assert chosen(sm.Sparse(density=0.2), 64)
-    assert not chosen(sm.Sparse(density=0.2), 1)
+    assert chosen(sm.Sparse(density=0.2), 1)
     assert not chosen(sm.Sparse(density=0.7), 1000)
     assert not chosen(sm.BlockDiagonal(2), 1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("structure", [sm.Dense(), sm.LowRank(3), sm.LowRank(40), sm.Sparse(density=0.2),
+                                       sm.Butterfly(), sm.PivotedLowRank(5), sm.Monarch(blocks=4),
+                                       sm.Kronecker(terms=2)])  # fmt: skip
+def test_the_short_way_is_the_long_way(structure: sm.Structure, bias: bool, frozen: bool) -> None:
+    trained = sm.nn.StructuredLinear(64, 64, bias, structure=structure).requires_grad_(False)
+    net = trained.freeze() if frozen else trained
+    matrix = trained.matrix.to_dense()
+    generator = torch.Generator().manual_seed(0)
+    for size in ((64,), (0, 64), (1, 64), (3, 2, 64), (20, 64), (2, 0, 64), (5, 13, 64)):
+        x = torch.randn(size, generator=generator)
+        wanted = torch.nn.functional.linear(x, matrix, trained.bias)
+        with sm.backend("reference"):
+            torch.testing.assert_close(net(x), wanted, rtol=1e-4, atol=1e-5)
+        assert net(x).shape == wanted.shape
+        torch.testing.assert_close(net(x), wanted, rtol=1e-4, atol=1e-5)
+        strided = torch.randn(*size[:-1], 128, generator=generator)[..., ::2]
+        wanted = torch.nn.functional.linear(strided, matrix, trained.bias)
+        torch.testing.assert_close(net(strided), wanted, rtol=1e-4, atol=1e-5)
+    swapped = torch.randn(7, 5, 64, generator=generator).transpose(0, 1)
+    torch.testing.assert_close(net(swapped), net(swapped.contiguous()))
+    with pytest.raises(sm.errors.ShapeError, match="in_features=64"):
+        net(torch.randn(3, 63))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net(x).dtype == torch.bfloat16
+        assert net(x.bfloat16()).dtype == torch.bfloat16
+    pickled = copy.deepcopy(net)
+    torch.testing.assert_close(pickled(x), net(x))
+    wanted = net(x).double()
+    torch.testing.assert_close(net.double()(x.double()), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_short_way_follows_gradients_and_parametrizations() -> None:
+    net = sm.nn.StructuredLinear(64, 64, structure=sm.LowRank(8))
+    x = torch.randn(4, 64)
+    net(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    name = next(n for n, p in net.named_parameters() if n != "bias")
+
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    with torch.no_grad():
+        before = net(x) - net.bias
+        torch.nn.utils.parametrize.register_parametrization(net, name, Doubled())
+        torch.testing.assert_close(net(x) - net.bias, 2 * before)
 
 
 @needs_native
@@ -268,6 +325,8 @@ def test_frozen_layers_are_equal_in_every_form(structure: sm.Structure, rows: in
     for count in (1, 70):
         x = torch.randn(count, 64)
         torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-5)
+    if isinstance(structure, sm.Sparse):
+        assert isinstance(stages(frozen.program)[0], Contraction) == (rows == 1 or structure != sm.Sparse(density=0.2))
 
 
 @needs_native

@@ -28,8 +28,8 @@ def bench(
         from rich.text import Text
 
         from structmat.cli.common import words
+        from structmat.compression.candidates import families_of
         from structmat.compression.report import environment
-        from structmat.compression.screen import families_of
         from structmat.compression.timing import interleaved
         from structmat.nn.linear import StructuredLinear
         from structmat.structure import check_shape, count_stored, resolve

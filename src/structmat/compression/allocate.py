@@ -13,7 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from structmat.compression.budget import Budget, limit
-from structmat.compression.screen import Candidate, LayerScreen, Screening
+from structmat.compression.candidates import Candidate, LayerScreen, Screening
 from structmat.errors import BudgetError
 from structmat.structure import Shape, Structure, resolve
 from structmat.structures.dense import Dense

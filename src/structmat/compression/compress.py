@@ -18,6 +18,7 @@ from structmat.compression import budget as budgets
 from structmat.compression.allocate import allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
+from structmat.compression.candidates import Choice
 from structmat.compression.contest import contest
 from structmat.compression.figures import Clock, Timer, bytes_of, layer_report, stored_numbers, total_flops
 from structmat.compression.fill import fill
@@ -28,7 +29,7 @@ from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss, check_loader
 from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
 from structmat.compression.score import Measurement, corrected, score
-from structmat.compression.screen import Choice, check_weight, screen
+from structmat.compression.screen import check_weight, screen
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint, form_of, start_of
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
 from structmat.projection.project import DEFAULT_SWEEPS

@@ -11,8 +11,7 @@ from torch import nn
 from structmat.compression.allocate import Allocation
 from structmat.compression.budget import Budget, Latency
 from structmat.compression.calibrate import Calibration
-from structmat.compression.scan import Site
-from structmat.compression.screen import (
+from structmat.compression.candidates import (
     Candidate,
     LayerScreen,
     Screening,
@@ -20,9 +19,10 @@ from structmat.compression.screen import (
     candidate_from_json,
     candidate_to_json,
     expecting,
-    layer_worker,
     variant_of,
 )
+from structmat.compression.scan import Site
+from structmat.compression.screen import layer_worker
 from structmat.compression.workers import side_by_side
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.projection.project import DEFAULT_SWEEPS

@@ -10,19 +10,11 @@ from torch import nn
 from structmat.compression.allocate import Allocation, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration
+from structmat.compression.candidates import Candidate, Choice, LayerScreen, Screening, families_of, variant_of
 from structmat.compression.contest import Outcomes
 from structmat.compression.scan import Site
 from structmat.compression.score import Correction, Measurement
-from structmat.compression.screen import (
-    SWEEPS,
-    Candidate,
-    Choice,
-    LayerScreen,
-    Screening,
-    families_of,
-    layer_worker,
-    variant_of,
-)
+from structmat.compression.screen import SWEEPS, layer_worker
 from structmat.structure import Structure
 from structmat.structures.dense import Dense
 

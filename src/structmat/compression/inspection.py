@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from structmat.compression.screen import Choice, families_of
+from structmat.compression.candidates import Choice, families_of
 from structmat.errors import ShapeError, StructureError
 from structmat.projection.project import make_target, project_target
 from structmat.projection.target import Certificate, Target

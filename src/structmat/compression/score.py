@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.compression.calibrate import Calibration
+from structmat.compression.candidates import Candidate, LayerScreen, Screening, with_losses
 from structmat.compression.progress import Progress
 from structmat.compression.running import (
     Forward,
@@ -28,7 +29,7 @@ from structmat.compression.running import (
     to_device,
 )
 from structmat.compression.scan import Site, dense_weight
-from structmat.compression.screen import Candidate, LayerScreen, Screening, layer_target, with_losses
+from structmat.compression.screen import layer_target
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.projection.project import project_target
 from structmat.structure import Structure

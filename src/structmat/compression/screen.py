@@ -6,35 +6,38 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structmat.compression.budget import Budget, Latency, flops, to_json
 from structmat.compression.calibrate import Calibration, Moments
+from structmat.compression.candidates import (
+    Candidate,
+    Choice,
+    LayerScreen,
+    Screening,
+    Variant,
+    expecting,
+    families_of,
+    family_name,
+    layer_from_json,
+    layer_to_json,
+    variant_of,
+)
 from structmat.compression.scan import Site, dense_weight
 from structmat.compression.workers import side_by_side
 from structmat.compression.workfolder import WorkFolder, digest
-from structmat.errors import DataError, FormatError, ShapeError, StructureError
+from structmat.errors import DataError, ShapeError, StructureError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.project import fit
 from structmat.projection.target import Certificate, Target
-from structmat.structure import Shape, Structure, count_stored, resolve
+from structmat.structure import Structure, count_stored, resolve
 from structmat.structure import to_json as structure_to_json
 from structmat.structures import families
-from structmat.structures import from_json as structure_from_json
 from structmat.structures.dense import Dense
-from structmat.structures.sum_of import Sum
 
 logger = logging.getLogger(__name__)
-
-Choice = str | type[Structure] | Structure
-"""A family by name or class (tried at several sizes), or one structure with its sizes."""
-
-Variant = tuple[str, ...]
-"""What is judged together: a family, or a sum of certain families."""
 
 SWEEPS = 1
 """Sweeps that a cheap fit may spend."""
@@ -47,10 +50,6 @@ MEDIUM = (0.1, 0.3, 0.4, 0.7)
 
 FINE = tuple(i / 24 for i in range(1, 24))
 """Shares for those of them whose fits are optimal."""
-
-EXPECTED = ", expected with sweeps"
-"""Marks the method of a candidate that was fitted without sweeps, with an error and a loss scaled by what sweeps gained
-at another size."""
 
 DOMINATED = 1.5
 """A family whose predicted loss at a coarse share, without sweeps, is this many times that of the best at its cost is
@@ -69,60 +68,6 @@ INPUT_DAMPING = 1e-3
 OUTPUT_DAMPING = 0.1
 """Share of the mean gradient energy that is added to every output: the quadratic model is not to be trusted where it
 says that an output does not matter at all."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One structure that a layer could have.
-
-    Args:
-        structure: resolved for the layer's shape; ``Dense()`` means that the layer is kept as it is.
-        parameters: stored numbers: learned ones, and one for every index.
-        flops: operations of one product with a vector.
-        error: relative, in the norm that was used for the layer (see :attr:`LayerScreen.norm`).
-        lower_bound: no member of the structure has a smaller relative error; 0 if nothing is known.
-        certificate: ``"optimal"``, ``"bound"`` or ``"none"``.
-        method: how it was fitted.
-        loss: predicted rise of the model's loss; see :mod:`structmat.compression.score`.
-        cost: in the unit of the budget.
-    """
-
-    structure: Structure
-    parameters: int
-    flops: int
-    error: float
-    lower_bound: float
-    certificate: str
-    method: str
-    loss: float
-    cost: float
-
-
-@dataclass(frozen=True)
-class LayerScreen:
-    """All candidates of one layer, "keep" among them, by rising cost.
-
-    Args:
-        name: of the site.
-        shape: ``(out_features, in_features)``.
-        norm: in which errors are measured: ``"weights"``, ``"inputs"`` or ``"inputs and outputs"``.
-        candidates: by rising cost.
-        refused: how many were refused, by reason.
-    """
-
-    name: str
-    shape: Shape
-    norm: str
-    candidates: tuple[Candidate, ...]
-    refused: Mapping[str, int]
-
-    @property
-    def keep(self) -> Candidate:
-        """The candidate that keeps the layer as it is."""
-        return next(c for c in self.candidates if isinstance(c.structure, Dense))
-
-
-Screening = Mapping[str, LayerScreen]
 
 
 def screen(
@@ -168,7 +113,9 @@ def screen(
     """
     folder = folder or WorkFolder(None)
     unit = {k: v for k, v in to_json(budget).items() if k != "amount"}
-    menu = [structure_to_json(c) if isinstance(c, Structure) else _name(c) for c in structures or sorted(families())]
+    menu = [
+        structure_to_json(c) if isinstance(c, Structure) else family_name(c) for c in structures or sorted(families())
+    ]
 
     def work(item: tuple[int, Site]) -> LayerScreen:
         number, site = item
@@ -423,26 +370,6 @@ class LayerWorker:
         return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(+self.refused))
 
 
-def expecting(candidate: Candidate, gain: float) -> Candidate:
-    """The candidate with the error and the loss that are expected of it where sweeps changed a like one's loss by the
-    factor ``gain``."""
-    return replace(
-        candidate,
-        error=candidate.error * gain**0.5,
-        loss=candidate.loss * gain,
-        method=candidate.method.removesuffix(EXPECTED) + EXPECTED,
-    )
-
-
-def variant_of(structure: Structure) -> Variant:
-    """What a structure is judged together with."""
-    return (
-        tuple(type(part).__name__ for part in structure.parts)
-        if isinstance(structure, Sum)
-        else (type(structure).__name__,)
-    )
-
-
 def _by_variant(candidates: Sequence[Candidate]) -> dict[Variant, list[Candidate]]:
     found: dict[Variant, list[Candidate]] = {}
     for candidate in candidates:
@@ -452,67 +379,3 @@ def _by_variant(candidates: Sequence[Candidate]) -> dict[Variant, list[Candidate
 
 def _nearest(share: float) -> float:
     return min(COARSE, key=lambda coarse: abs(math.log(coarse / share)))
-
-
-def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
-    """The families that a choice names; all for None.
-
-    Raises:
-        StructureError: a name is no family.
-    """
-    known = families()
-    if structures is None:
-        return [known[name] for name in sorted(known)]
-    found = []
-    for choice in structures:
-        if isinstance(choice, Structure):
-            continue
-        name = _name(choice)
-        if name not in known:
-            raise StructureError(f"Unknown family {name!r}. Known are {', '.join(sorted(known))}.")
-        found.append(known[name])
-    return found
-
-
-def _name(choice: Choice) -> str:
-    return choice if isinstance(choice, str) else choice.__name__ if isinstance(choice, type) else type(choice).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------- JSON
-
-
-def candidate_to_json(candidate: Candidate) -> dict[str, Any]:
-    """Plain JSON values of a candidate."""
-    return {**candidate.__dict__, "structure": structure_to_json(candidate.structure)}
-
-
-def candidate_from_json(data: Mapping[str, Any]) -> Candidate:
-    """Read what :func:`candidate_to_json` wrote."""
-    return Candidate(**{**data, "structure": structure_from_json(data["structure"])})
-
-
-def layer_to_json(layer: LayerScreen) -> dict[str, Any]:
-    """Plain values; :func:`layer_from_json` reads them."""
-    return {
-        "name": layer.name,
-        "shape": list(layer.shape),
-        "norm": layer.norm,
-        "candidates": [candidate_to_json(c) for c in layer.candidates],
-        "refused": dict(layer.refused),
-    }
-
-
-def layer_from_json(data: Mapping[str, Any]) -> LayerScreen:
-    """Read what :func:`layer_to_json` wrote. Raises :class:`~structmat.errors.FormatError`."""
-    try:
-        candidates = tuple(candidate_from_json(c) for c in data["candidates"])
-        shape = (int(data["shape"][0]), int(data["shape"][1]))
-        return LayerScreen(data["name"], shape, data["norm"], candidates, dict(data["refused"]))
-    except (KeyError, TypeError, IndexError) as error:
-        raise FormatError(f"The screen of a layer is damaged: {error!r} is missing or wrong.") from error
-
-
-def with_losses(layer: LayerScreen, losses: Sequence[float]) -> LayerScreen:
-    """The same candidates with other losses, in the order of :attr:`LayerScreen.candidates`."""
-    pairs = zip(layer.candidates, losses, strict=True)
-    return replace(layer, candidates=tuple(replace(c, loss=loss) for c, loss in pairs))

@@ -103,30 +103,28 @@ def layer_microseconds(structure: Structure, shape: Shape, rows: int) -> float:
 
 
 def interleaved(
-    first: Callable[[], object],
-    second: Callable[[], object],
-    *,
+    *functions: Callable[[], object],
     seconds: float,
     fewest: int = FEWEST_RUNS,
     finish: Callable[[], object] = lambda: None,
-) -> tuple[list[float], list[float]]:
-    """Seconds of each call of two functions that run in turns; ``finish`` waits for what they started."""
-    for function in (first, second) * _WARM_UP:
+) -> tuple[list[float], ...]:
+    """Seconds of each call of functions that run in turns; ``finish`` waits for what they started."""
+    for function in functions * _WARM_UP:
         function()
     finish()
-    times: tuple[list[float], list[float]] = ([], [])
+    times: tuple[list[float], ...] = tuple([] for _ in functions)
     collects = gc.isenabled()
     gc.disable()
     try:
         end = time.perf_counter() + seconds
+        order = list(range(len(functions)))
         while len(times[0]) < fewest or time.perf_counter() < end:
-            # Whoever runs second finds warmer or colder caches: alternate.
-            order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
             for which in order:
                 start = time.perf_counter()
-                (first, second)[which]()
+                functions[which]()
                 finish()
                 times[which].append(time.perf_counter() - start)
+            order.reverse()  # whoever runs later finds warmer or colder caches
     finally:
         if collects:
             gc.enable()

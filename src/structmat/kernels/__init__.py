@@ -10,12 +10,25 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from structmat.kernels.choice import Backend, backend, native_text, prefers_native, runs_native
+from structmat.kernels.choice import Backend, backend, native_text, prefers_native, runs_native, writing_for
 from structmat.kernels.library import Native, native
 from structmat.kernels.operator import multiply
+from structmat.kernels.quick import quick
 from structmat.program import Program, reference
 
-__all__ = ["Backend", "Native", "affine", "apply", "backend", "native", "native_text", "prefers_native", "runs_native"]
+__all__ = [
+    "Backend",
+    "Native",
+    "affine",
+    "apply",
+    "backend",
+    "native",
+    "native_text",
+    "prefers_native",
+    "quick",
+    "runs_native",
+    "writing_for",
+]
 
 
 def apply(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -27,8 +40,8 @@ def apply(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     text = native_text(program, tensors, x, None)
     if text is None:
         return reference.apply(program, tensors, x)
-    rows = reference.as_rows(program, x)
-    return multiply(text, tensors, rows, None).reshape(*x.shape[:-1], program.out_features)
+    reference.check_rows(program, x)
+    return multiply(text, tensors, x, None)
 
 
 def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor) -> Tensor:
@@ -36,5 +49,5 @@ def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Ten
     text = native_text(program, tensors, x, bias)
     if text is None:
         return reference.affine(program, tensors, x, bias)
-    rows = reference.as_rows(program, x)
-    return multiply(text, tensors, rows, bias).reshape(*x.shape[:-1], program.out_features)
+    reference.check_rows(program, x)
+    return multiply(text, tensors, x, bias)

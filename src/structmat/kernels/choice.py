@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,14 +14,21 @@ from torch import Tensor
 from structmat.errors import StructureError
 from structmat.kernels.library import native
 from structmat.kernels.text import Text, text_of
-from structmat.program import FOR_NATIVE, Program, form, stages
-from structmat.program.reference import Form
+from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, Writing, stages
 from structmat.program.stages import Chain, Contraction, Sparse
 
-FEW_ROWS = 8
+_FEW_ROWS = 8
 """Fewer rows than this leave most of a tile empty: then each number of a weight is read for few products, and PyTorch's
 matrix-vector products are as good."""
 
+_SMALL_BLOCK = 64 * 64
+"""Blocks up to this size cost more to call for than to multiply: one pass wins even for a single row."""
+
+_SMALL_PLAIN = 1 << 15
+"""Weights of plain products, in numbers, up to which the same holds."""
+
+_LARGE_PLAIN = 1 << 22
+"""Multiply-adds of plain products from which PyTorch's are as fast, and faster where there are matrix units."""
 
 MANY_ROWS = 64
 """What is assumed where nothing is known of the batch."""
@@ -58,6 +66,15 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_usual() -> bool:
+    """Whether no backend is forced, no transform of torch.func is at work, and no autocast."""
+    return (
+        _forced.get() is Backend.AUTO
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Text | None:
     """The program's text if the native backend is to run it on these tensors; None for the reference, which also is
     what graphs are traced with.
@@ -82,6 +99,13 @@ def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def writing_for(program: Program, tensors: Mapping[str, Tensor], rows: int | None = None) -> Writing:
+    """What to put together ahead of time for what will run a program on so many rows (many by default)."""
+    if not runs_native(program, tensors, rows):
+        return FOR_REFERENCE
+    return FOR_NATIVE if rows is None or rows >= _FEW_ROWS else FOR_FEW_ROWS
 
 
 def runs_native(program: Program, tensors: Mapping[str, Tensor], rows: int | None = None) -> bool:
@@ -120,26 +144,42 @@ def _obstacle(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: 
 
 
 def prefers_native(program: Program, rows: int, dtype: torch.dtype) -> bool:
-    """Whether one pass over tiles beats PyTorch's operations, by what either has to do.
+    """Whether one pass over tiles beats PyTorch's operations, see :func:`native_rows`."""
+    return rows in native_rows(program, dtype)
 
-    Chains of plain matrix products (low rank, dense) stay with PyTorch's, which are as fast, and faster in half
-    precision. Everything else gains from one pass unless the batch fills only a small part of a tile and the weights
-    are read as large blocks.
+
+def native_rows(program: Program, dtype: torch.dtype) -> range:
+    """For how many rows one pass over tiles beats PyTorch's operations, by what either has to do.
+
+    Chains of plain matrix products (low rank, dense) run in one pass while calls cost as much as the work; large ones,
+    and those in half precision, stay with PyTorch. Everything else gains from one pass unless the batch fills only a
+    small part of a tile and the weights are read as large blocks.
     """
+    # Kept with the program itself: this is asked at every call.
+    kept: dict[torch.dtype, range] = program.__dict__.setdefault(_KEPT, {})
+    if dtype not in kept:
+        kept[dtype] = _native_rows(program, dtype)
+    return kept[dtype]
+
+
+_KEPT = "_native_rows"
+
+
+def plain_products(program: Program) -> tuple[Contraction, ...]:
+    """The stages of a chain of unstructured matrix products, or nothing if it is none."""
     parts = stages(program)
-    plain = isinstance(program, Chain | Contraction) and all(
-        isinstance(stage, Contraction) and form(stage) is Form.MATMUL and stage.a * stage.d == 1 for stage in parts
-    )
-    if plain:
-        return False
+    found = tuple(s for s in parts if isinstance(s, Contraction) and s.a * s.d == 1)
+    return found if isinstance(program, Chain | Contraction) and len(found) == len(parts) else ()
+
+
+def _native_rows(program: Program, dtype: torch.dtype) -> range:
+    parts = stages(program)
+    if plain := plain_products(program):
+        if dtype not in (torch.float32, torch.float64):
+            return range(0)
+        size = sum(stage.b * stage.c for stage in plain)
+        return range(1 if size <= _SMALL_PLAIN else _FEW_ROWS, _LARGE_PLAIN // size + 1)
     if any(isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts):
-        return False
-    if rows >= FEW_ROWS:
-        return True
-    blocks = [stage for stage in parts if isinstance(stage, Contraction)]
-    small = all(stage.b * stage.c <= _SMALL_BLOCK for stage in blocks)
-    return small and not any(isinstance(stage, Sparse) and form(stage) is Form.MATERIALISED for stage in parts)
-
-
-_SMALL_BLOCK = 64 * 64
-"""Blocks up to this size cost more to call for than to multiply: one pass wins even for a single row."""
+        return range(0)
+    small = all(s.b * s.c <= _SMALL_BLOCK for s in parts if isinstance(s, Contraction))
+    return range(1 if small else _FEW_ROWS, sys.maxsize)

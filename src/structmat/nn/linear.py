@@ -9,14 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from structmat.errors import StructureError
-from structmat.kernels import affine, apply, runs_native
+from structmat.kernels import affine, apply, quick, runs_native, writing_for
 from structmat.matrix import StructuredMatrix, draw
 from structmat.program import (
-    FOR_NATIVE,
-    FOR_REFERENCE,
     Contraction,
     Program,
-    Writing,
     build,
     cost,
     form,
@@ -99,16 +96,12 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
-        tensors = self.tensors()
+        if not self._complex and not torch.compiler.is_compiling():
+            found = quick(self._program, self.bias is not None)(x, self._parameters, self._buffers)
+            if found is not None:
+                return found
         bias = None if self.bias is None else self._loaded(self.bias)
-        kind = x.device.type
-        # The meta device knows no autocast, and asking it is an error.
-        if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point():
-            dtype = torch.get_autocast_dtype(kind)
-            x = x.to(dtype)
-            tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-            bias = bias.to(dtype) if bias is not None and bias.is_floating_point() else bias
-        return apply(self._program, tensors, x) if bias is None else affine(self._program, tensors, x, bias)
+        return _multiply(self._program, self.tensors(), x, bias)
 
     @property
     def matrix(self) -> StructuredMatrix:
@@ -174,13 +167,9 @@ class StructuredLinear(nn.Module):
         """
         with torch.no_grad():
             tensors = self.tensors()
-            program, made = fuse(self._program, tensors, self._writing(tensors, rows))
+            program, made = fuse(self._program, tensors, writing_for(self._program, tensors, rows))
             bias = None if self.bias is None else self._loaded(self.bias).detach().clone()
         return FrozenLinear(program, {name: t.detach().clone() for name, t in made.items()}, bias)
-
-    def _writing(self, tensors: Mapping[str, Tensor], rows: int | None) -> Writing:
-        """For the backend that will run the frozen layer."""
-        return FOR_NATIVE if runs_native(self._program, tensors, rows) else FOR_REFERENCE
 
     def explain(self, batch: int = 1) -> str:
         """What runs for ``batch`` rows: the program, the form of each stage, and the operations."""
@@ -220,9 +209,24 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
-        tensors = {name: getattr(self, name) for name in self._names}
-        return apply(self.program, tensors, x) if self.bias is None else affine(self.program, tensors, x, self.bias)
+        if not torch.compiler.is_compiling():
+            found = quick(self.program, self.bias is not None)(x, self._buffers)
+            if found is not None:
+                return found
+        return _multiply(self.program, {name: getattr(self, name) for name in self._names}, x, self.bias)
 
     def extra_repr(self) -> str:
         patterns = [s.pattern if isinstance(s, Contraction) else str(s) for s in stages(self.program)]
         return f"in_features={self.in_features}, out_features={self.out_features}, stages={patterns}"
+
+
+def _multiply(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """``S x + b``, in the dtype of autocast where it is on."""
+    kind = x.device.type
+    # The meta device knows no autocast, and asking it is an error.
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point():
+        dtype = torch.get_autocast_dtype(kind)
+        x = x.to(dtype)
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        bias = bias.to(dtype) if bias is not None and bias.is_floating_point() else bias
+    return apply(program, tensors, x) if bias is None else affine(program, tensors, x, bias)

@@ -2,7 +2,16 @@
 
 from structmat.program.build import build
 from structmat.program.cost import Cost, cost
-from structmat.program.fuse import FOR_NATIVE, FOR_REFERENCE, Writing, chainable, fuse, merge, merged_pattern
+from structmat.program.fuse import (
+    FOR_FEW_ROWS,
+    FOR_NATIVE,
+    FOR_REFERENCE,
+    Writing,
+    chainable,
+    fuse,
+    merge,
+    merged_pattern,
+)
 from structmat.program.reference import affine, apply, form
 from structmat.program.simplify import simplify
 from structmat.program.stages import (
@@ -31,6 +40,7 @@ from structmat.program.table import table
 from structmat.program.transpose import transpose
 
 __all__ = [
+    "FOR_FEW_ROWS",
     "FOR_NATIVE",
     "FOR_REFERENCE",
     "Call",

@@ -89,6 +89,10 @@ FOR_NATIVE = Writing(growth=1.0, sparse_from=0.4, interpolations=False)
 sparse stage run at a bit less than half of the speed of dense ones (float32, large batches, AVX-512)."""
 
 
+FOR_FEW_ROWS = Writing(growth=1.0, sparse_from=1.0 / 16.0, interpolations=True)
+"""With a row or two a product takes as long as reading its weights: a dense matrix is read faster than places are."""
+
+
 def fuse(program: Program, tensors: Tensors, writing: Writing = FOR_REFERENCE) -> tuple[Program, dict[str, Tensor]]:
     """An equal program with adjacent contractions (and diagonals) merged, and its tensors.
 

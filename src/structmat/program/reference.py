@@ -107,12 +107,17 @@ def affine(program: Program, tensors: Tensors, x: Tensor, bias: Tensor) -> Tenso
     return rows[:, last.before : last.before + last.kept].reshape(*x.shape[:-1], last.kept)
 
 
-def as_rows(program: Program, x: Tensor) -> Tensor:
-    """The input (..., in_features) as rows (batch, in_features)."""
+def check_rows(program: Program, x: Tensor) -> None:
+    """Raise unless the input has shape (..., in_features)."""
     if x.dim() == 0 or x.shape[-1] != program.in_features:
         raise ShapeError(
             f"The input has shape {tuple(x.shape)}; its last axis must hold in_features={program.in_features} numbers."
         )
+
+
+def as_rows(program: Program, x: Tensor) -> Tensor:
+    """The input (..., in_features) as rows (batch, in_features)."""
+    check_rows(program, x)
     if x.dim() == 2:
         return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)

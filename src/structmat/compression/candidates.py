@@ -1,0 +1,164 @@
+"""What a layer could become: candidates with their sizes and losses, as values that read and write JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from structmat.errors import FormatError, StructureError
+from structmat.structure import Shape, Structure
+from structmat.structure import to_json as structure_to_json
+from structmat.structures import families
+from structmat.structures import from_json as structure_from_json
+from structmat.structures.dense import Dense
+from structmat.structures.sum_of import Sum
+
+Choice = str | type[Structure] | Structure
+"""A family by name or class (tried at several sizes), or one structure with its sizes."""
+
+Variant = tuple[str, ...]
+"""What is judged together: a family, or a sum of certain families."""
+
+EXPECTED = ", expected with sweeps"
+"""Marks the method of a candidate that was fitted without sweeps, with an error and a loss scaled by what sweeps gained
+at another size."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One structure that a layer could have.
+
+    Args:
+        structure: resolved for the layer's shape; ``Dense()`` means that the layer is kept as it is.
+        parameters: stored numbers: learned ones, and one for every index.
+        flops: operations of one product with a vector.
+        error: relative, in the norm that was used for the layer (see :attr:`LayerScreen.norm`).
+        lower_bound: no member of the structure has a smaller relative error; 0 if nothing is known.
+        certificate: ``"optimal"``, ``"bound"`` or ``"none"``.
+        method: how it was fitted.
+        loss: predicted rise of the model's loss; see :mod:`structmat.compression.score`.
+        cost: in the unit of the budget.
+    """
+
+    structure: Structure
+    parameters: int
+    flops: int
+    error: float
+    lower_bound: float
+    certificate: str
+    method: str
+    loss: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class LayerScreen:
+    """All candidates of one layer, "keep" among them, by rising cost.
+
+    Args:
+        name: of the site.
+        shape: ``(out_features, in_features)``.
+        norm: in which errors are measured: ``"weights"``, ``"inputs"`` or ``"inputs and outputs"``.
+        candidates: by rising cost.
+        refused: how many were refused, by reason.
+    """
+
+    name: str
+    shape: Shape
+    norm: str
+    candidates: tuple[Candidate, ...]
+    refused: Mapping[str, int]
+
+    @property
+    def keep(self) -> Candidate:
+        """The candidate that keeps the layer as it is."""
+        return next(c for c in self.candidates if isinstance(c.structure, Dense))
+
+
+Screening = Mapping[str, LayerScreen]
+
+
+def expecting(candidate: Candidate, gain: float) -> Candidate:
+    """The candidate with the error and the loss that are expected of it where sweeps changed a like one's loss by the
+    factor ``gain``."""
+    return replace(
+        candidate,
+        error=candidate.error * gain**0.5,
+        loss=candidate.loss * gain,
+        method=candidate.method.removesuffix(EXPECTED) + EXPECTED,
+    )
+
+
+def variant_of(structure: Structure) -> Variant:
+    """What a structure is judged together with."""
+    return (
+        tuple(type(part).__name__ for part in structure.parts)
+        if isinstance(structure, Sum)
+        else (type(structure).__name__,)
+    )
+
+
+def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
+    """The families that a choice names; all for None.
+
+    Raises:
+        StructureError: a name is no family.
+    """
+    known = families()
+    if structures is None:
+        return [known[name] for name in sorted(known)]
+    found = []
+    for choice in structures:
+        if isinstance(choice, Structure):
+            continue
+        name = family_name(choice)
+        if name not in known:
+            raise StructureError(f"Unknown family {name!r}. Known are {', '.join(sorted(known))}.")
+        found.append(known[name])
+    return found
+
+
+def family_name(choice: Choice) -> str:
+    """Of the family that a choice names."""
+    return choice if isinstance(choice, str) else choice.__name__ if isinstance(choice, type) else type(choice).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------- JSON
+
+
+def candidate_to_json(candidate: Candidate) -> dict[str, Any]:
+    """Plain JSON values of a candidate."""
+    return {**candidate.__dict__, "structure": structure_to_json(candidate.structure)}
+
+
+def candidate_from_json(data: Mapping[str, Any]) -> Candidate:
+    """Read what :func:`candidate_to_json` wrote."""
+    return Candidate(**{**data, "structure": structure_from_json(data["structure"])})
+
+
+def layer_to_json(layer: LayerScreen) -> dict[str, Any]:
+    """Plain values; :func:`layer_from_json` reads them."""
+    return {
+        "name": layer.name,
+        "shape": list(layer.shape),
+        "norm": layer.norm,
+        "candidates": [candidate_to_json(c) for c in layer.candidates],
+        "refused": dict(layer.refused),
+    }
+
+
+def layer_from_json(data: Mapping[str, Any]) -> LayerScreen:
+    """Read what :func:`layer_to_json` wrote. Raises :class:`~structmat.errors.FormatError`."""
+    try:
+        candidates = tuple(candidate_from_json(c) for c in data["candidates"])
+        shape = (int(data["shape"][0]), int(data["shape"][1]))
+        return LayerScreen(data["name"], shape, data["norm"], candidates, dict(data["refused"]))
+    except (KeyError, TypeError, IndexError) as error:
+        raise FormatError(f"The screen of a layer is damaged: {error!r} is missing or wrong.") from error
+
+
+def with_losses(layer: LayerScreen, losses: Sequence[float]) -> LayerScreen:
+    """The same candidates with other losses, in the order of :attr:`LayerScreen.candidates`."""
+    pairs = zip(layer.candidates, losses, strict=True)
+    return replace(layer, candidates=tuple(replace(c, loss=loss) for c, loss in pairs))

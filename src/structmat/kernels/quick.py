@@ -1,0 +1,112 @@
+"""The short way from a layer to its product, for calls that take microseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from structmat.kernels.choice import is_usual, native_rows, plain_products
+from structmat.kernels.library import native
+from structmat.kernels.operator import run
+from structmat.kernels.text import Text, text_of
+from structmat.program import Program
+
+Held = Mapping[str, Tensor | None]
+"""A module's own dictionary of parameters or buffers."""
+
+
+class Quick:
+    """A layer's program, with all that can be decided about it before a call.
+
+    A small layer takes a few microseconds, and so do the questions that :func:`structmat.kernels.apply` asks at each
+    call. Here they are few and cheap; whenever one of them has an unusual answer, the long way decides.
+
+    Args:
+        program: what the layer multiplies by.
+        biased: whether it adds a vector named ``"bias"``.
+    """
+
+    def __init__(self, program: Program, biased: bool) -> None:
+        self.program = program
+        self.in_features = program.in_features
+        self.biased = biased
+        plain = plain_products(program)
+        self.plain = [(s.weight, s.b, s.c) for s in plain] if not any(s.transposed for s in plain) else []
+        text = text_of(program)
+        self.rows: dict[torch.dtype, range] = {}
+        self.words = ""
+        if isinstance(text, Text):
+            self.words = text.biased if biased else text.plain
+            self.names = (*text.names, "bias") if biased else text.names
+            self.indices = text.indices
+
+    def __call__(self, x: Tensor, *held: Held) -> Tensor | None:
+        """Rows (..., in_features) to (..., out_features), or None where :func:`apply` is to decide.
+
+        Args:
+            x: the input.
+            held: the layer's own dictionaries, in which its tensors are looked up.
+        """
+        if type(x) is not Tensor or not x.is_cpu or not x.is_contiguous():
+            return None
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features or not is_usual():
+            return None
+        dtype = x.dtype
+        rows = self.rows.get(dtype)
+        if rows is None:
+            rows = self.rows[dtype] = native_rows(self.program, dtype) if self.words else range(0)
+        if x.numel() // self.in_features in rows and native().available:
+            recording = torch.is_grad_enabled()
+            given = [] if recording and x.requires_grad else self._given(dtype, recording, held)
+            if given:
+                return run(x, given, self.words)
+        return self._linear(x, held) if self.plain else None
+
+    def _given(self, dtype: torch.dtype, recording: bool, held: tuple[Held, ...]) -> list[Tensor]:
+        """The tensors that the operator reads, or nothing if it can't."""
+        given = []
+        for name in self.names:
+            tensor = _find(name, held)
+            if tensor is None or not tensor.is_contiguous() or (recording and tensor.requires_grad):
+                return []
+            if tensor.dtype is not dtype and (name not in self.indices or tensor.dtype is not torch.int64):
+                return []
+            given.append(tensor)
+        return given
+
+    def _linear(self, x: Tensor, held: tuple[Held, ...]) -> Tensor | None:
+        """A chain of plain products, each of which PyTorch does in one call; differentiable."""
+        bias = _find("bias", held) if self.biased else None
+        if self.biased and (bias is None or bias.dtype is not x.dtype):
+            return None
+        last = len(self.plain) - 1
+        for number, (name, height, width) in enumerate(self.plain):
+            weight = _find(name, held)
+            if weight is None or weight.dtype is not x.dtype:
+                return None
+            x = F.linear(x, weight.reshape(height, width), bias if number == last else None)
+        return x
+
+
+def _find(name: str, held: tuple[Held, ...]) -> Tensor | None:
+    """None where it is computed, by a parametrization for instance."""
+    for tensors in held:
+        tensor = tensors.get(name)
+        if tensor is not None:
+            return tensor
+    return None
+
+
+_KEPT = "_quick"
+
+
+def quick(program: Program, biased: bool) -> Quick:
+    """The short way of a program; kept with it."""
+    kept: dict[bool, Quick] = program.__dict__.setdefault(_KEPT, {})
+    if biased not in kept:
+        kept[biased] = Quick(program, biased)
+    return kept[biased]
