@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,9 +65,10 @@ def eckart_young(tensor: Tensor, rank: int, part: Sequence[int] | None = None) -
 
 
 def _alternate(tensor: Tensor, terms: int, sweeps: int, seed: int) -> tuple[float, CP]:
-    generator = torch.Generator().manual_seed(seed)
-    factors = [torch.randn(size, terms, dtype=tensor.dtype, generator=generator) for size in tensor.shape]
-    factors = [f / f.norm(dim=0) for f in factors]
+    # NumPy's numbers: published curves start from them, and they do not depend on PyTorch's version.
+    rng = np.random.default_rng(seed)
+    drawn = [torch.from_numpy(rng.standard_normal((size, terms))).to(tensor.dtype) for size in tensor.shape]
+    factors = [f / f.norm(dim=0) for f in drawn]
     weights = torch.ones(terms, dtype=tensor.dtype)
     unfolded = [tensor.movedim(mode, 0) for mode in range(tensor.dim())]
     best, error = (float("inf"), CP(weights, tuple(factors))), float("inf")
