@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import convac_data as data  # noqa: E402
 from benchmarks import convac_geometry as geometry  # noqa: E402
 from benchmarks import convac_models as models  # noqa: E402
+
 from structmat.nn import TensorialMixture  # noqa: E402
 from structmat.nn.convac import normal_  # noqa: E402
 

@@ -130,19 +130,25 @@ def spec_tensor(modes: int, channels: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("modes", "channels", "published"),
+    ("modes", "channels", "published", "effort"),
     [
-        (4, 4, {1: (0.519, 0.474), 2: (0.333, 0.315), 4: (0.201, 0.175), 8: (0.024, 0.020)}),
-        (8, 2, {1: (0.471, 0.446), 2: (0.255, 0.228), 4: (0.053, 0.051), 8: (0.013, 0.008)}),
+        (4, 4, {1: (0.519, 0.474), 2: (0.333, 0.315), 4: (0.201, 0.175)}, (100, 3)),
+        (8, 2, {1: (0.471, 0.446), 2: (0.255, 0.228), 4: (0.053, 0.051)}, (100, 3)),
+        pytest.param(4, 4, {8: (0.024, 0.020), 16: (0.006, 0.0)}, (400, 5), marks=pytest.mark.slow),
+        pytest.param(8, 2, {8: (0.013, 0.008), 16: (0.003, 0.0)}, (400, 5), marks=pytest.mark.slow),
+        pytest.param(8, 3, {1: (0.667, 0.613), 9: (0.180, 0.141)}, (200, 3), marks=pytest.mark.slow),
     ],
 )
-def test_convac_17_cp_fits(modes: int, channels: int, published: dict[int, tuple[float, float]]) -> None:
-    tensor = spec_tensor(modes, channels)
+def test_convac_17_cp_fits(
+    modes: int, channels: int, published: dict[int, tuple[float, float]], effort: tuple[int, int]
+) -> None:
+    """Errors at most 15 % above the table's (rounded there to 0.001), bounds as there; no width does worse."""
+    tensor, (sweeps, starts) = spec_tensor(modes, channels), effort
     previous = 1.0
     for terms, (error, bound) in published.items():
-        found = fit_cp(tensor, terms, sweeps=400, starts=5)
+        found = fit_cp(tensor, terms, sweeps=sweeps, starts=starts)
         assert found.lower == pytest.approx(bound, abs=1e-3)
-        assert found.lower <= found.error <= 1.15 * error
+        assert found.lower <= found.error <= 1.15 * error + 0.0005
         assert found.error <= previous + 1e-9
         assert float((found.tensor.to_tensor() - tensor).norm()) == pytest.approx(found.error, rel=1e-9)
         previous = found.error

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structmat.errors import StructureError
 from structmat.matrix import draw
+from structmat.nn.convac.semiring import shift
 from structmat.program import Call, Complex, Fourier, apply, build, stages
 from structmat.structure import Structure, resolve, specs
 
@@ -154,10 +155,14 @@ class Weights(nn.Module):
         dense = self.dense()
         return torch.where(dense > 0, torch.where(dense > 0, dense, 1.0).log(), -torch.inf)
 
-    def multiply(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Matrix i times the columns of part i: (in, ...) to (out, ...)."""
+    def divided(self, exponent: Tensor | None) -> Tensor:
+        """:meth:`dense`, divided by ``2 ** exponent`` exactly; ``None``: not divided."""
+        return self.dense() if exponent is None else shift(self.dense(), -exponent)
+
+    def multiply(self, parts: Sequence[Tensor], exponent: Tensor | None = None) -> list[Tensor]:
+        """Matrix i times the columns of part i: (in, ...) to (out, ...); ``exponent`` as in :meth:`divided`."""
         if self.structure is None:
-            dense = self.dense()
+            dense = self.divided(exponent)
             return [(w @ x.flatten(1)).unflatten(1, x.shape[1:]) for w, x in zip(dense, parts, strict=True)]
         return [self.multiply_one(copy, x) for copy, x in enumerate(parts)]
 
@@ -245,22 +250,27 @@ class EdgeMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(in channels, locations, batch) to (out channels, edges, batch)."""
+        return self._multiply(x, None)
+
+    def _multiply(self, x: Tensor, exponent: Tensor | None) -> Tensor:
+        """``exponent``: of the power of two that dense weights are divided by."""
         if self.slot.copies == 1:
             # Before the gather: a location that is read several times is convolved once.
-            y = self.weights.multiply([x])[0]
+            y = self.weights.multiply([x], exponent)[0]
             return y if self.gather is None else y[:, self.gather]
         if self.batched and self.weights.structure is None:
             read = x if self.gather is None else x[:, self.gather]
-            return torch.bmm(self.weights.dense(), read.transpose(0, 1)).transpose(0, 1)
+            return torch.bmm(self.weights.divided(exponent), read.transpose(0, 1)).transpose(0, 1)
         if self.batched:
             read = x if self.gather is None else x[:, self.gather]
             return torch.stack(self.weights.multiply(list(read.unbind(1))), 1)
-        y = torch.cat(self.weights.multiply([x[:, self.get_buffer(name)] for name in self._groups]), 1)
+        y = torch.cat(self.weights.multiply([x[:, self.get_buffer(name)] for name in self._groups], exponent), 1)
         return y[:, self.get_buffer("back")] if self.reorder else y
 
-    def exponent(self) -> Tensor | None:
-        """See :meth:`Weights.exponent`."""
-        return self.weights.exponent()
+    def scaled(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The result of :meth:`forward` as a number times a power of two: dense weights are divided by theirs."""
+        exponent = self.weights.exponent()
+        return self._multiply(x, exponent), exponent
 
     def tropical(self, x: Tensor) -> Tensor:
         """``max_i (log w_gi + x_i)`` for each edge."""
