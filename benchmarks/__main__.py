@@ -4,6 +4,12 @@ from __future__ import annotations
 
 STUDIES = {
     "compress_real": "trained models compressed at several budgets, beside baselines",
+    "convac_depth": "what depth buys: shallow approximations of deep networks, ranks against minimum cuts",
+    "convac_geometry": "square against mirror pooling on generated blobs",
+    "convac_missing": "a generative network on MNIST under missing pixels",
+    "convac_mnist": "discriminative networks on MNIST, shallow and deep",
+    "convac_rectifier": "ranks of random networks, products against rectifiers",
+    "convac_speed": "a training step and inference beside plain PyTorch forms",
     "kernels": "structured layers against dense ones on the clock",
 }
 

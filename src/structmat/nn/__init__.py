@@ -1,5 +1,6 @@
 """Modules: structured layers as drop-in replacements of PyTorch's."""
 
+from structmat.nn.convac import ConvAC, ModeTree, TensorialMixture
 from structmat.nn.linear import StructuredLinear
 
-__all__ = ["StructuredLinear"]
+__all__ = ["ConvAC", "ModeTree", "StructuredLinear", "TensorialMixture"]

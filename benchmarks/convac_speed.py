@@ -1,0 +1,151 @@
+"""Training step and inference of an MNIST-sized network beside forms in plain PyTorch, in the same run.
+
+    python -m benchmarks.convac_speed               one thread
+    python -m benchmarks.convac_speed --all         two threads too
+    python -m benchmarks.convac_speed table
+
+256 locations, 32 representation channels, widths (32, 64, 128, 256), windows of 2 x 2, shared filters, batch 128,
+float32. Each figure is the best of several runs, the forms in turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name
+from structmat.nn import ConvAC, ModeTree
+from structmat.nn.convac import Log, Plain, RootMeanSquare, Scaled, SignedLog
+
+LOCATIONS, BATCH, CHANNELS, OUTPUTS, WINDOW = 256, 128, 32, 10, 4
+WIDTHS = ((32, 64, 128, 256), (16, 32, 64, 128), (64, 128, 256, 512))
+RUNS = 8
+
+
+def _weights(widths: tuple[int, ...]) -> nn.ParameterList:
+    sizes = (CHANNELS, *widths, OUTPUTS)
+    shapes = zip(sizes[1:], sizes, strict=False)
+    return nn.ParameterList([torch.randn(a, b) * b**-0.5 for a, b in shapes])
+
+
+def batched(weights: nn.ParameterList, x: Tensor) -> Tensor:
+    """The obvious form: (locations, channels, batch), batched products, ``prod``."""
+    for w in list(weights)[:-1]:
+        x = (w[None] @ x).unflatten(0, (-1, WINDOW)).prod(1)
+    return weights[-1] @ x[0]
+
+
+def convolved(weights: nn.ParameterList, x: Tensor) -> Tensor:
+    """(batch, channels, 1, locations): ``conv2d`` of size 1, strided slices."""
+    for w in list(weights)[:-1]:
+        x = F.conv2d(x, w[:, :, None, None])
+        x = (x[..., 0::4] * x[..., 1::4]) * (x[..., 2::4] * x[..., 3::4])
+    return weights[-1] @ x[:, :, 0, 0].T
+
+
+def one_product(weights: nn.ParameterList, x: Tensor) -> Tensor:
+    """(channels, locations, batch): one matrix product a layer, slices. The best plain form."""
+    for w in list(weights)[:-1]:
+        y = (w @ x.flatten(1)).view(w.shape[0], -1, WINDOW, BATCH)
+        x = (y[:, :, 0] * y[:, :, 1]) * (y[:, :, 2] * y[:, :, 3])
+    return weights[-1] @ x[:, 0]
+
+
+PLAIN: dict[str, tuple[Callable[[nn.ParameterList, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "plain PyTorch, batched products and prod": (batched, lambda x: x.permute(2, 1, 0)),
+    "plain PyTorch, conv2d": (convolved, lambda x: x.unsqueeze(2)),
+    "plain PyTorch, one product a layer": (one_product, lambda x: x.permute(1, 2, 0)),
+}
+OURS = {
+    "ConvAC, plain": Plain(),
+    "ConvAC, scaled": Scaled(),
+    "ConvAC, rms": RootMeanSquare(),
+    "ConvAC, log": Log(),
+    "ConvAC, signed log": SignedLog(),
+}
+
+
+def forms(widths: tuple[int, ...]) -> dict[str, tuple[nn.Module, Callable[[], Tensor]]]:
+    """Each form's parameters and one forward pass."""
+    torch.manual_seed(0)
+    x = torch.rand(BATCH, CHANNELS, LOCATIONS) + 0.5
+    found: dict[str, tuple[nn.Module, Callable[[], Tensor]]] = {}
+    for name, (form, lay_out) in PLAIN.items():
+        weights, laid = _weights(widths), lay_out(x).contiguous()
+        found[name] = (weights, lambda form=form, weights=weights, laid=laid: form(weights, laid))
+    for name, semiring in OURS.items():
+        constraint = "simplex" if isinstance(semiring, Log) else "none"
+        net = ConvAC(
+            None, ModeTree.square(16, 16), widths, OUTPUTS, channels=CHANNELS, semiring=semiring, constraint=constraint
+        )
+        # As for the other forms, the layout of the input is not part of the time.
+        laid = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        net._ordered = True
+        found[name] = (net, lambda net=net, laid=laid: net(laid))
+    return found
+
+
+def milliseconds(widths: tuple[int, ...]) -> dict[str, Any]:
+    """Best of several runs of inference and of a training step (forward and backward)."""
+    known = forms(widths)
+    # The time that the process had, where that is one thread's: on a shared machine it says more than the clock.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    best = {name: {"inference": float("inf"), "step": float("inf")} for name in known}
+    for _ in range(RUNS + 1):
+        for name, (module, run) in known.items():
+            with torch.no_grad():
+                start = clock()
+                run()
+                inference = clock() - start
+            module.zero_grad()
+            start = clock()
+            run().sum().backward()
+            step = clock() - start
+            for what, seconds in (("inference", inference), ("step", step)):
+                best[name][what] = min(best[name][what], 1e3 * seconds)
+    return {"milliseconds": best, "threads": torch.get_num_threads()}
+
+
+def on_threads(threads: int, widths: tuple[int, ...]) -> dict[str, Any]:
+    """Figures with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return milliseconds(widths)
+    finally:
+        torch.set_num_threads(before)
+
+
+CELLS = [
+    Cell(
+        f"widths {widths}, {threads} thread{'s' * (threads > 1)}",
+        lambda _, threads=threads, widths=widths: on_threads(threads, widths),
+        extra=threads > 1,
+    )
+    for threads in (1, 2)
+    for widths in WIDTHS
+]
+
+
+def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
+    lines = ["Milliseconds for a batch of 128: inference / training step (forward and backward)."]
+    rows = []
+    for name in (*PLAIN, *OURS):
+        row = [name]
+        for cell in CELLS:
+            found = of_name(done, CELLS, cell.name)
+            figures = found[0]["milliseconds"][name] if found else None
+            row.append(f"{figures['inference']:.1f} / {figures['step']:.1f}" if figures else NOT_RUN)
+        rows.append(row)
+    return [*lines, "", *markdown(("form", *(cell.name for cell in CELLS)), rows)]
+
+
+STUDY = Study("convac_speed", "Speed beside plain PyTorch forms", CELLS, tables)
+
+if __name__ == "__main__":
+    STUDY.main()

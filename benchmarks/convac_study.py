@@ -1,0 +1,218 @@
+"""What the studies of convolutional arithmetic circuits share: cells that are run once, and tables written anew.
+
+A study is a list of cells. Each is run in turn and written to ``benchmarks/results/<study>/<key>.json`` when it ends: a
+study that was interrupted goes on where it stopped, and the table, ``benchmarks/results/<study>.md``, is written after
+every cell. Cells that were not run are marked so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+NOT_RUN = "not run"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Args:
+        name: what is run, without the seed.
+        run: gives the figures, which JSON can hold.
+        seed: of everything random.
+        extra: left out unless asked for by ``--all`` or ``--only``: a cell that takes hours.
+    """
+
+    name: str
+    run: Callable[[int], dict[str, Any]]
+    seed: int = 0
+    extra: bool = False
+
+    @property
+    def key(self) -> str:
+        """The name of its file."""
+        plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in self.name)
+        return f"{plain}_{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """Cells, and how their figures are shown.
+
+    Args:
+        name: of the folder and the files.
+        purpose: one sentence.
+        cells: in the order in which they are run.
+        tables: Markdown lines from the figures by key; see :func:`spread`.
+    """
+
+    name: str
+    purpose: str
+    cells: Sequence[Cell]
+    tables: Callable[[Mapping[str, dict[str, Any]]], list[str]]
+
+    def path(self, cell: Cell) -> Path:
+        """The figures of a cell."""
+        return RESULTS / self.name / f"{cell.key}.json"
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """The figures that are there, by key."""
+        paths = {cell.key: self.path(cell) for cell in self.cells}
+        return {key: json.loads(path.read_text(encoding="utf-8")) for key, path in paths.items() if path.exists()}
+
+    def write_tables(self) -> None:
+        """``<name>.md``, from what is there."""
+        done = self.done()
+        missing = [cell.key for cell in self.cells if cell.key not in done]
+        lines = [f"# {self.purpose}", "", *_preface(done.values()), "", *self.tables(done)]
+        if missing:
+            lines += ["", f"Cells not run: {', '.join(f'`{key}`' for key in missing)}."]
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(lines).rstrip() + "\n"
+        (RESULTS / f"{self.name}.md").write_text(text, encoding="utf-8")
+
+    def main(self) -> None:
+        """The command: run what is not done, or write the tables."""
+        parser = argparse.ArgumentParser(description=self.purpose)
+        parser.add_argument("action", nargs="?", choices=("run", "list", "table"), default="run")
+        parser.add_argument("--only", action="append", help="cells whose key contains this")
+        parser.add_argument("--all", action="store_true", help="cells that take hours too")
+        options = parser.parse_args()
+        chosen = [
+            cell
+            for cell in self.cells
+            if (any(word in cell.key for word in options.only) if options.only else options.all or not cell.extra)
+        ]
+        if options.action == "list":
+            for cell in chosen:
+                print(f"{'done' if self.path(cell).exists() else '    '} {cell.key}")
+            return
+        if options.action == "run":
+            self.run(chosen)
+        self.write_tables()
+
+    def run(self, chosen: Iterable[Cell]) -> None:
+        """Run what is not done."""
+        todo = [cell for cell in chosen if not self.path(cell).exists()]
+        for number, cell in enumerate(todo, 1):
+            print(f"[{number}/{len(todo)}] {cell.key}", file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            found = cell.run(cell.seed)
+            found = {**found, "seconds": round(time.perf_counter() - start, 1), "environment": environment()}
+            write(self.path(cell), found)
+            self.write_tables()
+
+
+def write(path: Path, data: Any) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".partial")
+    draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def environment() -> dict[str, Any]:
+    """Where a cell was run."""
+    from structmat.compression.report import environment as machine
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {**machine(), "system": platform.system(), "commit": commit}
+
+
+def track(items: Iterable[T], total: int, words: str) -> Iterable[T]:
+    """A bar on stderr while a cell runs."""
+    from rich.console import Console
+    from rich.progress import track as bar
+
+    return bar(items, description=words, total=total, console=Console(stderr=True), transient=True)
+
+
+def _preface(done: Iterable[dict[str, Any]]) -> list[str]:
+    machines = sorted({json.dumps(_machine(cell["environment"]), sort_keys=True) for cell in done})
+    if not machines:
+        return ["Nothing has been run yet."]
+    told = [", ".join(f"{k} {v}" for k, v in json.loads(machine).items()) for machine in machines]
+    return [f"Measured with {'; '.join(told)}. The machine was shared: times are indicative."]
+
+
+def _machine(environment: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in environment.items() if isinstance(v, str | int) and k != "commit"}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table."""
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean, and the standard deviation where there are several seeds."""
+    if not values:
+        return NOT_RUN
+    mean = format(statistics.fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
+
+
+def of_name(done: Mapping[str, dict[str, Any]], cells: Iterable[Cell], name: str) -> list[dict[str, Any]]:
+    """The figures of all seeds of a name that are there."""
+    return [done[cell.key] for cell in cells if cell.name == name and cell.key in done]
+
+
+def curve_svg(
+    curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, *, dashed: Iterable[str] = ()
+) -> str:
+    """Curves with logarithmic axes as SVG, the legend at the right; values of 0 are left out."""
+    points = [(x, y) for curve in curves.values() for x, y in curve if x > 0 and y > 0]
+    if not points:
+        return ""
+    width, height, left, right, low = 520, 360, 60, 200, 44
+    ranges = [(math.log10(min(v)), math.log10(max(v))) for v in zip(*points, strict=True)]
+    (x0, x1), (y0, y1) = ((a, b if b > a else a + 1) for a, b in ranges)
+    colors = ("#1b6ca8", "#d1782c", "#3a8f4d", "#8a4fb0", "#c0262d", "#5b6670", "#b8860b", "#0f8b8d", "#7a5230")
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across_ = left + (math.log10(x) - x0) / (x1 - x0) * (width - left - 10)
+        return across_, 10 + (y1 - math.log10(y)) / (y1 - y0) * (height - low - 10)
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + right} {height}" font-family="sans-serif" '
+        'font-size="11">',
+        f'<rect x="{left}" y="10" width="{width - left - 10}" height="{height - low - 10}" fill="none" stroke="#999"/>',
+        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">{across}</text>',
+        f'<text x="14" y="{height / 2}" text-anchor="middle" transform="rotate(-90 14 {height / 2})">{up}</text>',
+    ]
+    for exponent in range(math.ceil(x0), math.floor(x1) + 1):
+        x, _ = place(10.0**exponent, 10.0**y0)
+        lines.append(f'<text x="{x:.1f}" y="{height - low + 14}" text-anchor="middle">{10.0**exponent:g}</text>')
+    for exponent in range(math.ceil(y0), math.floor(y1) + 1):
+        _, y = place(10.0**x0, 10.0**exponent)
+        lines.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{10.0**exponent:g}</text>')
+    broken = set(dashed)
+    for number, (name, curve) in enumerate(curves.items()):
+        color = colors[number // 2 % len(colors) if broken else number % len(colors)]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in curve if x > 0 and y > 0))
+        dash = ' stroke-dasharray="4 3"' if name in broken else ""
+        lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"{dash}/>')
+        y = 20 + 16 * number
+        lines.append(f'<line x1="{width}" x2="{width + 20}" y1="{y}" y2="{y}" stroke="{color}"{dash}/>')
+        lines.append(f'<text x="{width + 26}" y="{y + 4}">{name}</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"

@@ -1,0 +1,343 @@
+"""Forward pass, coefficient tensor and counts of convolutional arithmetic circuits."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import structmat as sm
+from structmat.errors import ShapeError, StructureError
+from structmat.nn import ConvAC, ModeTree
+from structmat.nn.convac.expand import fold, grid_tensor, matricize
+from structmat.nn.convac.options import UNSUPPORTED
+from structmat.nn.convac.semiring import Log, MaxProduct, Plain, RootMeanSquare, Scaled, Semiring, SignedLog
+from structmat.nn.convac.weights import Weights, normal_
+from structmat.program import Chain, Complex, Diagonal, Fourier, Real
+from structmat.projection.target import Fit
+from structmat.structure import Normal, ParameterSpec
+
+F64 = torch.float64
+
+TREES = {
+    "cp": ModeTree.sequence(4, 4),
+    "pairs": ModeTree.sequence(4),
+    "five": ModeTree.sequence(5),
+    "fours": ModeTree.sequence(8, 4),
+    "truncated": ModeTree.sequence(8).truncated(2),
+    "chain": ModeTree.chain(4),
+    "nested": ModeTree.nested(((0, 3), (2, (1, 4)))),
+    "square": ModeTree.square(2, 3),
+    "mirror": ModeTree.mirror(3, 2),
+    "rows": ModeTree.alternating(2, 3),
+    "dilated": ModeTree.dilated((1, 0)),
+}
+OVERLAPPING = ModeTree.overlapping(5, (3,), (2,))
+SHARINGS = ("shared", "window", "unshared", "recurrent")
+
+
+def network(
+    tree: ModeTree, channels: int = 2, width: int = 3, outputs: int = 2, seed: int = 0, **options: object
+) -> ConvAC:
+    generator = torch.Generator().manual_seed(seed)
+    options.setdefault("initialize", lambda w: normal_(w, generator=generator))
+    return ConvAC(None, tree, width, outputs, channels=channels, dtype=F64, **options)  # type: ignore[arg-type]
+
+
+def one_hot_inputs(channels: int, modes: int) -> Tensor:
+    """All M^N inputs (batch, M, N), in C order of the modes."""
+    digits = torch.tensor(list(itertools.product(range(channels), repeat=modes)))
+    return torch.nn.functional.one_hot(digits, channels).transpose(1, 2).to(F64)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("name", sorted(TREES))
+@pytest.mark.parametrize("channels", [2, 3])
+def test_convac_1_one_hot_inputs_give_the_entries_of_the_tensor(name: str, sharing: str, channels: int) -> None:
+    tree = TREES[name]
+    if channels**tree.modes > 1000:
+        channels = 2
+    net = network(tree, channels, sharing=sharing)
+    scores = net(one_hot_inputs(channels, tree.modes))
+    for y in range(2):
+        tensor = net.coefficient_tensor(y).detach().flatten()
+        assert torch.allclose(scores[:, y], tensor, rtol=1e-12, atol=1e-12 * float(tensor.abs().max()))
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("name", sorted(TREES))
+def test_convac_2_scores_are_the_tensor_contracted_with_the_leaves(name: str, sharing: str) -> None:
+    tree = TREES[name]
+    net = network(tree, sharing=sharing)
+    x = torch.randn(3, 2, tree.modes, dtype=F64, generator=torch.Generator().manual_seed(1))
+    for y, sample in itertools.product(range(2), range(3)):
+        contracted = net.coefficient_tensor(y).detach()
+        for mode in range(tree.modes):
+            contracted = torch.tensordot(x[sample, :, mode], contracted, dims=([0], [0]))
+        assert abs(float(contracted - net(x).detach()[sample, y])) <= 1e-12 * max(1.0, abs(float(contracted)))
+
+
+def test_convac_2_counts_are_the_formulas() -> None:
+    tree, widths, outputs, M = ModeTree.sequence(8), (4, 5, 6), 7, 3
+    inner = [3 * 4, 4 * 5, 5 * 6]
+    shared = ConvAC(None, tree, widths, outputs, channels=M)
+    unshared = ConvAC(None, tree, widths, outputs, channels=M, sharing="unshared")
+    periodic = ConvAC(None, tree, widths, outputs, channels=M, sharing="window")
+    assert shared.num_parameters == sum(inner) + 42
+    assert periodic.num_parameters == 2 * sum(inner) + 42
+    expected = 8 * inner[0] + 4 * inner[1] + 2 * inner[2] + 42
+    assert unshared.num_parameters == unshared.macs == shared.macs == expected
+    assert shared.products == 4 * 4 + 2 * 5 + 1 * 6
+    cp = ConvAC.cp(None, 8, 10, 4, channels=M, sharing="unshared")
+    assert cp.num_parameters == 10 * (8 * M + 4)
+    assert ConvAC.cp(None, 8, 10, 4, channels=M).num_parameters == 10 * (M + 4)
+
+
+def test_convac_3_grid_tensor_is_the_tensor_times_the_templates() -> None:
+    net = network(TREES["pairs"], 3)
+    F = torch.eye(3, dtype=F64) + 0.3 * torch.randn(3, 3, dtype=F64, generator=torch.Generator().manual_seed(2))
+    assert float(torch.linalg.cond(F)) <= 100
+    grid = grid_tensor(net, F.T, 1)
+    expected = torch.einsum("abcd,ia,jb,kc,ld->ijkl", net.coefficient_tensor(1), F, F, F, F)
+    assert torch.allclose(grid, expected, rtol=1e-10, atol=1e-10)
+    for part in ([0, 2], [0, 1], [1]):
+        ranks = [int(torch.linalg.matrix_rank(matricize(t, part))) for t in (grid, net.coefficient_tensor(1))]
+        assert ranks[0] == ranks[1]
+
+
+def test_convac_4_a_cp_network_is_a_deep_one_with_identity_filters() -> None:
+    cp = network(ModeTree.sequence(8, 8), 3, 4, sharing="unshared")
+    deep = network(ModeTree.sequence(8), 3, 4, sharing="unshared")
+    deep.layers[0][0].weights.set_dense(cp.layers[0][0].weights.dense())
+    for level in (1, 2):
+        deep.layers[level][0].weights.set_dense(torch.eye(4, dtype=F64))
+    deep.output.weights.set_dense(cp.output.weights.dense())
+    x = torch.randn(5, 3, 8, dtype=F64)
+    assert torch.allclose(cp(x), deep(x), rtol=1e-13, atol=1e-13)
+
+
+def test_convac_4_a_cp_network_of_width_M_to_the_N_minus_1_is_universal() -> None:
+    target = torch.randn(2, 2, 2, 2, dtype=F64)
+    net = network(ModeTree.sequence(4, 4), 2, 8, 1, sharing="unshared")
+    filters = torch.zeros(4, 8, 2, dtype=F64)
+    for z, digits in enumerate(itertools.product(range(2), repeat=3)):
+        filters[0, z] = target[(slice(None), *digits)]
+        for mode, digit in enumerate(digits, 1):
+            filters[mode, z, digit] = 1
+    net.layers[0][0].weights.set_dense(filters)
+    net.output.weights.set_dense(torch.ones(1, 1, 8, dtype=F64))
+    assert float((net.coefficient_tensor().detach() - target).abs().max()) <= 1e-14
+
+
+@pytest.mark.parametrize(("modes", "channels"), [(2, 2), (2, 3), (4, 2), (4, 3), (8, 2), (8, 3)])
+def test_convac_5_the_identity_point(modes: int, channels: int) -> None:
+    net = network(ModeTree.sequence(modes), channels, channels, 1, sharing="unshared")
+    for level, maps in enumerate(net.layers):
+        weights = maps[0].weights
+        matrix = torch.zeros(weights.shape, dtype=F64)
+        if level == 0:
+            matrix = torch.eye(channels, dtype=F64)
+        elif level == 1:
+            matrix[0] = 1
+        else:
+            matrix[0, 0] = 1
+        weights.set_dense(matrix)
+    top = torch.zeros(1, channels, dtype=F64)
+    top[0, 0] = 1
+    net.output.weights.set_dense(torch.ones_like(top) if modes == 2 else top)
+    even_odd = matricize(net.coefficient_tensor(), range(0, modes, 2))
+    assert torch.equal(even_odd, torch.eye(channels ** (modes // 2), dtype=F64))
+
+
+FAMILIES: dict[str, sm.Structure | None] = {
+    "dense": None,
+    "low rank": sm.LowRank(2),
+    "kronecker": sm.Kronecker(),
+}
+SEMIRINGS: dict[str, Semiring] = {
+    "plain": Plain(), "scaled": Scaled(), "log": Log(), "signed log": SignedLog(), "rms": RootMeanSquare(),
+    "max": MaxProduct(),
+}  # fmt: skip
+MATRIX_TREES = ("cp", "five", "chain", "mirror", "nested", "truncated", "overlapping")
+
+
+def by_hand(net: ConvAC, x: Tensor, *, tropical: bool = False) -> Tensor:
+    """Scores (batch, Y) by a walk over the tree with the dense matrix of each edge, one node after the other.
+
+    ``tropical``: logarithms, with maximum in the place of the sum.
+    """
+    matrices = [net.edge_matrices(level) for level in range(len(net.tree.levels))]
+
+    def through(matrix: Tensor, value: Tensor) -> Tensor:
+        return (value[:, None] + matrix.log()).amax(-1) if tropical else value @ matrix.T
+
+    def multiply(parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).sum(0) if tropical else torch.stack(parts).prod(0)
+
+    leaves = x.log() if tropical else x
+    root = fold(net.tree, lambda mode: leaves[:, :, mode], lambda l, w, p, v: through(matrices[l][w, p], v), multiply)
+    return through(net.output_matrix(), root)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("semiring", sorted(SEMIRINGS))
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("name", MATRIX_TREES)
+def test_convac_1_every_tree_sharing_semiring_and_family(name: str, sharing: str, semiring: str, family: str) -> None:
+    """All give the number that a walk with dense matrices gives, and finite gradients for all weights."""
+    tree = OVERLAPPING if name == "overlapping" else TREES[name]
+    chosen = SEMIRINGS[semiring]
+    constraint = "simplex" if semiring in ("log", "max") else "none"
+    options = {"sharing": sharing, "weights": FAMILIES[family], "constraint": constraint, "initialize": lambda w: None}
+    net = ConvAC(None, tree, 4, 2, channels=4, semiring=chosen, dtype=F64, **options)  # type: ignore[arg-type]
+    x = torch.rand(3, 4, tree.modes, dtype=F64, generator=torch.Generator().manual_seed(1)) + 0.1
+    sign, log = net.signed_log(x)
+    scores = net(x)
+    if semiring == "max":
+        assert torch.allclose(scores, by_hand(net, x, tropical=True), rtol=1e-9)
+    elif semiring == "rms":
+        ratio = scores / by_hand(net, x)
+        assert torch.allclose(ratio[:, 0], ratio[:, 1], rtol=1e-9), "one factor for each sample"
+        assert bool((ratio > 0).all())
+    else:
+        expected = by_hand(net, x)
+        assert torch.allclose(sign * log.exp(), expected, rtol=1e-9, atol=1e-300)
+        assert torch.allclose(scores.exp() if semiring == "log" else scores, expected, rtol=1e-9, atol=1e-300)
+    scores.sum().backward()
+    gradients = [p.grad for p in net.parameters()]
+    assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
+    assert any(g is not None and bool((g != 0).any()) for g in gradients)
+
+
+def test_no_rectifier_runs_in_other_semirings() -> None:
+    """The rest of the matrix: rectifiers in each semiring but Plain() are refused by name."""
+    for semiring in SEMIRINGS.values():
+        options = {"activation": "relu", "pooling": "max", "semiring": semiring, "constraint": "positive"}
+        if semiring == Plain():
+            assert ConvAC(None, TREES["pairs"], 2, channels=2, **options)(torch.ones(1, 2, 4)).shape == (1, 1)  # type: ignore[arg-type]
+            continue
+        with pytest.raises(StructureError, match="Use Plain"):
+            ConvAC(None, TREES["pairs"], 2, channels=2, **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Circulant(sm.Structure):
+    """A circulant matrix by its spectrum: entries of both signs whatever the parameters."""
+
+    def parameters(self, shape: tuple[int, int]) -> dict[str, ParameterSpec]:
+        return {"spectrum": ParameterSpec((shape[0], 2), Normal(1.0))}
+
+    def program(self, shape: tuple[int, int]) -> Chain:
+        n = shape[0]
+        return Chain(
+            (Complex(n), Fourier(n), Diagonal("spectrum", n, spectrum=True), Fourier(n, inverse=True), Real(n))
+        )
+
+    def project(self, target: object) -> Fit:
+        raise NotImplementedError
+
+    @classmethod
+    def configurations(cls, shape: tuple[int, int], budget: int) -> Iterator[Circulant]:
+        yield from ()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"semiring": Log()}, "unconstrained"),
+        ({"semiring": MaxProduct()}, "unconstrained"),
+        ({"activation": "relu", "pooling": "max"}, "Plain"),
+        ({"activation": "relu", "semiring": Plain()}, "not supported"),
+        ({"pooling": "average", "semiring": Plain()}, "not supported"),
+        ({"weights": sm.LowRank(9)}, "LowRank"),
+        ({"weights": sm.TensorTrain(rank=1), "constraint": "other"}, "other"),
+        ({"weights": Circulant(), "constraint": "simplex", "width": 8, "channels": 8}, "both signs"),
+        ({"weights": sm.Sparse(density=0.1), "constraint": "simplex", "width": 8, "channels": 8}, "without entries"),
+        ({"width": (2, 2)}, "2 levels|3 levels"),
+        ({"sharing": ("shared",)}, "sharing"),
+    ],
+)
+def test_unsupported_combinations_are_refused(options: dict[str, object], words: str) -> None:
+    width = options.pop("width", 3)
+    channels = options.pop("channels", 2)
+    with pytest.raises(ValueError, match=words):
+        ConvAC(None, ModeTree.sequence(8), width, channels=channels, **options)  # type: ignore[arg-type]
+    assert len(UNSUPPORTED) == 6
+
+
+def test_inputs_of_the_wrong_shape_are_refused() -> None:
+    net = network(TREES["pairs"])
+    with pytest.raises(ShapeError, match="channels, then patches"):
+        net(torch.zeros(3, 4, 2, dtype=F64))
+    with pytest.raises(ShapeError, match="channels=M"):
+        ConvAC(None, TREES["pairs"], 3)
+    with pytest.raises(ShapeError, match="outputs"):
+        net.coefficient_tensor(5)
+    with pytest.raises(ShapeError, match="2\\^26"):
+        network(ModeTree.sequence(64)).coefficient_tensor()
+
+
+@pytest.mark.parametrize("name", ["truncated", "mirror", "chain", "nested"])
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_convac_23_state_dicts(name: str, sharing: str) -> None:
+    net, other = network(TREES[name], sharing=sharing), network(TREES[name], sharing=sharing, seed=1)
+    x = torch.randn(3, 2, TREES[name].modes, dtype=F64)
+    assert not torch.equal(net(x), other(x))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(net(x), other(x))
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+
+
+@pytest.mark.parametrize(("name", "sharing"), [("truncated", "shared"), ("mirror", "window"), ("chain", "unshared")])
+def test_convac_23_networks_export(name: str, sharing: str) -> None:
+    net = network(TREES[name], sharing=sharing)
+    x = torch.randn(3, 2, TREES[name].modes, dtype=F64)
+    exported = torch.export.export(net, (x,))
+    assert torch.allclose(exported.module()(x), net(x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["truncated", "mirror"])
+def test_convac_23_counts_of_other_trees(name: str) -> None:
+    """Unshared weights are as many as the multiply-adds; a pattern with the period of a window has one set a place."""
+    tree = TREES[name]
+    unshared, periodic = (ConvAC(None, tree, 3, 2, channels=4, sharing=s) for s in ("unshared", "window"))
+    edges = [len(list(tree.edges(level))) for level in range(len(tree.levels))]
+    below = [4, *(3 for _ in edges[1:])]
+    assert unshared.num_parameters == unshared.macs == sum(3 * r * n for n, r in zip(edges, below, strict=True)) + 6
+    places = [len(windows[0]) for windows in tree.levels]
+    assert periodic.num_parameters == sum(3 * r * n for n, r in zip(places, below, strict=True)) + 6
+
+
+def test_recurrent_sharing_ties_the_levels_of_a_chain() -> None:
+    short, long = (ConvAC(None, ModeTree.chain(n), 4, channels=3, sharing="recurrent") for n in (5, 50))
+    assert short.num_parameters == long.num_parameters
+    window = ConvAC(None, ModeTree.chain(50), 4, channels=3, sharing="window")
+    assert window.num_parameters > 10 * long.num_parameters
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 20), st.integers(2, 5), st.integers(0, 10**6))
+def test_any_number_of_patches_and_any_window(modes: int, window: int, seed: int) -> None:
+    tree = ModeTree.sequence(modes, window)
+    assert tree.masks[-1] == 2**modes - 1
+    assert not tree.overlaps
+    net = network(tree, seed=seed)
+    ones = torch.ones(2, 2, modes, dtype=F64)
+    assert net(ones).shape == (2, 2)
+
+
+def test_every_weight_is_used() -> None:
+    for name, sharing in itertools.product(TREES, SHARINGS):
+        net = network(TREES[name], sharing=sharing)
+        net(torch.rand(2, 2, TREES[name].modes, dtype=F64)).sum().backward()
+        for parameter in net.parameters():
+            assert parameter.grad is not None
+            assert float(parameter.grad.abs().sum()) > 0
+    assert isinstance(net.output.weights, Weights)
