@@ -83,7 +83,7 @@ def _multiplied(builder: Builder, weights: Weights, copy: int, vectors: Ints) ->
 
 def _family_circuit(weights: Weights, copy: int) -> Circuit:
     """The family's own linear circuit for one matrix."""
-    from structmat.circuit.trace_torch import trace_torch
+    from structmat.circuit.torch_trace import trace_torch
 
     def column(x: Tensor) -> Tensor:
         return weights.multiply_one(copy, x.unsqueeze(1)).squeeze(1)
