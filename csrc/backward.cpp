@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t part_rows = 128, most_parts = 8;
 constexpr int64_t most_bytes = 64 << 20;  // of the sums of all parts together, unless one has as much
 constexpr int64_t at_once = 1 << 14;      // numbers that one task of the end takes
+constexpr int64_t shared_cache = 6 << 20;  // bytes of a tile's memory: of what cores share
 
 template <class Real>
 struct Pass {
@@ -48,16 +49,16 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
     case Instruction::contract: {
       const Contract& c = s.contraction;
       if (step.weighs)
-        k.contract_sums(c, sums_of(c), x, gy, step.sums >= 0 ? sums + step.sums : direct(s.tensor), scratch, columns);
+        k.contract_sums(c, sums_of(c), x, gy, step.sums[0] >= 0 ? sums + step.sums[0] : direct(s.tensor), scratch, columns);
       if (gx)
         k.contract({c.a, c.c, c.b, c.d, c.stride_a, c.stride_c, c.stride_b, c.stride_d}, p.learned[s.tensor], gy, gx,
                    columns, step.add);
       break;
     }
     case Instruction::radix: {
-      std::vector<Real*> own(p.learned.size(), nullptr);
-      for (int i = 0; i < s.stages.count; ++i) own[s.stages.weight[i]] = direct(s.stages.weight[i]);
-      k.radix_back(s.stages, p.learned.data(), x, gy, gx, own.data(), columns, step.add);
+      Real* own[Radix::most];
+      for (int i = 0; i < Radix::most; ++i) own[i] = step.sums[i] >= 0 ? sums + step.sums[i] : nullptr;
+      k.radix_back(s.stages, p.learned.data(), x, gy, gx, own, columns, step.add);
       break;
     }
     case Instruction::diagonal:
@@ -76,7 +77,7 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
     case Instruction::sparse: {
       const Rows& r = p.rows[step.number];
       const Compressed matrix{r.start.data(), r.column.data()};
-      k.sparse_back(matrix, p.values[step.number], x, gy, gx, step.weighs ? sums + step.sums : nullptr, s.rows,
+      k.sparse_back(matrix, p.values[step.number], x, gy, gx, step.weighs ? sums + step.sums[0] : nullptr, s.rows,
                     columns);
       break;
     }
@@ -169,12 +170,31 @@ inline void set(Real& to, Real value, bool add) {
 }
 
 template <class Real>
+void settle_groups(const Task<Real>& t, const Real* sums) {
+  const Radix& s = t.from->stages;
+  const int k = t.from->stage, bit = s.bit[k], size = 1 << s.count;
+  const int64_t distance = s.lowest << bit, across = s.transposed[k] ? 2 * distance : distance;
+  const int64_t offsets[] = {0, across, 3 * distance - across, 3 * distance};
+  for (int64_t group = t.begin; group < t.end; ++group) {
+    const int64_t hi = group / s.lowest, lo = group % s.lowest;
+    const Real* from = sums + group * 2 * size;
+    for (int g = 0; g < size; ++g) {
+      if (g & (1 << bit)) continue;
+      const int64_t block = hi * (size >> (bit + 1)) + (g >> (bit + 1));
+      Real* to = t.onto + block * 4 * distance + (g & ((1 << bit) - 1)) * s.lowest + lo;
+      for (int i = 0; i < 4; ++i) set(to[offsets[i]], *from++, t.add);
+    }
+  }
+}
+
+template <class Real>
 void settle(const Task<Real>& t) {
   const Real* sums = t.sums + t.from->first;
   if (t.from->order == Sums::entries && !t.rows->order.empty()) {
     for (int64_t k = t.begin; k < t.end; ++k) set(t.onto[t.rows->order[k]], sums[k], t.add);
     return;
   }
+  if (t.from->order == Sums::groups) return settle_groups<Real>(t, sums);
   if (t.from->order != Sums::blocks) {
     for (int64_t k = t.begin; k < t.end; ++k) set(t.onto[k], sums[k], t.add);
     return;
@@ -230,6 +250,9 @@ void gather_sums(const Pass<Real>& pass, void* const* gradients, Parallel parall
       const BlockSums shape = sums_of(s.contraction);
       units = shape.lines * (s.contraction.stride_a ? s.contraction.a : 1);
       step = std::max<int64_t>(1, at_once / (s.count / units));
+    } else if (s.order == Sums::groups) {
+      units = s.stages.rows >> s.stages.count;
+      step = std::max<int64_t>(1, at_once / (s.count / units));
     } else if (t.rows && !t.rows->order.empty()) {
       step = std::max<int64_t>(units, 1);
     }
@@ -249,14 +272,13 @@ void gather_sums(const Pass<Real>& pass, void* const* gradients, Parallel parall
     if (!wide[i].empty()) pass.kernels.narrow(wide[i].data(), pass.batch.storage, gradients[i], int64_t(wide[i].size()));
 }
 
+// Wide tiles, even beyond the cache of one core: weights and their sums are read and written once for each tile, and the
+// lanes of sums are summed as often.
 template <class Real>
 int64_t tile_columns(const BackwardPlan& plan, int64_t rows, int64_t lanes) {
   int64_t columns = std::max<int64_t>(lanes, 256 / int64_t(sizeof(Real)));
-  const auto too_wide = [&](int64_t c) {
-    return plan.rows * c * int64_t(sizeof(Real)) > far_cache ||
-           plan.plan.widest_source * c * int64_t(sizeof(Real)) > near_cache || rows <= c / 2;
-  };
-  while (columns > lanes && too_wide(columns)) columns /= 2;
+  while (columns > lanes && (plan.rows * columns * int64_t(sizeof(Real)) > shared_cache || rows <= columns / 2))
+    columns /= 2;
   return columns;
 }
 

@@ -1,6 +1,7 @@
 #include "backward_plan.h"
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 namespace structmat {
@@ -95,32 +96,40 @@ class Reversal {
   // Places for the gradients of weights.
   void sums() {
     made_.place.assign(plan_.sizes.size(), -1);
-    own_.assign(plan_.instructions.size(), -1);
-    const auto add = [&](Sums s) {
+    own_.assign(plan_.instructions.size(), {-1, -1, -1});
+    const auto add = [&](Sums& s) {
       s.first = made_.total;
       made_.total += (s.count + 15) / 16 * 16;
       made_.sums.push_back(s);
       return s.first;
     };
     const auto direct = [&](int tensor) {
-      if (wants(tensor) && made_.place[tensor] < 0)
-        made_.place[tensor] = add({Sums::direct, tensor, 0, plan_.sizes[tensor], -1, {}});
+      if (!wants(tensor) || made_.place[tensor] >= 0) return;
+      Sums s{};
+      s.order = Sums::direct, s.tensor = tensor, s.count = plan_.sizes[tensor];
+      made_.place[tensor] = add(s);
     };
     for (size_t n = 0; n < plan_.instructions.size(); ++n) {
       const Instruction& i = plan_.instructions[n];
       if (!weighs(i)) continue;
-      const Contract& c = i.contraction;
-      if (i.kind == Instruction::contract && sums_of(c).along != BlockSums::none)
-        own_[n] = add({Sums::blocks, i.tensor, 0, sums_of(c).count, int(n), c});
-      else if (i.kind == Instruction::sparse)
-        own_[n] = add({Sums::entries, i.tensor, 0, i.entries, int(n), {}});
-      else if (i.kind == Instruction::radix)
-        for (int k = 0; k < i.stages.count; ++k) direct(i.stages.weight[k]);
-      else
+      Sums s{};
+      s.tensor = i.tensor, s.number = int(n), s.contraction = i.contraction, s.stages = i.stages;
+      if (i.kind == Instruction::contract && sums_of(i.contraction).along != BlockSums::none) {
+        s.order = Sums::blocks, s.count = sums_of(i.contraction).count;
+        own_[n][0] = add(s);
+      } else if (i.kind == Instruction::sparse) {
+        s.order = Sums::entries, s.count = i.entries;
+        own_[n][0] = add(s);
+      } else if (i.kind == Instruction::radix) {
+        for (s.stage = 0; s.stage < i.stages.count; ++s.stage) {
+          s.order = Sums::groups, s.tensor = i.stages.weight[s.stage], s.count = 2 * i.rows;
+          if (wants(s.tensor)) own_[n][s.stage] = add(s);
+        }
+      } else {
         direct(i.tensor), direct(i.other);
+      }
     }
     if (plan_.has_bias) direct(int(plan_.sizes.size()) - 1);
-    made_.traffic = 2 * made_.total;
   }
 
   int block(int64_t rows) {
@@ -157,7 +166,6 @@ class Reversal {
       d.step.what = i, d.step.number = int(n);
       d.value_to = in(values_, i.to);
       d.value_from = i.kind == Instruction::clear ? d.value_to : in(values_, i.from);
-      count(i);
     }
   }
 
@@ -197,7 +205,8 @@ class Reversal {
       const Instruction& i = plan_.instructions[n];
       if (i.kind == Instruction::clear || gradients_[slot_of(i.to)] < 0) continue;
       Draft d;
-      d.step.kind = Step::backward, d.step.what = i, d.step.number = int(n), d.step.sums = own_[n];
+      d.step.kind = Step::backward, d.step.what = i, d.step.number = int(n);
+      std::copy(own_[n].begin(), own_[n].end(), d.step.sums);
       d.step.weighs = weighs(i);
       const bool passes = active_[slot_of(i.from)];
       if (!passes && !d.step.weighs) continue;
@@ -209,7 +218,6 @@ class Reversal {
         if (i.kind == Instruction::copy && !d.step.add && d.from.block == d.to.block) continue;  // it is there already
       }
       if (d.step.weighs) d.value_from = in(values_, i.from);
-      count(i);
       drafts_.push_back(d);
     }
     if (!wanted_.input) return;
@@ -229,12 +237,6 @@ class Reversal {
     i.table = int(plan_.tables.size());
     plan_.tables.push_back(std::move(inverse));
     return true;
-  }
-
-  void count(const Instruction& i) {
-    if (i.tensor >= 0) made_.traffic += plan_.sizes[i.tensor];
-    if (i.other >= 0) made_.traffic += plan_.sizes[i.other];
-    if (i.kind == Instruction::radix) made_.traffic += 2 * i.rows * i.stages.count;
   }
 
   // Blocks that are never needed at the same time share rows.
@@ -274,7 +276,7 @@ class Reversal {
   std::vector<int> values_, gradients_;  // the block of every slot's value and gradient, or -1
   std::vector<char> active_, needed_;
   std::vector<int> first_writer_;
-  std::vector<int64_t> own_;  // of every instruction: where its own sums begin, or -1
+  std::vector<std::array<int64_t, Radix::most>> own_;  // of every instruction: where its own sums begin, or -1
   std::vector<Block> blocks_;
   std::vector<Draft> drafts_;
   int input_ = 0, output_ = 0;

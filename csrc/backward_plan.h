@@ -24,17 +24,20 @@ struct Step {
   int64_t rows = 0;         // to clear
   bool add = false;         // to the gradient of what it reads
   bool weighs = false;      // whether gradients of its weights are wanted
-  int64_t sums = -1;        // where those are summed, if not at their tensor's own place
+  int64_t sums[Radix::most] = {-1, -1, -1};  // where those are summed, if not at their tensor's own place
 };
 
 // Where gradients of a tensor are summed while tiles pass by: in the order of the tensor (`direct`), of the blocks that
-// a matrix product makes (`blocks`), or of a sparse matrix's rows (`entries`).
+// a matrix product makes (`blocks`), of the groups of a stage of 2 x 2 blocks (`groups`), or of a sparse matrix's rows
+// (`entries`).
 struct Sums {
-  enum Order { direct, blocks, entries } order;
+  enum Order { direct, blocks, groups, entries } order;
   int tensor;
   int64_t first, count;  // in the memory of all sums
   int number = -1;       // of the instruction
   Contract contraction{};
+  Radix stages{};
+  int stage = 0;         // which of them
 };
 
 struct BackwardPlan {
@@ -45,7 +48,6 @@ struct BackwardPlan {
   std::vector<int64_t> place;  // of every tensor: where its direct sums begin, or -1
   int64_t rows = 0;            // of the memory of a tile
   int64_t total = 0;           // numbers that are summed
-  int64_t traffic = 0;         // numbers of weights and of sums that are read or written for every tile
 };
 
 // Throws std::invalid_argument.

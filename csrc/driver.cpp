@@ -36,7 +36,7 @@ struct File {
 
 // All gradients, or a part of them that differs from case to case; the outcome of the case is the gradient of its own.
 void backward(const std::string& text, const structmat::Plan& plan, const structmat::Batch& batch,
-              const std::vector<structmat::Array>& tensors, int64_t size, int number) {
+              const std::vector<structmat::Array>& tensors, int64_t size, int number, int repetitions) {
   structmat::Wanted wanted;
   wanted.input = number % 3 != 1;
   std::vector<std::vector<char>> gradients(plan.sizes.size());
@@ -50,8 +50,9 @@ void backward(const std::string& text, const structmat::Plan& plan, const struct
   std::vector<char> grad_x(wanted.input ? batch.rows * plan.in_features * size : 0);
   const structmat::BackwardBatch own{batch.x, batch.x_stride, batch.y,    batch.y_stride,
                                      wanted.input ? grad_x.data() : nullptr, batch.rows, batch.storage};
-  structmat::execute_backward(structmat::make_backward_plan(text, wanted), own, tensors.data(), places.data(),
-                              structmat::serially);
+  const structmat::BackwardPlan made = structmat::make_backward_plan(text, wanted);
+  for (int r = 0; r < repetitions; ++r)
+    structmat::execute_backward(made, own, tensors.data(), places.data(), structmat::serially);
 }
 
 int run(const char* name, int repetitions) {
@@ -79,7 +80,7 @@ int run(const char* name, int repetitions) {
     std::vector<char> y(batch.rows * plan.out_features * size);
     batch.x = x.data(), batch.y = y.data(), batch.y_stride = plan.out_features;
     for (int r = 0; r < repetitions; ++r) structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
-    backward(text, plan, batch, tensors, size, cases);
+    backward(text, plan, batch, tensors, size, cases, repetitions);
     ++cases;
   }
   std::printf("%d cases, %s\n", cases, structmat::chosen().name);

@@ -243,16 +243,12 @@ void mix_back(const Radix& stage, int number, int64_t hi, int64_t lo, const Real
       }
       sum[k++] = s00, sum[k++] = s01, sum[k++] = s10, sum[k++] = s11;
     }
-    alignas(64) Real total[count < n ? n : count];
+    if (count < n) {
+      const V<Real> total = sum_lanes<Real>(sum);
+      for (int i = 0; i < count; ++i) sums[i] += total[i];
+    } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < count; i += n) put(total + i, sum_lanes<Real>(sum + i));
-    k = 0;
-    for (int g = 0; g < size; ++g) {
-      if (g & (1 << bit)) continue;
-      Real* s = sums + pairs.weight(g);
-      s[0] += total[k], s[pairs.across] += total[k + 1], s[pairs.down] += total[k + 2];
-      s[3 * pairs.distance] += total[k + 3];
-      k += 4;
+      for (int i = 0; i < count; i += n) put(sums + i, at(sums + i) + sum_lanes<Real>(sum + i));
     }
   }
   if (!gx.first) return;
@@ -296,7 +292,7 @@ void radix_back_groups(const Radix& s, const Real* const* tensors, const Real* x
   int first = count, last = 0;  // stages whose weights have gradients
   for (int k = 0; k < count; ++k) {
     ways[k] = ways_of<Real, count>(s.bit[k]);
-    if (sums[s.weight[k]]) first = first < k ? first : k, last = k;
+    if (sums[k]) first = first < k ? first : k, last = k;
   }
   const int64_t groups = s.rows / (size * s.lowest), step = s.lowest * columns;
   for (int64_t hi = 0; hi < groups; ++hi)
@@ -312,7 +308,8 @@ void radix_back_groups(const Radix& s, const Real* const* tensors, const Real* x
       Rows<const Real> from{gy + base, step};
       for (int k = count - 1; k >= (gx ? 0 : first); --k) {
         const Rows<Real> to = k ? Rows<Real>{back, columns} : gx ? Rows<Real>{gx + base, step} : Rows<Real>{nullptr, 0};
-        ways[k].back(s, k, hi, lo, tensors[s.weight[k]], sums[s.weight[k]], input[k], from, to, columns, add && !k);
+        Real* own = sums[k] ? sums[k] + (hi * s.lowest + lo) * 2 * size : nullptr;
+        ways[k].back(s, k, hi, lo, tensors[s.weight[k]], own, input[k], from, to, columns, add && !k);
         from = {back, columns};
       }
     }

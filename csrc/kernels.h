@@ -19,6 +19,7 @@ struct Contract {
 };
 
 // Up to three stages of 2 x 2 blocks that act on the same groups of 2^count rows, one after the other in registers.
+// Group g is that of rows (g / lowest) * 2^count * lowest + g mod lowest, and on from there at distances of `lowest`.
 struct Radix {
   static constexpr int most = 3;
   int count;                    // stages
@@ -76,6 +77,7 @@ struct Kernels {
   // else in blocks; `scratch` has room for `block_width` rows.
   void (*contract_sums)(const Contract& stage, const BlockSums& shape, const Real* x, const Real* gy, Real* sums,
                         Real* scratch, int64_t columns);
+  // `sums` of each stage hold group after group, pair after pair of rows in it, and four numbers of each.
   void (*radix_back)(const Radix& stage, const Real* const* tensors, const Real* x, const Real* gy, Real* gx,
                      Real* const* sums, int64_t columns, bool add);
   void (*diagonal_sums)(const Real* x, const Real* gy, Real* sums, int64_t rows, int64_t columns);

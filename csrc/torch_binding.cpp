@@ -179,7 +179,7 @@ struct Shape {
 
   // The distance of neighbouring rows of a tensor (..., features).
   int64_t row_stride(int64_t features) const {
-    if (dim < 1 || sizes[dim - 1] != features || (strides[dim - 1] != 1 && features > 1))
+    if (dim < 1 || sizes[dim - 1] != features || (strides[dim - 1] != 1 && features > 1 && count > 0))
       throw std::invalid_argument("structmat: rows must have shape (..., " + std::to_string(features) +
                                   "), each of them contiguous");
     int64_t stride = features, next = -1;

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structmat.kernels.choice import is_automatic, is_quiet, native_rows, plain_products
+from structmat.kernels.choice import is_automatic, is_quiet, native_rows, plain_products, recorded_rows
+from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import native
 from structmat.kernels.operator import run
 from structmat.kernels.text import Text, text_of
@@ -36,8 +37,9 @@ class Quick:
         plain = plain_products(program)
         self.plain = [(s.weight, s.b, s.c) for s in plain] if not any(s.transposed for s in plain) else []
         text = text_of(program)
-        self.words = ""
+        self.text: Text | None = None
         if isinstance(text, Text):
+            self.text = text
             self.words = text.biased if biased else text.plain
             self.names = (*text.names, "bias") if biased else text.names
             self.indices = text.indices
@@ -56,26 +58,31 @@ class Quick:
             return None
         if torch.is_autocast_enabled("cpu"):
             return None
-        if x.numel() // self.in_features in native_rows(self.program, x.dtype):
-            found = self._native(x, held)
+        rows, dtype = x.numel() // self.in_features, x.dtype
+        if rows in native_rows(self.program, dtype) or rows in recorded_rows(self.program, dtype):
+            found = self._native(x, rows, held)
             if found is not None:
                 return found
         return self._linear(x, held) if self.plain else None
 
-    def _native(self, x: Tensor, held: tuple[Held, ...]) -> Tensor | None:
-        if not self.words or not native().available:
+    def _native(self, x: Tensor, rows: int, held: tuple[Held, ...]) -> Tensor | None:
+        if not self.text or not native().available:
             return None
-        recording, dtype = torch.is_grad_enabled(), x.dtype
-        if recording and x.requires_grad:
-            return None
+        recorded, dtype = x.requires_grad, x.dtype
         given = []
         for name in self.names:
             tensor = _find(name, held)
-            if tensor is None or not tensor.is_contiguous() or (recording and tensor.requires_grad):
+            if tensor is None or not tensor.is_contiguous():
                 return None
             if tensor.dtype is not (torch.int64 if name in self.indices else dtype):
                 return None
+            recorded = recorded or tensor.requires_grad
             given.append(tensor)
+        recorded = recorded and torch.is_grad_enabled()
+        if rows not in (recorded_rows if recorded else native_rows)(self.program, dtype):
+            return None
+        if recorded:
+            return run_recorded(self.program, self.text, self.biased, x, given)
         return run(x, given, self.words)
 
     def _linear(self, x: Tensor, held: tuple[Held, ...]) -> Tensor | None:
