@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "backward.h"
 #include "execute.h"
 
 namespace {
@@ -32,6 +33,27 @@ struct File {
     return data;
   }
 };
+
+// All gradients, or a part of them that differs from case to case; the outcome of the case is the gradient of its own.
+void backward(const std::string& text, const structmat::Plan& plan, const structmat::Batch& batch,
+              const std::vector<structmat::Array>& tensors, int64_t size, int number, int repetitions) {
+  structmat::Wanted wanted;
+  wanted.input = number % 3 != 1;
+  std::vector<std::vector<char>> gradients(plan.sizes.size());
+  std::vector<void*> places(plan.sizes.size(), nullptr);
+  for (size_t i = 0; i < plan.sizes.size(); ++i) {
+    wanted.tensors.push_back(!plan.is_index[i] && (number % 2 == 0 || i % 2 == 0));
+    if (!wanted.tensors[i]) continue;
+    gradients[i].resize(plan.sizes[i] * size);
+    places[i] = gradients[i].data();
+  }
+  std::vector<char> grad_x(wanted.input ? batch.rows * plan.in_features * size : 0);
+  const structmat::BackwardBatch own{batch.x, batch.x_stride, batch.y,    batch.y_stride,
+                                     wanted.input ? grad_x.data() : nullptr, batch.rows, batch.storage};
+  const structmat::BackwardPlan made = structmat::make_backward_plan(text, wanted);
+  for (int r = 0; r < repetitions; ++r)
+    structmat::execute_backward(made, own, tensors.data(), places.data(), structmat::serially);
+}
 
 int run(const char* name, int repetitions) {
   File file(name);
@@ -58,6 +80,7 @@ int run(const char* name, int repetitions) {
     std::vector<char> y(batch.rows * plan.out_features * size);
     batch.x = x.data(), batch.y = y.data(), batch.y_stride = plan.out_features;
     for (int r = 0; r < repetitions; ++r) structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
+    backward(text, plan, batch, tensors, size, cases, repetitions);
     ++cases;
   }
   std::printf("%d cases, %s\n", cases, structmat::chosen().name);

@@ -2,41 +2,13 @@
 #include "kernels.h"
 
 #include <cstring>
-#include <type_traits>
 
-#ifndef STRUCTMAT_ISA
-#error "STRUCTMAT_ISA must name the instruction set"
-#endif
+#include "contraction.h"
+#include "gradients.h"
+#include "vectors.h"
 
 namespace structmat {
 namespace STRUCTMAT_ISA {
-
-#if defined(__AVX512F__)
-constexpr int register_bytes = 64, registers = 32;
-#elif defined(__AVX__)
-constexpr int register_bytes = 32, registers = 16;
-#else
-constexpr int register_bytes = 16, registers = 16;
-#endif
-
-template <class Real>
-struct Vector {
-  static constexpr int lanes = register_bytes / sizeof(Real);
-  typedef Real type __attribute__((vector_size(register_bytes), aligned(alignof(Real)), may_alias));
-};
-
-template <class Real>
-using V = typename Vector<Real>::type;
-
-template <class Real>
-inline V<Real> at(const Real* p) {
-  return *reinterpret_cast<const V<Real>*>(p);
-}
-
-template <class Real>
-inline void put(Real* p, V<Real> v) {
-  *reinterpret_cast<V<Real>*>(p) = v;
-}
 
 // ------------------------------------------------------------------------------------------ storage outside of tiles
 
@@ -115,30 +87,6 @@ struct Stored<Storage::f16> {
 };
 
 // -------------------------------------------------------------------------------------------------- transposition
-
-// A square of registers transposed in place: log2(lanes) rounds of exchanging off-diagonal halves.
-template <class Real>
-inline void transpose(V<Real>* r) {
-  constexpr int n = Vector<Real>::lanes;
-  typedef typename std::conditional<sizeof(Real) == 4, int32_t, int64_t>::type Index;
-  typedef Index Mask __attribute__((vector_size(register_bytes)));
-#pragma GCC unroll 8
-  for (int s = n / 2; s > 0; s /= 2) {
-    Mask first, second;
-#pragma GCC unroll 16
-    for (int l = 0; l < n; ++l) {
-      first[l] = (l & s) ? n + (l - s) : l;
-      second[l] = (l & s) ? n + l : l + s;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      if (i & s) continue;
-      const V<Real> a = r[i], b = r[i + s];
-      r[i] = __builtin_shuffle(a, b, first);
-      r[i + s] = __builtin_shuffle(a, b, second);
-    }
-  }
-}
 
 template <class Real, Storage S>
 inline V<Real> load_row(const typename Stored<S>::type* p) {
@@ -235,113 +183,32 @@ void widen(const void* from, Storage storage, Real* to, int64_t count) {
       }()))
 }
 
-// ----------------------------------------------------------------------------------------------------- contraction
-
-// `rows` rows of the outcome, `vectors` registers of each: accumulators stay in registers over all of c.
-template <class Real, int rows, int vectors>
-inline void block(const Real* w, int64_t wi, int64_t wj, const Real* x, int64_t x_stride, Real* y, int64_t y_stride,
-                  int64_t c, bool add) {
-  constexpr int n = Vector<Real>::lanes;
-  V<Real> sum[rows][vectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[i][v] = add ? at(y + i * y_stride + v * n) : V<Real>{};
-  for (int64_t j = 0; j < c; ++j) {
-    V<Real> values[vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) values[v] = at(x + j * x_stride + v * n);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const Real factor = w[i * wi + j * wj];
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[i][v] += values[v] * factor;
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) put(y + i * y_stride + v * n, sum[i][v]);
-}
-
-// Fewer rows than a full block: one after the other of halving sizes.
-template <class Real, int rows, int vectors>
-inline void rest(int64_t b, const Real* w, int64_t wi, int64_t wj, const Real* x, int64_t x_stride, Real* y,
-                 int64_t y_stride, int64_t c, bool add) {
-  if constexpr (rows >= 1) {
-    while (b >= rows) {
-      block<Real, rows, vectors>(w, wi, wj, x, x_stride, y, y_stride, c, add);
-      w += rows * wi, y += rows * y_stride, b -= rows;
-    }
-    if (b) rest<Real, rows / 2, vectors>(b, w, wi, wj, x, x_stride, y, y_stride, c, add);
-  }
-}
-
-constexpr int64_t inner = 256;  // rows of x that are contracted at once: with 16 columns they fit the L1 cache
-
-template <class Real, int vectors>
-void contract_columns(const Contract& s, const Real* weight, const Real* x, Real* y, int64_t columns, bool add) {
-  constexpr int n = Vector<Real>::lanes;
-  // Accumulators, the values of x and one factor share the registers; latency asks for at least 8 accumulators.
-  constexpr int rows = registers == 32 ? (vectors == 1 ? 12 : 24 / vectors) : (vectors == 1 ? 12 : 6);
-  const int64_t pitch = s.d * columns;  // distance of rows with neighbouring c
-  for (int64_t a = 0; a < s.a; ++a) {
-    const Real* wa = weight + a * s.stride_a;
-    const Real* xa = x + a * s.c * pitch;
-    Real* ya = y + a * s.b * pitch;
-    for (int64_t k = 0; k < s.c; k += inner) {
-      const int64_t depth = s.c - k < inner ? s.c - k : inner;
-      const bool adds = add || k > 0;
-      const Real* wk = wa + k * s.stride_c;
-      const Real* xk = xa + k * pitch;
-      if (s.stride_d == 0) {  // one matrix for all of d: its rows and the columns of the tile are one long row
-        for (int64_t p = 0; p < pitch; p += vectors * n)
-          rest<Real, rows, vectors>(s.b, wk, s.stride_b, s.stride_c, xk + p, pitch, ya + p, pitch, depth, adds);
-        continue;
-      }
-      // A block of rows for all d: the weights of neighbouring d share cache lines.
-      constexpr int64_t few = rows < 8 ? rows : 8;
-      for (int64_t b = 0; b < s.b; b += few) {
-        const int64_t height = s.b - b < few ? s.b - b : few;
-        for (int64_t d = 0; d < s.d; ++d)
-          for (int64_t p = 0; p < columns; p += vectors * n)
-            rest<Real, few, vectors>(height, wk + b * s.stride_b + d * s.stride_d, s.stride_b, s.stride_c,
-                                     xk + d * columns + p, pitch, ya + (b * s.d + d) * columns + p, pitch, depth,
-                                     adds);
-      }
-    }
-  }
-}
-
 template <class Real>
-void contract(const Contract& stage, const Real* weight, const Real* x, Real* y, int64_t columns, bool add) {
-  constexpr int n = Vector<Real>::lanes;
-  if (registers == 32 && columns % (4 * n) == 0)
-    contract_columns<Real, 4>(stage, weight, x, y, columns, add);
-  else if (columns % (2 * n) == 0)
-    contract_columns<Real, 2>(stage, weight, x, y, columns, add);
-  else
-    contract_columns<Real, 1>(stage, weight, x, y, columns, add);
+void narrow(const Real* from, Storage storage, void* to, int64_t count) {
+  STRUCTMAT_BY_STORAGE((
+      [&] {
+        auto* values = static_cast<typename Stored<S>::type*>(to);
+        for (int64_t i = 0; i < count; ++i) values[i] = Stored<S>::template narrow<Real>(from[i]);
+      }()))
 }
 
 // -------------------------------------------------------------------------------------------- stages of 2 x 2 blocks
 
 template <class Real, int count, int vectors>
-void radix_columns(const Radix& s, const Real* const* tensors, Real* tile, int64_t columns) {
+void radix_columns(const Radix& s, const Real* const* tensors, const Real* x, Real* y, int64_t columns) {
   constexpr int n = Vector<Real>::lanes, size = 1 << count;
   const Real* weight[count];
   for (int k = 0; k < count; ++k) weight[k] = tensors[s.weight[k]];
   const int64_t groups = s.rows / (size * s.lowest);
   for (int64_t hi = 0; hi < groups; ++hi)
     for (int64_t lo = 0; lo < s.lowest; ++lo) {
-      Real* base = tile + (hi * size * s.lowest + lo) * columns;
-      const int64_t step = s.lowest * columns;
+      const int64_t base = (hi * size * s.lowest + lo) * columns, step = s.lowest * columns;
       for (int64_t p = 0; p < columns; p += vectors * n) {
         V<Real> r[size][vectors];
 #pragma GCC unroll 8
         for (int g = 0; g < size; ++g)
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) r[g][v] = at(base + g * step + p + v * n);
+          for (int v = 0; v < vectors; ++v) r[g][v] = at(x + base + g * step + p + v * n);
 #pragma GCC unroll 3
         for (int k = 0; k < count; ++k) {
           const int m = s.bit[k];
@@ -372,17 +239,17 @@ void radix_columns(const Radix& s, const Real* const* tensors, Real* tile, int64
 #pragma GCC unroll 8
         for (int g = 0; g < size; ++g)
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) put(base + g * step + p + v * n, r[g][v]);
+          for (int v = 0; v < vectors; ++v) put(y + base + g * step + p + v * n, r[g][v]);
       }
     }
 }
 
 template <class Real>
-void radix(const Radix& stage, const Real* const* tensors, Real* tile, int64_t columns) {
+void radix(const Radix& stage, const Real* const* tensors, const Real* x, Real* y, int64_t columns) {
   constexpr int n = Vector<Real>::lanes;
   const bool two = registers == 32 && columns % (2 * n) == 0;
 #define STRUCTMAT_RADIX(k) \
-  two ? radix_columns<Real, k, 2>(stage, tensors, tile, columns) : radix_columns<Real, k, 1>(stage, tensors, tile, columns)
+  two ? radix_columns<Real, k, 2>(stage, tensors, x, y, columns) : radix_columns<Real, k, 1>(stage, tensors, x, y, columns)
   if (stage.count == 1) STRUCTMAT_RADIX(1);
   else if (stage.count == 2) STRUCTMAT_RADIX(2);
   else STRUCTMAT_RADIX(3);
@@ -497,9 +364,25 @@ void rank_one(const Real* left, int64_t start, int64_t height, int64_t size, con
 }
 
 template <class Real>
-constexpr Kernels<Real> table = {load<Real>,    store<Real>,       contract<Real>, radix<Real>,
-                                 diagonal<Real>, gather<Real>,      scatter_add<Real>, copy<Real>,
-                                 sparse<Real>,  rank_one<Real>,    widen<Real>,    Vector<Real>::lanes};
+constexpr Kernels<Real> table = {load<Real>,
+                                 store<Real>,
+                                 contract<Real>,
+                                 radix<Real>,
+                                 diagonal<Real>,
+                                 gather<Real>,
+                                 scatter_add<Real>,
+                                 copy<Real>,
+                                 sparse<Real>,
+                                 rank_one<Real>,
+                                 contract_sums<Real>,
+                                 radix_back<Real>,
+                                 diagonal_sums<Real>,
+                                 sparse_back<Real>,
+                                 rank_one_back<Real>,
+                                 row_sums<Real>,
+                                 widen<Real>,
+                                 narrow<Real>,
+                                 Vector<Real>::lanes};
 
 const Kernels<float>* single() { return &table<float>; }
 const Kernels<double>* wide() { return &table<double>; }

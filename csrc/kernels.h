@@ -19,6 +19,7 @@ struct Contract {
 };
 
 // Up to three stages of 2 x 2 blocks that act on the same groups of 2^count rows, one after the other in registers.
+// Group g is that of rows (g / lowest) * 2^count * lowest + g mod lowest, and on from there at distances of `lowest`.
 struct Radix {
   static constexpr int most = 3;
   int count;                    // stages
@@ -27,6 +28,18 @@ struct Radix {
   bool transposed[most];
   int weight[most];             // numbers of the tensors
 };
+
+constexpr int64_t widest_row = 512;  // bytes of a row of a tile, at most
+constexpr int64_t block_width = 64;  // rows of a tile that are transposed at once
+
+// Gradients of a contraction's weights as products of matrices: blocks (a, d) of so many lines, each of `width` numbers
+// that run along b or c, filled up to whole registers. Small blocks have none of this: each number is summed by itself.
+struct BlockSums {
+  enum Along { none, b, c } along;
+  int64_t lines, width;
+  int64_t count;  // numbers in all
+};
+BlockSums sums_of(const Contract& stage);
 
 // A matrix by its entries, row by row, in the compressed form.
 struct Compressed {
@@ -43,7 +56,7 @@ struct Kernels {
   void (*store)(const Real* tile, int64_t columns, const Real* bias, void* y, Storage storage, int64_t stride,
                 int64_t count, int64_t features);
   void (*contract)(const Contract& stage, const Real* weight, const Real* x, Real* y, int64_t columns, bool add);
-  void (*radix)(const Radix& stage, const Real* const* tensors, Real* tile, int64_t columns);
+  void (*radix)(const Radix& stage, const Real* const* tensors, const Real* x, Real* y, int64_t columns);  // x may be y
   void (*diagonal)(const Real* weight, const Real* x, Real* y, int64_t rows, int64_t columns, bool add);
   // Row i of y (+)= row index[i] of x.
   void (*gather)(const int64_t* index, const Real* x, Real* y, int64_t rows, int64_t columns, bool add);
@@ -55,8 +68,32 @@ struct Kernels {
   // y[(start + i) mod size] += left[i] * (the sum over j of right[j] * x[(from + j) mod length]), by rows.
   void (*rank_one)(const Real* left, int64_t start, int64_t height, int64_t size, const Real* right, int64_t from,
                    int64_t width, int64_t length, const Real* x, Real* y, int64_t columns);
-  // Numbers of any storage as Real.
+
+  // What follows goes backwards: from the gradient of a stage's outcome to that of its input (where `gx` is not null,
+  // added to it or not), and to the sums over all columns that are the gradients of its weights (where they are not
+  // null, always added). No row has more than `widest_row` bytes.
+
+  // sums[a, b, c, d] += sum over columns of gy[a, b, d] x[a, c, d], in the order of the tensor if `shape.along` is none,
+  // else in blocks; `scratch` has room for `block_width` rows.
+  void (*contract_sums)(const Contract& stage, const BlockSums& shape, const Real* x, const Real* gy, Real* sums,
+                        Real* scratch, int64_t columns);
+  // `sums` of each stage hold group after group, pair after pair of rows in it, and four numbers of each.
+  void (*radix_back)(const Radix& stage, const Real* const* tensors, const Real* x, const Real* gy, Real* gx,
+                     Real* const* sums, int64_t columns, bool add);
+  void (*diagonal_sums)(const Real* x, const Real* gy, Real* sums, int64_t rows, int64_t columns);
+  // Adds to gx; `sums` in the order of the compressed form.
+  void (*sparse_back)(const Compressed& matrix, const Real* values, const Real* x, const Real* gy, Real* gx, Real* sums,
+                      int64_t rows, int64_t columns);
+  // Adds to gx.
+  void (*rank_one_back)(const Real* left, int64_t start, int64_t height, int64_t size, const Real* right, int64_t from,
+                        int64_t width, int64_t length, const Real* x, const Real* gy, Real* gx, Real* left_sums,
+                        Real* right_sums, int64_t columns);
+  // sums[i] += the sum of row i.
+  void (*row_sums)(const Real* rows, Real* sums, int64_t count, int64_t columns);
+
+  // Numbers of any storage as Real, and back.
   void (*widen)(const void* from, Storage storage, Real* to, int64_t count);
+  void (*narrow)(const Real* from, Storage storage, void* to, int64_t count);
   int64_t lanes;  // numbers in one vector register
 };
 

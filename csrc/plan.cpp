@@ -108,7 +108,7 @@ struct Value {
 
 class Layout {
  public:
-  explicit Layout(Plan& plan) : plan_(plan) {}
+  Layout(Plan& plan, Memory memory) : plan_(plan), memory_(memory) {}
 
   void run(const Node& program) {
     plan_.in_features = program.in;
@@ -120,29 +120,20 @@ class Layout {
   }
 
  private:
-  struct Slot {
-    int64_t first, rows;
-    int references;
-  };
-
   Value allocate(int64_t rows) {
     // The lowest gap between slots in use.
-    std::vector<std::pair<int64_t, int64_t>> used;
-    for (const Slot& s : slots_)
-      if (s.references > 0) used.emplace_back(s.first, s.first + s.rows);
-    std::sort(used.begin(), used.end());
-    int64_t first = 0;
-    for (const auto& u : used) {
-      if (u.first - first >= rows) break;
-      first = std::max(first, u.second);
-    }
-    slots_.push_back({first, rows, 1});
+    std::vector<Slot> used;
+    for (size_t i = 0; i < references_.size(); ++i)
+      if (references_[i] > 0 || memory_ == Memory::kept) used.push_back(plan_.slots[i]);
+    const int64_t first = lowest_gap(used, rows);
+    plan_.slots.push_back({first, rows});
+    references_.push_back(1);
     plan_.rows = std::max(plan_.rows, first + rows);
-    return {int(slots_.size()) - 1, first};
+    return {int(references_.size()) - 1, first};
   }
 
-  void keep(Value v) { ++slots_[v.slot].references; }
-  void release(Value v) { --slots_[v.slot].references; }
+  void keep(Value v) { ++references_[v.slot]; }
+  void release(Value v) { --references_[v.slot]; }
 
   Instruction& emit(Instruction::Kind kind, Value from, Value to, int64_t rows, bool add) {
     Instruction i;
@@ -207,17 +198,17 @@ class Layout {
     return count;
   }
 
+  // In place, unless the source is needed again or the outcome belongs elsewhere.
   Value in_place(const Node& chain, size_t i, size_t count, Value source, const Value* into, bool add) {
     Value where = source;
     const int64_t rows = chain.parts[i].in;
     const bool straight = into && !add;
-    if (straight || slots_[source.slot].references > 1) {
+    if (straight || references_[source.slot] > 1 || memory_ == Memory::kept) {
       where = straight ? *into : allocate(rows);
       if (straight) keep(*into);
-      emit(Instruction::copy, source, where, rows, false);
       release(source);
     }
-    Instruction& made = emit(Instruction::radix, where, where, rows, false);
+    Instruction& made = emit(Instruction::radix, source, where, rows, false);
     Radix& r = made.stages;
     r.count = int(count), r.rows = rows, r.lowest = std::numeric_limits<int64_t>::max();
     for (size_t k = 0; k < count; ++k) r.lowest = std::min(r.lowest, chain.parts[i + k].numbers[3]);
@@ -293,9 +284,6 @@ class Layout {
     c.stride_c = transposed ? c.b * deep : deep;
     c.stride_a = shared_a ? 0 : c.b * c.c * deep;
     i.tensor = tensor(v[7], (shared_a ? 1 : c.a) * c.b * c.c * deep, false);
-    if (c.stride_d == 0 && c.a > 1 && shared_a && c.d == 1) {
-      // one matrix for all blocks: nothing to gain here, the loop over a stays
-    }
   }
 
   // [I, w] P and its transpose: the inputs in the order of the places, those of the identity, the product of the rest.
@@ -348,12 +336,23 @@ class Layout {
   }
 
   Plan& plan_;
-  std::vector<Slot> slots_;
+  Memory memory_;
+  std::vector<int> references_;  // to each slot, of what is still to be read or written
 };
 
 }  // namespace
 
-Plan make_plan(const std::string& text) {
+int64_t lowest_gap(std::vector<Slot>& used, int64_t rows) {
+  std::sort(used.begin(), used.end(), [](const Slot& one, const Slot& two) { return one.first < two.first; });
+  int64_t first = 0;
+  for (const Slot& u : used) {
+    if (u.first - first >= rows) break;
+    first = std::max(first, u.first + u.rows);
+  }
+  return first;
+}
+
+Plan make_plan(const std::string& text, Memory memory) {
   Reader reader(text);
   Plan plan;
   const std::string head = reader.word();
@@ -363,7 +362,7 @@ Plan make_plan(const std::string& text) {
   const Node program = reader.node();
   if (!reader.at_end()) refuse("something follows its end");
   if (program.out != out_features) refuse("its stages put out another number than its head says");
-  Layout(plan).run(program);
+  Layout(plan, memory).run(program);
   plan.tensors = int64_t(plan.sizes.size());
   if (plan.has_bias) {
     plan.sizes.push_back(plan.out_features);

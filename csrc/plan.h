@@ -24,6 +24,11 @@ struct Instruction {
   int64_t skip = 0, kept = 0;                  // an interpolation: columns of the identity, and of the weight
 };
 
+// A range of rows that holds one value.
+struct Slot {
+  int64_t first, rows;
+};
+
 struct Plan {
   int64_t in_features = 0, out_features = 0;
   int64_t rows = 0;    // of the memory of a tile
@@ -35,9 +40,17 @@ struct Plan {
   std::vector<int64_t> sizes;    // of every tensor, as the program needs it
   std::vector<char> is_index;    // whether a tensor holds integers
   int64_t widest_source = 0;     // rows of the widest matrix whose columns are read in no order
+  std::vector<Slot> slots;       // what the values lie in, in the order in which they come up
 };
 
+// Where so many rows fit below, between or above what is in use; sorts what it is given.
+int64_t lowest_gap(std::vector<Slot>& used, int64_t rows);
+
+// Whether rows are used again for another value once nothing reads them any more, or every value keeps its own (and no
+// stage works in place), as derivatives want it.
+enum class Memory { reused, kept };
+
 // Reads the text that structmat.kernels.text writes. Throws std::invalid_argument.
-Plan make_plan(const std::string& text);
+Plan make_plan(const std::string& text, Memory memory = Memory::reused);
 
 }  // namespace structmat

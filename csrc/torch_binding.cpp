@@ -1,4 +1,4 @@
-// The operator structmat::multiply, registered through the C functions that libtorch exports. No header of PyTorch is
+// The operators structmat::multiply and multiply_backward, registered through the C functions that libtorch exports. No header of PyTorch is
 // needed, so one build serves every version of Python, and every version of PyTorch that has these functions.
 #include <dlfcn.h>
 
@@ -10,11 +10,14 @@
 #include <unordered_map>
 #include <vector>
 
+#include "backward.h"
 #include "execute.h"
 
 namespace {
 
 using structmat::Array;
+using structmat::BackwardBatch;
+using structmat::BackwardPlan;
 using structmat::Batch;
 using structmat::Plan;
 using structmat::Storage;
@@ -33,6 +36,7 @@ struct Torch {
   Code (*get_strides)(Tensor, int64_t**);
   Code (*get_dtype)(Tensor, int32_t*);
   Code (*get_device_type)(Tensor, int32_t*);
+  Code (*get_layout)(Tensor, int32_t*);
   Code (*empty_strided)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Tensor*);
   Code (*delete_tensor)(Tensor);
   Code (*list_size)(List, size_t*);
@@ -47,7 +51,7 @@ struct Torch {
   Code (*init_impl)(const char*, const char*, const char*, uint32_t, void**);
   Code (*define)(void*, const char*);
   Code (*implement)(void*, const char*, void (*)(Value*, uint64_t, uint64_t), uint64_t);
-  int32_t f32, f64, bf16, f16, i64, cpu;
+  int32_t f32, f64, bf16, f16, i64, cpu, strided;
 } torch;
 
 std::string load_symbols(const char* library) {
@@ -66,6 +70,7 @@ std::string load_symbols(const char* library) {
   find("aoti_torch_get_strides", torch.get_strides);
   find("aoti_torch_get_dtype", torch.get_dtype);
   find("aoti_torch_get_device_type", torch.get_device_type);
+  find("aoti_torch_get_layout", torch.get_layout);
   find("aoti_torch_empty_strided", torch.empty_strided);
   find("aoti_torch_delete_tensor_object", torch.delete_tensor);
   find("torch_list_size", torch.list_size);
@@ -86,7 +91,8 @@ std::string load_symbols(const char* library) {
     int32_t* value;
   } constants[] = {{"aoti_torch_dtype_float32", &torch.f32},   {"aoti_torch_dtype_float64", &torch.f64},
                    {"aoti_torch_dtype_bfloat16", &torch.bf16}, {"aoti_torch_dtype_float16", &torch.f16},
-                   {"aoti_torch_dtype_int64", &torch.i64},     {"aoti_torch_device_type_cpu", &torch.cpu}};
+                   {"aoti_torch_dtype_int64", &torch.i64},     {"aoti_torch_device_type_cpu", &torch.cpu},
+                   {"aoti_torch_layout_strided", &torch.strided}};
   for (const auto& c : constants) {
     find(c.name, constant);
     if (constant) *c.value = constant();
@@ -107,22 +113,26 @@ void in_parallel(int64_t count, structmat::Body body, void* context) {
   require(torch.parallel_for(0, count, 1, body, context));
 }
 
-// Plans by their text: a text is read once.
-const Plan& plan_of(const char* text, size_t length) {
+// Plans by what they are made from: made once.
+template <class Made, class Make>
+const Made& kept(const std::string& key, const Make& make) {
   static std::mutex mutex;
-  static std::unordered_map<std::string, std::unique_ptr<Plan>> plans;
-  const std::string key(text, length);
+  static std::unordered_map<std::string, std::unique_ptr<Made>> plans;
   const std::lock_guard<std::mutex> lock(mutex);
-  std::unique_ptr<Plan>& plan = plans[key];
-  if (!plan) {
-    try {
-      plan = std::make_unique<Plan>(structmat::make_plan(key));
-    } catch (...) {
-      plans.erase(key);
-      throw;
-    }
-  }
-  return *plan;
+  const auto found = plans.find(key);
+  if (found != plans.end()) return *found->second;
+  auto made = std::make_unique<Made>(make());
+  return *plans.emplace(key, std::move(made)).first->second;
+}
+
+const Plan& plan_of(const std::string& text) {
+  return kept<Plan>(text, [&] { return structmat::make_plan(text); });
+}
+
+const BackwardPlan& backward_plan_of(const std::string& text, const structmat::Wanted& wanted) {
+  std::string key = wanted.input ? "x " : "- ";
+  for (char tensor : wanted.tensors) key += tensor ? 'x' : '-';
+  return kept<BackwardPlan>(key + " " + text, [&] { return structmat::make_backward_plan(text, wanted); });
 }
 
 Storage storage_of(int32_t dtype) {
@@ -133,111 +143,202 @@ Storage storage_of(int32_t dtype) {
   throw std::invalid_argument("structmat: inputs are float32, float64, bfloat16 or float16");
 }
 
-void require_cpu(Tensor tensor) {
-  int32_t device;
-  require(torch.get_device_type(tensor, &device));
-  if (device != torch.cpu) throw std::invalid_argument("structmat: a tensor is not in the memory of the CPU");
-}
+// Sizes and strides of a tensor in the memory of the CPU.
+struct Shape {
+  int64_t dim, count, *sizes, *strides;
+  int32_t dtype;
 
-// The distance of neighbouring rows of a tensor (..., features), all leading axes taken together.
-int64_t row_stride(int64_t dim, const int64_t* sizes, const int64_t* strides) {
-  int64_t stride = sizes[dim - 1], next = -1;
-  for (int64_t i = dim - 2; i >= 0; --i) {
-    if (sizes[i] == 1) continue;
-    if (next < 0) stride = strides[i];
-    else if (strides[i] != next)
-      throw std::invalid_argument("structmat: the rows of the input must lie at equal distances");
-    next = strides[i] * sizes[i];
+  explicit Shape(Tensor tensor) {
+    int32_t device, layout;
+    require(torch.get_device_type(tensor, &device));
+    require(torch.get_layout(tensor, &layout));
+    if (device != torch.cpu || layout != torch.strided)
+      throw std::invalid_argument("structmat: a tensor is not an ordinary one in the memory of the CPU");
+    require(torch.get_dim(tensor, &dim));
+    require(torch.get_numel(tensor, &count));
+    require(torch.get_sizes(tensor, &sizes));
+    require(torch.get_strides(tensor, &strides));
+    require(torch.get_dtype(tensor, &dtype));
   }
-  return stride;
-}
 
-// multiply(Tensor x, Tensor[] tensors, str program) -> Tensor
-Tensor multiply(Tensor x, List list, Text text) {
+  bool is_contiguous() const {
+    int64_t step = 1;
+    for (int64_t i = dim - 1; i >= 0; --i) {
+      if (sizes[i] != 1 && strides[i] != step && count > 0) return false;
+      step *= sizes[i];
+    }
+    return true;
+  }
+
+  // All leading axes together.
+  int64_t rows() const {
+    int64_t product = 1;
+    for (int64_t i = 0; i + 1 < dim; ++i) product *= sizes[i];
+    return product;
+  }
+
+  // The distance of neighbouring rows of a tensor (..., features).
+  int64_t row_stride(int64_t features) const {
+    if (dim < 1 || sizes[dim - 1] != features || (strides[dim - 1] != 1 && features > 1 && count > 0))
+      throw std::invalid_argument("structmat: rows must have shape (..., " + std::to_string(features) +
+                                  "), each of them contiguous");
+    int64_t stride = features, next = -1;
+    if (rows() == 0) return stride;
+    for (int64_t i = dim - 2; i >= 0; --i) {
+      if (sizes[i] == 1) continue;
+      if (next < 0) stride = strides[i];
+      else if (strides[i] != next)
+        throw std::invalid_argument("structmat: the rows of the input must lie at equal distances");
+      next = strides[i] * sizes[i];
+    }
+    return stride;
+  }
+};
+
+std::string read(Text text) {
   const char* characters;
-  size_t length, count;
+  size_t length;
   require(torch.text_data(text, &characters));
   require(torch.text_length(text, &length));
-  const Plan& plan = plan_of(characters, length);
+  return std::string(characters, length);
+}
 
-  int64_t dim, *sizes, *strides;
-  int32_t dtype;
-  require(torch.get_dim(x, &dim));
-  require(torch.get_sizes(x, &sizes));
-  require(torch.get_strides(x, &strides));
-  require(torch.get_dtype(x, &dtype));
-  require_cpu(x);
-  if (dim < 1 || sizes[dim - 1] != plan.in_features || (strides[dim - 1] != 1 && plan.in_features > 1))
-    throw std::invalid_argument("structmat: the input must have shape (..., in_features), its rows contiguous");
-  std::vector<int64_t> shape(sizes, sizes + dim), dense(dim, 1);
-  shape[dim - 1] = plan.out_features;
-  for (int64_t i = dim - 1; i > 0; --i) dense[i - 1] = dense[i] * shape[i];
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < dim; ++i) rows *= sizes[i];
+void* data_of(Tensor tensor) {
+  void* data;
+  require(torch.get_data_ptr(tensor, &data));
+  return data;
+}
 
+std::vector<Owned> items(List list) {
+  size_t count;
   require(torch.list_size(list, &count));
-  if (count != plan.sizes.size()) throw std::invalid_argument("structmat: the number of tensors is wrong");
   std::vector<Owned> owned;
   owned.reserve(count);
-  std::vector<Array> arrays(count);
   for (size_t i = 0; i < count; ++i) {
     Value item;
     require(torch.list_get(list, i, &item));
     Tensor tensor;
     std::memcpy(&tensor, &item, sizeof tensor);
     owned.emplace_back(tensor);
-    int32_t own;
-    void* data;
-    require(torch.get_dtype(tensor, &own));
-    require_cpu(tensor);
-    if (own != (plan.is_index[i] ? torch.i64 : dtype))
-      throw std::invalid_argument("structmat: a tensor has another dtype than the input");
-    require(torch.get_data_ptr(tensor, &data));
-    require(torch.get_numel(tensor, &arrays[i].count));
-    arrays[i].data = data;
   }
-
-  Tensor y;
-  require(torch.empty_strided(dim, shape.data(), dense.data(), dtype, torch.cpu, -1, &y));
-  try {
-    Batch batch;
-    void* data;
-    require(torch.get_data_ptr(x, &data));
-    batch.x = data, batch.x_stride = rows ? row_stride(dim, sizes, strides) : plan.in_features;
-    require(torch.get_data_ptr(y, &batch.y));
-    batch.y_stride = plan.out_features, batch.rows = rows, batch.storage = storage_of(dtype);
-    uint32_t threads = 1;
-    require(torch.num_threads(&threads));
-    structmat::execute(plan, batch, arrays.data(), in_parallel, int(threads));
-  } catch (...) {
-    torch.delete_tensor(y);
-    throw;
-  }
-  return y;
+  return owned;
 }
 
+// What a program reads, as it needs it.
+std::vector<Array> arrays_of(const std::vector<Owned>& tensors, const Plan& plan, int32_t dtype) {
+  if (tensors.size() != plan.sizes.size()) throw std::invalid_argument("structmat: the number of tensors is wrong");
+  std::vector<Array> arrays(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Shape shape(tensors[i].get());
+    if (shape.dtype != (plan.is_index[i] ? torch.i64 : dtype))
+      throw std::invalid_argument("structmat: a tensor has another dtype than the input");
+    if (!shape.is_contiguous()) throw std::invalid_argument("structmat: a tensor is not contiguous");
+    arrays[i] = {data_of(tensors[i].get()), shape.count};
+  }
+  return arrays;
+}
+
+// multiply(Tensor x, Tensor[] tensors, str program) -> Tensor
+Tensor multiply(Tensor x, List list, Text text) {
+  const Plan& plan = plan_of(read(text));
+  const Shape shape(x);
+  const Storage storage = storage_of(shape.dtype);
+  const int64_t x_stride = shape.row_stride(plan.in_features);
+  std::vector<int64_t> sizes(shape.sizes, shape.sizes + shape.dim), dense(shape.dim, 1);
+  sizes.back() = plan.out_features;
+  for (size_t i = sizes.size() - 1; i > 0; --i) dense[i - 1] = dense[i] * sizes[i];
+  const std::vector<Owned> owned = items(list);
+  const std::vector<Array> arrays = arrays_of(owned, plan, shape.dtype);
+  Tensor made;
+  require(torch.empty_strided(shape.dim, sizes.data(), dense.data(), shape.dtype, torch.cpu, -1, &made));
+  Owned y(made);
+  const Batch batch{data_of(x), x_stride, data_of(made), plan.out_features, shape.rows(), storage};
+  uint32_t threads = 1;
+  require(torch.num_threads(&threads));
+  structmat::execute(plan, batch, arrays.data(), in_parallel, int(threads));
+  return y.release();
+}
+
+// multiply_backward(Tensor x, Tensor grad, Tensor[] tensors, Tensor(a!) grad_x, Tensor(b!)[] grads, str program) -> ()
+//
+// Gradients have the number of entries of what they belong to, and are contiguous; one without entries is not wanted.
+void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List grads, Text text) {
+  const std::string words = read(text);
+  const Plan& plan = plan_of(words);
+  const Shape shape(x), upper(grad), lower(grad_x);
+  BackwardBatch batch{};
+  batch.storage = storage_of(shape.dtype), batch.rows = shape.rows();
+  batch.x = data_of(x), batch.x_stride = shape.row_stride(plan.in_features);
+  batch.grad = data_of(grad), batch.grad_stride = upper.row_stride(plan.out_features);
+  if (upper.rows() != batch.rows || upper.dtype != shape.dtype)
+    throw std::invalid_argument("structmat: the gradient has another number of rows, or another dtype, than the input");
+  const std::vector<Owned> owned = items(list), outcomes = items(grads);
+  const std::vector<Array> arrays = arrays_of(owned, plan, shape.dtype);
+  if (outcomes.size() != owned.size()) throw std::invalid_argument("structmat: the number of gradients is wrong");
+  structmat::Wanted wanted;
+  const auto outcome = [&](Tensor tensor, const Shape& own, int64_t count) -> void* {
+    if (own.count == 0) return nullptr;
+    if (own.count != count || own.dtype != shape.dtype || !own.is_contiguous())
+      throw std::invalid_argument("structmat: a gradient has another size or dtype than its tensor, or is not contiguous");
+    return data_of(tensor);
+  };
+  batch.grad_x = outcome(grad_x, lower, shape.count);
+  wanted.input = batch.grad_x != nullptr;
+  std::vector<void*> places;
+  for (size_t i = 0; i < outcomes.size(); ++i) {
+    places.push_back(outcome(outcomes[i].get(), Shape(outcomes[i].get()), plan.sizes[i]));
+    wanted.tensors.push_back(places.back() != nullptr);
+  }
+  structmat::execute_backward(backward_plan_of(words, wanted), batch, arrays.data(), places.data(), in_parallel);
+}
+
+// Takes what the dispatcher hands over, in the order of the schema.
+class Arguments {
+ public:
+  explicit Arguments(const Value* stack) : stack_(stack) {}
+  void* next() {
+    void* handle;
+    std::memcpy(&handle, stack_++, sizeof handle);
+    return handle;
+  }
+
+ private:
+  const Value* stack_;
+};
+
+struct DeleteList {
+  void operator()(void* list) const { torch.delete_list(list); }
+};
+struct DeleteText {
+  void operator()(void* text) const { torch.delete_text(text); }
+};
+typedef std::unique_ptr<void, DeleteList> OwnedList;
+typedef std::unique_ptr<void, DeleteText> OwnedText;
+
 void multiply_boxed(Value* stack, uint64_t, uint64_t) {
-  Tensor x;
-  List list;
-  Text text;
-  std::memcpy(&x, &stack[0], sizeof x);
-  std::memcpy(&list, &stack[1], sizeof list);
-  std::memcpy(&text, &stack[2], sizeof text);
-  struct Release {
-    Tensor x;
-    List list;
-    Text text;
-    ~Release() { torch.delete_tensor(x), torch.delete_list(list), torch.delete_text(text); }
-  } release{x, list, text};
-  const Tensor y = multiply(x, list, text);  // an exception becomes a RuntimeError of Python
+  Arguments given(stack);
+  const Owned x(given.next());
+  const OwnedList tensors(given.next());
+  const OwnedText text(given.next());
+  const Tensor y = multiply(x.get(), tensors.get(), text.get());  // an exception becomes a RuntimeError of Python
   std::memcpy(&stack[0], &y, sizeof y);
+}
+
+void multiply_backward_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next()), grad(given.next());
+  const OwnedList tensors(given.next());
+  const Owned grad_x(given.next());
+  const OwnedList grads(given.next());
+  const OwnedText text(given.next());
+  multiply_backward(x.get(), grad.get(), tensors.get(), grad_x.get(), grads.get(), text.get());
 }
 
 }  // namespace
 
 extern "C" {
 
-// Registers the operator with the PyTorch that is loaded. Returns null, or why it could not.
+// Registers the operators with the PyTorch that is loaded. Returns null, or why it could not.
 __attribute__((visibility("default"))) const char* structmat_register(const char* libtorch, uint64_t version) {
   static std::string problem;
   try {
@@ -246,8 +347,12 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
     void *library, *kernels;
     require(torch.init_library("structmat", __FILE__, __LINE__, &library));
     require(torch.define(library, "multiply(Tensor x, Tensor[] tensors, str program) -> Tensor"));
+    require(torch.define(library,
+                         "multiply_backward(Tensor x, Tensor grad, Tensor[] tensors, Tensor(a!) grad_x, "
+                         "Tensor(b!)[] grads, str program) -> ()"));
     require(torch.init_impl("structmat", "CPU", __FILE__, __LINE__, &kernels));
     require(torch.implement(kernels, "multiply", multiply_boxed, version));
+    require(torch.implement(kernels, "multiply_backward", multiply_backward_boxed, version));
     return nullptr;
   } catch (const std::exception& error) {
     problem = error.what();

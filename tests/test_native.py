@@ -15,6 +15,7 @@ import torch.nn.utils.parametrize
 from hypothesis import given, settings
 from native_programs import programs, tensors_of
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import structmat as sm
 from structmat.errors import StructureError
@@ -59,7 +60,7 @@ def assert_equal(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bia
     """The native outcome is the float64 reference, to the rounding of the dtype."""
     text = text_of(program)
     assert isinstance(text, Text), text
-    found = operator.multiply(text, tensors, x, bias)
+    found = operator.run(*operator.arguments(text, tensors, x, bias), text.plain if bias is None else text.biased)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
     wanted = reference.apply(program, wide, x.double())
     if bias is not None:
@@ -184,10 +185,10 @@ def layer(**options: object) -> sm.nn.StructuredLinear:
 
 
 @needs_native
-def test_a_layer_runs_native_without_gradients_only() -> None:
+def test_a_layer_runs_native_with_gradients_and_without() -> None:
     net, x = layer(), torch.randn(2, 33, 64)
     program, tensors = net._program, net.tensors()
-    assert native_text(program, tensors, x, net.bias) is None  # its parameters want gradients
+    assert native_text(program, tensors, x, net.bias) is not None  # its parameters want gradients
     with torch.no_grad():
         assert native_text(program, tensors, x, net.bias) is not None
         found = net(x)
@@ -222,7 +223,7 @@ def test_inputs_of_any_strides_and_shape() -> None:
 @needs_native
 def test_forcing_the_native_backend_says_why_it_can_not() -> None:
     net = layer()
-    with sm.backend("native"), pytest.raises(StructureError, match="a gradient is wanted"):
+    with sm.backend("native"), pytest.raises(StructureError, match="differentiated forwards"), forward_ad.dual_level():
         net(torch.randn(3, 64))
     complex_chain = Chain((Complex(8), Real(8)))
     with sm.backend("native"), pytest.raises(StructureError, match="no native kernel"):

@@ -10,10 +10,20 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from structmat.kernels.choice import Backend, backend, native_text, prefers_native, runs_native, writing_for
+from structmat.kernels.choice import (
+    Backend,
+    backend,
+    native_text,
+    prefers_native,
+    runs_native,
+    wants_gradient,
+    writing_for,
+)
+from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import Native, native
-from structmat.kernels.operator import multiply
+from structmat.kernels.operator import arguments, run
 from structmat.kernels.quick import quick
+from structmat.kernels.text import Text
 from structmat.program import Program, reference
 
 __all__ = [
@@ -41,7 +51,7 @@ def apply(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     if text is None:
         return reference.apply(program, tensors, x)
     reference.check_rows(program, x)
-    return multiply(text, tensors, x, None)
+    return _multiply(program, text, tensors, x, None)
 
 
 def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor) -> Tensor:
@@ -50,4 +60,12 @@ def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Ten
     if text is None:
         return reference.affine(program, tensors, x, bias)
     reference.check_rows(program, x)
-    return multiply(text, tensors, x, bias)
+    return _multiply(program, text, tensors, x, bias)
+
+
+def _multiply(program: Program, text: Text, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    recorded = wants_gradient(x, tensors.values(), bias)
+    x, given = arguments(text, tensors, x, bias)
+    if recorded:
+        return run_recorded(program, text, bias is not None, x, given)
+    return run(x, given, text.plain if bias is None else text.biased)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from structmat.errors import StructureError
 from structmat.kernels.library import native
@@ -66,13 +67,21 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_quiet() -> bool:
+    """Whether no transform of torch.func and no differentiation forwards is at work."""
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
 def is_usual() -> bool:
-    """Whether no backend is forced, no transform of torch.func is at work, and no autocast."""
-    return (
-        _forced.get() is Backend.AUTO
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    """Whether no backend is forced, no autocast is on, and :func:`is_quiet` holds."""
+    return _forced.get() is Backend.AUTO and is_quiet() and not torch.is_autocast_enabled("cpu")
+
+
+def wants_gradient(x: Tensor, tensors: Iterable[Tensor], bias: Tensor | None) -> bool:
+    """Whether a product is to be recorded for gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(t.requires_grad for t in tensors) or (bias is not None and bias.requires_grad)
 
 
 def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Text | None:
@@ -92,7 +101,8 @@ def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias
         text = text_of(program)
         assert isinstance(text, Text)
         rows = x.numel() // max(1, x.shape[-1])
-        return text if wanted is Backend.NATIVE or prefers_native(program, rows, x.dtype) else None
+        recorded = wants_gradient(x, tensors.values(), bias)
+        return text if wanted is Backend.NATIVE or prefers_native(program, rows, x.dtype, recorded) else None
     if wanted is Backend.NATIVE:
         raise StructureError(f"The native backend can't run this: {reason}. Use backend('auto').")
     return None
@@ -108,8 +118,10 @@ def writing_for(program: Program, tensors: Mapping[str, Tensor], rows: int | Non
     return FOR_NATIVE if rows is None or rows >= _FEW_ROWS else FOR_FEW_ROWS
 
 
-def runs_native(program: Program, tensors: Mapping[str, Tensor], rows: int | None = None) -> bool:
-    """Whether the native backend will run a program without gradients, for so many rows (many by default)."""
+def runs_native(
+    program: Program, tensors: Mapping[str, Tensor], rows: int | None = None, recorded: bool = False
+) -> bool:
+    """Whether the native backend will run a program for so many rows (many by default), with gradients or without."""
     text = text_of(program)
     if isinstance(text, str) or _forced.get() is Backend.REFERENCE or not native().available:
         return False
@@ -118,7 +130,7 @@ def runs_native(program: Program, tensors: Mapping[str, Tensor], rows: int | Non
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES) or any(t.device.type != "cpu" for t in learned):
         return False
     dtype = dtypes.pop() if dtypes else torch.float32
-    return prefers_native(program, MANY_ROWS if rows is None else rows, dtype)
+    return prefers_native(program, MANY_ROWS if rows is None else rows, dtype, recorded)
 
 
 def _obstacle(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> str | None:
@@ -127,8 +139,8 @@ def _obstacle(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: 
         return f"its input is a {type(x).__name__} on {x.device}"
     if x.dtype not in _DTYPES:
         return f"its input is {x.dtype}"
-    if torch._C._are_functorch_transforms_active():
-        return "it runs under a transform of torch.func"
+    if not is_quiet():
+        return "it runs under a transform of torch.func, or is differentiated forwards"
     text = text_of(program)
     if isinstance(text, str):
         return text
@@ -137,15 +149,13 @@ def _obstacle(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: 
         learned.append(bias)
     if any(t.dtype != x.dtype for t in learned):
         return "its tensors have other dtypes than its input"
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in learned)):
-        return "a gradient is wanted"
     found = native()
     return None if found.available else f"there is no native library: {found.reason}"
 
 
-def prefers_native(program: Program, rows: int, dtype: torch.dtype) -> bool:
-    """Whether one pass over tiles beats PyTorch's operations, see :func:`native_rows`."""
-    return rows in native_rows(program, dtype)
+def prefers_native(program: Program, rows: int, dtype: torch.dtype, recorded: bool = False) -> bool:
+    """Whether one pass over tiles beats PyTorch's operations, see :func:`native_rows` and :func:`recorded_rows`."""
+    return rows in (recorded_rows if recorded else native_rows)(program, dtype)
 
 
 def native_rows(program: Program, dtype: torch.dtype) -> range:
@@ -155,11 +165,20 @@ def native_rows(program: Program, dtype: torch.dtype) -> range:
     and those in half precision, stay with PyTorch. Everything else gains from one pass unless the batch fills only a
     small part of a tile and the weights are read as large blocks.
     """
+    return _kept(program, dtype, _native_rows)
+
+
+def recorded_rows(program: Program, dtype: torch.dtype) -> range:
+    """The same with gradients, for a pass in each direction."""
+    return _kept(program, dtype, _recorded_rows)
+
+
+def _kept(program: Program, dtype: torch.dtype, count: Callable[[Program, torch.dtype], range]) -> range:
     # Kept with the program itself: this is asked at every call.
-    kept: dict[torch.dtype, range] = program.__dict__.setdefault(_KEPT, {})
-    if dtype not in kept:
-        kept[dtype] = _native_rows(program, dtype)
-    return kept[dtype]
+    kept: dict[object, range] = program.__dict__.setdefault(_KEPT, {})
+    if (count, dtype) not in kept:
+        kept[count, dtype] = count(program, dtype)
+    return kept[count, dtype]
 
 
 _KEPT = "_native_rows"
@@ -183,3 +202,13 @@ def _native_rows(program: Program, dtype: torch.dtype) -> range:
         return range(0)
     small = all(s.b * s.c <= _SMALL_BLOCK for s in parts if isinstance(s, Contraction))
     return range(1 if small else _FEW_ROWS, sys.maxsize)
+
+
+def _recorded_rows(program: Program, dtype: torch.dtype) -> range:
+    """Plain products and nearly full sparse matrices stay with PyTorch, and so does what fills little of a tile."""
+    parts = stages(program)
+    if plain_products(program) or any(
+        isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts
+    ):
+        return range(0)
+    return range(_FEW_ROWS, sys.maxsize)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from structmat.kernels.operator import define_fake
+from structmat.kernels.operator import define_fakes
 
 FILE = Path(__file__).resolve().parent.parent / "_native.so"
 
@@ -49,7 +49,7 @@ def native() -> Native:
     problem = library.structmat_register(str(libtorch).encode(), _STABLE_INTERFACE)
     if problem:
         return Native(False, f"PyTorch {torch.__version__} did not take it: {problem.decode()}")
-    define_fake()
+    define_fakes()
     library.structmat_instruction_set.restype = ctypes.c_char_p
     return Native(True, "", library.structmat_instruction_set().decode(), tuple(_supported(library)))
 

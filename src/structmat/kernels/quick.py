@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structmat.kernels.choice import is_usual, native_rows, plain_products
+from structmat.kernels.choice import is_usual, native_rows, plain_products, recorded_rows
+from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import native
 from structmat.kernels.operator import run
 from structmat.kernels.text import Text, text_of
@@ -36,9 +37,10 @@ class Quick:
         plain = plain_products(program)
         self.plain = [(s.weight, s.b, s.c) for s in plain] if not any(s.transposed for s in plain) else []
         text = text_of(program)
-        self.rows: dict[torch.dtype, range] = {}
-        self.words = ""
+        self.rows: dict[torch.dtype, tuple[range, range]] = {}
+        self.text: Text | None = None
         if isinstance(text, Text):
+            self.text = text
             self.words = text.biased if biased else text.plain
             self.names = (*text.names, "bias") if biased else text.names
             self.indices = text.indices
@@ -55,28 +57,33 @@ class Quick:
         shape = x.shape
         if not shape or shape[-1] != self.in_features or not is_usual():
             return None
-        dtype = x.dtype
-        rows = self.rows.get(dtype)
-        if rows is None:
-            rows = self.rows[dtype] = native_rows(self.program, dtype) if self.words else range(0)
-        if x.numel() // self.in_features in rows and native().available:
-            recording = torch.is_grad_enabled()
-            given = [] if recording and x.requires_grad else self._given(dtype, recording, held)
-            if given:
-                return run(x, given, self.words)
+        rows, dtype = x.numel() // self.in_features, x.dtype
+        ranges = self.rows.get(dtype)
+        if ranges is None:
+            ranges = self.rows[dtype] = native_rows(self.program, dtype), recorded_rows(self.program, dtype)
+        if self.text is not None and (rows in ranges[0] or rows in ranges[1]) and native().available:
+            found = self._native(x, self.text, rows, ranges, held)
+            if found is not None:
+                return found
         return self._linear(x, held) if self.plain else None
 
-    def _given(self, dtype: torch.dtype, recording: bool, held: tuple[Held, ...]) -> list[Tensor]:
-        """The tensors that the operator reads, or nothing if it can't."""
+    def _native(
+        self, x: Tensor, text: Text, rows: int, ranges: tuple[range, range], held: tuple[Held, ...]
+    ) -> Tensor | None:
+        recorded, dtype = x.requires_grad, x.dtype
         given = []
         for name in self.names:
             tensor = _find(name, held)
-            if tensor is None or not tensor.is_contiguous() or (recording and tensor.requires_grad):
-                return []
+            if tensor is None or not tensor.is_contiguous():
+                return None
             if tensor.dtype is not dtype and (name not in self.indices or tensor.dtype is not torch.int64):
-                return []
+                return None
+            recorded = recorded or tensor.requires_grad
             given.append(tensor)
-        return given
+        recorded = recorded and torch.is_grad_enabled()
+        if rows not in ranges[recorded]:
+            return None
+        return run_recorded(self.program, text, self.biased, x, given) if recorded else run(x, given, self.words)
 
     def _linear(self, x: Tensor, held: tuple[Held, ...]) -> Tensor | None:
         """A chain of plain products, each of which PyTorch does in one call; differentiable."""

@@ -174,10 +174,15 @@ class StructuredLinear(nn.Module):
     def explain(self, batch: int = 1) -> str:
         """What runs for ``batch`` rows: the program, the form of each stage, and the operations."""
         lines = [table(self._program), ""]
-        native = runs_native(self._program, self.tensors(), batch)
-        if native:
-            lines.append("Without gradients: native backend, all stages in one pass over tiles of the batch.")
-            lines.append("With gradients, and in compiled graphs:")
+        ways = {False: "Without gradients", True: "With gradients"}
+        ran = {w: runs_native(self._program, self.tensors(), batch, recorded=w) for w in ways}
+        for recorded, when in ways.items():
+            if ran[recorded]:
+                passes = "in one pass over tiles of the batch" + (" in each direction" if recorded else "")
+                lines.append(f"{when}: native backend, all stages {passes}.")
+        if any(ran.values()):
+            others = [when.lower() for recorded, when in ways.items() if not ran[recorded]]
+            lines.append(f"{' and '.join([*others, 'in compiled graphs']).capitalize()}:")
         for number, stage in enumerate(stages(self._program), 1):
             lines.append(f"{number}. {stage}: reference backend, {form(stage).value}")
         amount = cost(self._program, complex_weights=self._complex)

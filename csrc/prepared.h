@@ -1,0 +1,205 @@
+// What the passes forwards and backwards share: tensors as the kernels read them, and one instruction at work.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "execute.h"
+#include "plan.h"
+
+namespace structmat {
+
+constexpr int64_t alignment = 64;
+constexpr int64_t near_cache = 96 << 10;  // bytes of what is read in no order: beyond the L1 cache, since wide tiles pay
+constexpr int64_t far_cache = 768 << 10;  // bytes of a tile's memory: of an L2 cache of 1 MB
+
+// Memory that is kept from call to call, one of each thread: fresh pages cost more than the work of a small layer.
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      release();
+      memory_ = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+      if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return memory_;
+  }
+  void release() {
+    std::free(memory_);
+    memory_ = nullptr, size_ = 0;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// A sparse matrix as rows of entries. Entries that are sorted by place (as they are made) need no copy of the values.
+struct Rows {
+  std::vector<int32_t> start, column;
+  std::vector<int64_t> order;  // of the values; empty where they are in order
+};
+
+inline Rows compress(const Instruction& s, const int64_t* places) {
+  Rows r;
+  const int64_t rows = s.transposed ? s.width : s.height, width = s.width, size = s.height * s.width;
+  const int64_t entries = s.entries;
+  r.start.assign(rows + 1, 0);
+  r.column.resize(entries);
+  // Plain loops without exits, which compilers turn into vector code: this is done at every call.
+  int64_t backwards = 0;
+  for (int64_t k = 1; k < entries; ++k) backwards |= places[k] - places[k - 1];
+  const bool ascending = backwards >= 0;
+  int64_t least = entries ? places[0] : 0, most = entries ? places[entries - 1] : 0;
+  if (!ascending)
+    for (int64_t k = 0; k < entries; ++k) least = std::min(least, places[k]), most = std::max(most, places[k]);
+  if (least < 0 || (entries && most >= size))
+    throw std::invalid_argument("structmat: a place of a sparse matrix is out of range");
+  if (ascending && !s.transposed) {
+    const int64_t* at = places;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t* next = std::lower_bound(at, std::min(at + width, places + entries), (i + 1) * width);
+      next = next == at + width ? std::lower_bound(at, places + entries, (i + 1) * width) : next;
+      for (int64_t k = at - places; k < next - places; ++k) r.column[k] = int32_t(places[k] - i * width);
+      at = next;
+      r.start[i + 1] = int32_t(at - places);
+    }
+    return r;
+  }
+  std::vector<int32_t> own(entries), other(entries);
+  for (int64_t k = 0; k < entries; ++k) {
+    const int64_t row = places[k] / width, column = places[k] - row * width;
+    own[k] = int32_t(s.transposed ? column : row), other[k] = int32_t(s.transposed ? row : column);
+    ++r.start[own[k] + 1];
+  }
+  for (int64_t i = 0; i < rows; ++i) r.start[i + 1] += r.start[i];
+  std::vector<int32_t> next(r.start.begin(), r.start.end() - 1);
+  r.order.resize(entries);
+  for (int64_t k = 0; k < entries; ++k) {
+    const int32_t at = next[own[k]]++;
+    r.column[at] = other[k];
+    r.order[at] = k;
+  }
+  return r;
+}
+
+// What all tiles of a call share: tensors as the kernels read them.
+template <class Real>
+struct Prepared {
+  std::vector<const Real*> learned;
+  std::vector<const int64_t*> indices;
+  // By the number of the instruction:
+  std::vector<Rows> rows;                     // of sparse ones
+  std::vector<const Real*> values;            // of sparse ones, in the order of the rows
+  std::vector<std::vector<int64_t>> offsets;  // of windowed ones: where the contents of a term begin
+  std::vector<std::vector<Real>> owned;
+  const Real* bias = nullptr;
+};
+
+inline void check_index(const int64_t* index, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < count; ++i)
+    if (index[i] < 0 || index[i] >= size) throw std::invalid_argument("structmat: an index is out of range");
+}
+
+inline std::vector<int64_t> window_offsets(const Instruction& s, const int64_t* windows) {
+  std::vector<int64_t> offsets(2 * (s.entries + 1), 0);
+  for (int64_t k = 0; k < s.entries; ++k) {
+    const int64_t *w = windows + 4 * k, *sides[] = {w, w + 2};
+    const int64_t sizes[] = {s.height, s.width};
+    for (int side = 0; side < 2; ++side) {
+      if (sides[side][0] < 0 || sides[side][0] >= sizes[side] || sides[side][1] < 0 || sides[side][1] > sizes[side])
+        throw std::invalid_argument("structmat: a window is out of range");
+      offsets[2 * (k + 1) + side] = offsets[2 * k + side] + sides[side][1];
+    }
+  }
+  if (offsets[2 * s.entries] != s.left || offsets[2 * s.entries + 1] != s.right)
+    throw std::invalid_argument("structmat: the widths of the windows do not sum to what they hold");
+  return offsets;
+}
+
+template <class Real>
+Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, const Kernels<Real>& kernels) {
+  Prepared<Real> p;
+  const size_t count = plan.sizes.size();
+  p.learned.assign(count, nullptr), p.indices.assign(count, nullptr);
+  const bool direct = storage == (sizeof(Real) == 4 ? Storage::f32 : Storage::f64);
+  p.owned.reserve(count + plan.instructions.size());
+  for (size_t i = 0; i < count; ++i) {
+    if (tensors[i].count != plan.sizes[i]) throw std::invalid_argument("structmat: a tensor has the wrong size");
+    if (plan.is_index[i]) {
+      p.indices[i] = static_cast<const int64_t*>(tensors[i].data);
+    } else if (direct) {
+      p.learned[i] = static_cast<const Real*>(tensors[i].data);
+    } else {
+      p.owned.emplace_back(plan.sizes[i]);
+      kernels.widen(tensors[i].data, storage, p.owned.back().data(), plan.sizes[i]);
+      p.learned[i] = p.owned.back().data();
+    }
+  }
+  if (plan.has_bias) p.bias = p.learned[count - 1];
+  const size_t instructions = plan.instructions.size();
+  p.rows.resize(instructions), p.offsets.resize(instructions), p.values.assign(instructions, nullptr);
+  for (size_t i = 0; i < instructions; ++i) {
+    const Instruction& s = plan.instructions[i];
+    if (s.kind == Instruction::gather && s.index >= 0) check_index(p.indices[s.index], s.rows, s.rows);
+    if (s.kind == Instruction::scatter_add) check_index(p.indices[s.index], s.rows, s.rows);
+    if (s.kind == Instruction::windowed) p.offsets[i] = window_offsets(s, p.indices[s.index]);
+    if (s.kind != Instruction::sparse) continue;
+    const Rows& r = p.rows[i] = compress(s, p.indices[s.index]);
+    p.values[i] = p.learned[s.tensor];
+    if (r.order.empty()) continue;
+    std::vector<Real> values(s.entries);
+    for (int64_t k = 0; k < s.entries; ++k) values[k] = p.learned[s.tensor][r.order[k]];
+    p.owned.push_back(std::move(values));
+    p.values[i] = p.owned.back().data();
+  }
+  return p;
+}
+
+// Runs one instruction, `number` in the plan, on rows of a tile.
+template <class Real>
+inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, const Plan& plan, const Kernels<Real>& k,
+                Real* memory, int64_t columns) {
+  const Real* x = memory + s.from * columns;
+  Real* y = memory + s.to * columns;
+  switch (s.kind) {
+    case Instruction::contract: k.contract(s.contraction, p.learned[s.tensor], x, y, columns, s.add); break;
+    case Instruction::radix: k.radix(s.stages, p.learned.data(), x, y, columns); break;
+    case Instruction::diagonal: k.diagonal(p.learned[s.tensor], x, y, s.rows, columns, s.add); break;
+    case Instruction::gather:
+      k.gather(s.table >= 0 ? plan.tables[s.table].data() : p.indices[s.index], x, y, s.rows, columns, s.add);
+      break;
+    case Instruction::scatter_add: k.scatter_add(p.indices[s.index], x, y, s.rows, columns); break;
+    case Instruction::copy: k.copy(x, y, s.rows, columns, s.add); break;
+    case Instruction::clear: std::memset(y, 0, size_t(s.rows) * columns * sizeof(Real)); break;
+    case Instruction::sparse: {
+      const Compressed matrix{p.rows[number].start.data(), p.rows[number].column.data()};
+      k.sparse(matrix, p.values[number], x, y, s.rows, columns, s.add);
+      break;
+    }
+    case Instruction::windowed: {
+      const std::vector<int64_t>& offsets = p.offsets[number];
+      for (int64_t t = 0; t < s.entries; ++t) {
+        const int64_t* w = p.indices[s.index] + 4 * t;
+        const Real *left = p.learned[s.tensor] + offsets[2 * t], *right = p.learned[s.other] + offsets[2 * t + 1];
+        if (w[1] == 0 || w[3] == 0) continue;
+        if (s.transposed)
+          k.rank_one(right, w[2], w[3], s.width, left, w[0], w[1], s.height, x, y, columns);
+        else
+          k.rank_one(left, w[0], w[1], s.height, right, w[2], w[3], s.width, x, y, columns);
+      }
+      break;
+    }
+  }
+}
+
+inline int64_t bytes_of(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
+
+}  // namespace structmat

@@ -1,0 +1,66 @@
+// Vector registers of the instruction set that a source is compiled for.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#ifndef STRUCTMAT_ISA
+#error "STRUCTMAT_ISA must name the instruction set"
+#endif
+
+namespace structmat {
+namespace STRUCTMAT_ISA {
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64, registers = 32;
+#elif defined(__AVX__)
+constexpr int register_bytes = 32, registers = 16;
+#else
+constexpr int register_bytes = 16, registers = 16;
+#endif
+
+template <class Real>
+struct Vector {
+  static constexpr int lanes = register_bytes / sizeof(Real);
+  typedef Real type __attribute__((vector_size(register_bytes), aligned(alignof(Real)), may_alias));
+};
+
+template <class Real>
+using V = typename Vector<Real>::type;
+
+template <class Real>
+inline V<Real> at(const Real* p) {
+  return *reinterpret_cast<const V<Real>*>(p);
+}
+
+template <class Real>
+inline void put(Real* p, V<Real> v) {
+  *reinterpret_cast<V<Real>*>(p) = v;
+}
+
+// A square of registers transposed in place: log2(lanes) rounds of exchanging off-diagonal halves.
+template <class Real>
+inline void transpose(V<Real>* r) {
+  constexpr int n = Vector<Real>::lanes;
+  typedef typename std::conditional<sizeof(Real) == 4, int32_t, int64_t>::type Index;
+  typedef Index Mask __attribute__((vector_size(register_bytes)));
+#pragma GCC unroll 8
+  for (int s = n / 2; s > 0; s /= 2) {
+    Mask first, second;
+#pragma GCC unroll 16
+    for (int l = 0; l < n; ++l) {
+      first[l] = (l & s) ? n + (l - s) : l;
+      second[l] = (l & s) ? n + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (i & s) continue;
+      const V<Real> a = r[i], b = r[i + s];
+      r[i] = __builtin_shuffle(a, b, first);
+      r[i + s] = __builtin_shuffle(a, b, second);
+    }
+  }
+}
+
+}  // namespace STRUCTMAT_ISA
+}  // namespace structmat
