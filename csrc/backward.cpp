@@ -143,7 +143,7 @@ void run_parts(int64_t begin, int64_t end, void* opaque) {
     Real* memory = static_cast<Real*>(scratch.reserve(rows * pass.columns * int64_t(sizeof(Real))));
     for (int64_t part = begin; part < end; ++part) {
       Real* sums = pass.sums + part * pass.plan.total;
-      std::memset(sums, 0, size_t(pass.plan.total) * sizeof(Real));
+      std::fill_n(sums, pass.plan.total, Real(0));  // none where no tensor's gradient is wanted
       const int64_t tiles = pass.tiles(), last = tiles * (part + 1) / pass.parts;
       for (int64_t tile = tiles * part / pass.parts; tile < last; ++tile) run_tile<Real>(pass, tile, memory, sums);
     }
