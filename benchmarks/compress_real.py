@@ -22,8 +22,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -36,12 +34,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.files import RESULTS, ROOT, environment, write
 from benchmarks.real_models import MODELS, RealModel, require_data
 from benchmarks.tables import write_tables
 
-ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "compress_real"
-RESULTS = ROOT / "benchmarks" / "results" / "compress_real"
+STUDY = RESULTS / "compress_real"
 
 BUDGETS = (0.75, 0.5, 0.25)
 """Shares of the parameters of the compressible layers. 0.75 is judged before recovery only."""
@@ -77,7 +75,7 @@ class Cell:
 
     @property
     def result(self) -> Path:
-        return RESULTS / f"{self.key}.json"
+        return STUDY / f"{self.key}.json"
 
     @property
     def folder(self) -> Path:
@@ -330,11 +328,11 @@ RATE = {"novel-lm": 1e-3, "mnist-mlp": 1e-3}
 
 
 def menu_result(model: str) -> Path:
-    return RESULTS.with_name("compress_real_low_rank") / f"{model}.json"
+    return STUDY.with_name("compress_real_low_rank") / f"{model}.json"
 
 
 def rate_result(cell: Cell, rate: float) -> Path:
-    return RESULTS.with_name("compress_real_rates") / f"{cell.key}_{rate:g}.json"
+    return STUDY.with_name("compress_real_rates") / f"{cell.key}_{rate:g}.json"
 
 
 # ---------------------------------------------------------------------------------------------------- measurements
@@ -389,22 +387,13 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def environment() -> dict[str, Any]:
-    from structmat.compression.report import environment as machine
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {**machine(), "system": platform.system(), "commit": commit}
-
-
 # ------------------------------------------------------------------------------------------------------ the driver
 
 
 def clock_result(cell: Cell) -> Path:
     """Of seed 0: a step takes as long with another."""
     first = dataclasses.replace(cell, seed=0)
-    return RESULTS.with_name("compress_real_steps") / f"{first.key}.json"
+    return STUDY.with_name("compress_real_steps") / f"{first.key}.json"
 
 
 def steps_within(cell: Cell, minutes: float) -> int:
@@ -436,7 +425,7 @@ def run_times(chosen: list[Cell]) -> None:
         if cell.result.exists() and (cell.folder / "before").exists():
             print(f"times: {cell.key}", flush=True)
             in_own_process(cell, "time")
-    write_tables(RESULTS, cells(3), RATE)
+    write_tables(STUDY, cells(3), RATE)
 
 
 def run_menus(chosen: list[Cell]) -> None:
@@ -445,7 +434,7 @@ def run_menus(chosen: list[Cell]) -> None:
         if not menu_result(model).exists():
             print(f"menu of low rank: {model}", flush=True)
             in_own_process(next(c for c in chosen if c.model == model), "menu")
-    write_tables(RESULTS, cells(3), RATE)
+    write_tables(STUDY, cells(3), RATE)
 
 
 def run_rates(chosen: list[Cell]) -> None:
@@ -457,7 +446,7 @@ def run_rates(chosen: list[Cell]) -> None:
         print(f"rate {rate:g}: {cell.key}", flush=True)
         steps = steps_within(cell, MODELS[cell.model].minutes / 3)
         in_own_process(cell, "rates", "--rate", str(rate), "--steps", str(steps))
-    write_tables(RESULTS, cells(3), RATE)
+    write_tables(STUDY, cells(3), RATE)
 
 
 def run(phase: str, chosen: list[Cell]) -> None:
@@ -477,15 +466,7 @@ def run(phase: str, chosen: list[Cell]) -> None:
         print(f"[{number}/{len(work)}] {step}: {cell.key}", flush=True)
         steps = ["--steps", str(steps_within(cell, MODELS[cell.model].minutes))] if step == "recovery" else []
         in_own_process(cell, step, *steps)
-        write_tables(RESULTS, cells(3), RATE)
-
-
-def write(path: Path, data: Any) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+        write_tables(STUDY, cells(3), RATE)
 
 
 def main() -> None:
@@ -502,7 +483,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of recovery, that this process takes")
     options = parser.parse_args()
     if options.action == "table":
-        write_tables(RESULTS, cells(3), RATE)
+        write_tables(STUDY, cells(3), RATE)
         return
     require_data()
     if options.action == "cell":

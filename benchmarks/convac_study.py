@@ -10,10 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.files import RESULTS, environment, write
 
 NOT_RUN = "not run"
 
@@ -118,24 +114,6 @@ class Study:
             found = {**found, "seconds": round(time.perf_counter() - start, 1), "environment": environment()}
             write(self.path(cell), found)
             self.write_tables()
-
-
-def write(path: Path, data: Any) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-
-
-def environment() -> dict[str, Any]:
-    """Where a cell was run."""
-    from structmat.compression.report import environment as machine
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {**machine(), "system": platform.system(), "commit": commit}
 
 
 def track(items: Iterable[T], total: int, words: str) -> Iterable[T]:

@@ -31,8 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "kernels"
+from benchmarks.files import RESULTS, ROOT, environment, write
+
+STUDY = RESULTS / "kernels"
 
 FORWARD, TRAINING = "forward", "training"
 SHAPES = ((1024, 1024), (4096, 4096))
@@ -60,7 +61,7 @@ class Setting:
 
     @property
     def result(self) -> Path:
-        return RESULTS / f"{self.key}.json"
+        return STUDY / f"{self.key}.json"
 
 
 def settings(full: bool) -> list[Setting]:
@@ -100,7 +101,6 @@ def layers(shape: tuple[int, int]) -> dict[str, Any]:
 
 def run_setting(setting: Setting) -> dict[str, Any]:
     """Time every layer of a setting."""
-    from structmat.compression.report import environment
     from structmat.compression.timing import interleaved
 
     torch.set_num_threads(setting.threads)
@@ -197,7 +197,7 @@ def worker(setting: Setting, x: Tensor, generator: torch.Generator) -> Callable[
 
 def write_table() -> None:
     """``kernels.md`` from every setting that is done."""
-    done = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(STUDY.glob("*.json"))]
     by_key = {Setting(**{**d["setting"], "shape": tuple(d["setting"]["shape"])}): d for d in done}
     lines = [
         "# Structured layers on the clock",
@@ -230,15 +230,7 @@ def write_table() -> None:
                 f"| `{row['structure']}` | {row['microseconds']['auto']:.1f} | {by['auto']:.2f} | "
                 f"{row['operations_ratio']:.1f} | {alone[0]} | {alone[1]} | {row['efficiency']:.2f} |"
             )
-    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def write(path: Path, data: Any) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    STUDY.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main() -> None:
