@@ -30,7 +30,7 @@ from structmat.compression.running import Forward, Loss, check_loader
 from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
 from structmat.compression.score import Measurement, corrected, score
 from structmat.compression.screen import check_weight, screen
-from structmat.compression.workfolder import WorkFolder, digest, fingerprint, form_of, start_of
+from structmat.compression.workfolder import WorkFolder, digest, fingerprint, form_and_start
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
 from structmat.projection.project import DEFAULT_SWEEPS
 from structmat.structure import Structure, resolve
@@ -335,7 +335,8 @@ def _calibrated(
         return None, base
     key, start = digest(base, _name(forward), _name(loss)), ""
     if work.path is not None:
-        key, start = digest(key, form_of(loader)), start_of(loader)
+        form, start = form_and_start(loader)
+        key = digest(key, form)
     kept = work.load("calibration", key)
     if kept is not None:
         if kept[0]["start"] != start:

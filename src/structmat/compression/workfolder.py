@@ -110,18 +110,15 @@ def fingerprint(model: nn.Module) -> str:
     return total.hexdigest()[:24]
 
 
-def form_of(loader: Iterable[Any]) -> list[Any]:
-    """What tells data apart whatever its order: numbers of batches and samples, shapes and types in the first batch."""
+def form_and_start(loader: Iterable[Any]) -> tuple[list[Any], str]:
+    """What tells data apart whatever its order (numbers of batches and samples, shapes and types in the first batch),
+    and a digest of the values in the first batch."""
     lengths = [len(d) if isinstance(d, Sized) else None for d in (loader, getattr(loader, "dataset", None))]
-    return [*lengths, [(tuple(tensor.shape), str(tensor.dtype)) for tensor in _tensors(next(iter(loader), None))]]
-
-
-def start_of(loader: Iterable[Any]) -> str:
-    """A digest of the values in the first batch."""
+    tensors = list(_tensors(next(iter(loader), None)))
     total = hashlib.sha256()
-    for tensor in _tensors(next(iter(loader), None)):
+    for tensor in tensors:
         total.update(_raw(tensor))
-    return total.hexdigest()[:24]
+    return [*lengths, [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]], total.hexdigest()[:24]
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

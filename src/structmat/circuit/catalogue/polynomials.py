@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from structmat.circuit.arrays import Ints, Numbers, numbers
 from structmat.circuit.builder import Builder
 from structmat.circuit.catalogue.fourier import fourier, require_power_of_two
+from structmat.circuit.catalogue.products import recombined
 from structmat.circuit.catalogue.published import Published
 from structmat.circuit.circuit import Circuit
 from structmat.errors import CircuitError
@@ -207,12 +208,4 @@ def _fixed_product(builder: Builder, x: Ints, constants: Numbers) -> Ints:
     mixed = builder.sums(np.stack([x[:, :half], x[:, half:]], axis=-1))
     fixed = [constants[:, :half], constants[:, half:], constants[:, :half] + constants[:, half:]]
     products = _fixed_product(builder, np.concatenate([x[:, :half], x[:, half:], mixed]), np.concatenate(fixed))
-    low, high, both = products.reshape(3, copies, n - 1)
-    middle = builder.sums(np.stack([both, low, high], axis=-1), [1, -1, -1])
-    result = np.empty((copies, 2 * n - 1), dtype=np.int64)
-    result[:, :half] = low[:, :half]
-    result[:, half : n - 1] = builder.sums(np.stack([low[:, half:], middle[:, : half - 1]], axis=-1))
-    result[:, n - 1] = middle[:, half - 1]
-    result[:, n : n + half - 1] = builder.sums(np.stack([high[:, : half - 1], middle[:, half:]], axis=-1))
-    result[:, n + half - 1 :] = high[:, half - 1 :]
-    return result
+    return recombined(builder, products.reshape(3, copies, n - 1))

@@ -162,7 +162,15 @@ def _karatsuba(builder: Builder, a: Ints, b: Ints) -> Ints:
         np.concatenate([a[:, :half], a[:, half:], sums[0]]),
         np.concatenate([b[:, :half], b[:, half:], sums[1]]),
     )
-    low, high, mixed = products.reshape(3, copies, n - 1)
+    return recombined(builder, products.reshape(3, copies, n - 1))
+
+
+def recombined(builder: Builder, products: Ints) -> Ints:
+    """Karatsuba's recombination: from the products (3, copies, n - 1) of the low halves, the high halves and their
+    sums, the coefficients (copies, 2 n - 1) of the whole product."""
+    low, high, mixed = products
+    copies, n = low.shape[0], low.shape[1] + 1
+    half = n // 2
     middle = builder.sums(np.stack([mixed, low, high], axis=-1), [1, -1, -1])
     result = np.empty((copies, 2 * n - 1), dtype=np.int64)
     result[:, :half] = low[:, :half]

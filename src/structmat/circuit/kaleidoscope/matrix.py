@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from structmat.circuit.arrays import Numbers, numbers
 from structmat.circuit.circuit import Circuit
 from structmat.circuit.fields import Field
+from structmat.circuit.kaleidoscope.columns import columns_of, rows_of
 from structmat.circuit.kaleidoscope.product import ButterflyProduct, run, stages_circuit
 from structmat.circuit.kaleidoscope.stage import Stage, power_of_two
 from structmat.errors import CircuitError
@@ -104,16 +105,9 @@ class Kaleidoscope:
             CircuitError: the shape is wrong, or a number is not in the field.
         """
         array = numbers(x)
-        if array.ndim not in (1, 2) or array.shape[-1] != self.in_features:
-            raise CircuitError(
-                f"A matrix of {self.in_features} inputs takes ({self.in_features},) or (batch, {self.in_features}); "
-                f"got {array.shape}."
-            )
+        columns = columns_of(array, self.in_features, self.size)
         chosen = self.product.field(array) if field is None else field
-        columns = np.zeros((self.size, 1 if array.ndim == 1 else len(array)), dtype=array.dtype)
-        columns[: self.in_features] = np.atleast_2d(array).T
-        rows = run(self.product.stages, columns, chosen)[: self.out_features].T
-        return rows[0] if array.ndim == 1 else np.ascontiguousarray(rows)
+        return rows_of(run(self.product.stages, columns, chosen), self.out_features, array)
 
     def to_dense(self, field: Field | None = None) -> Numbers:
         """The matrix (outputs, inputs)."""

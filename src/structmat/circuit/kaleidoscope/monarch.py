@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from structmat.circuit.arrays import Ints, Numbers, exact_product, joined, numbers, owners, starts
 from structmat.circuit.fields import Field, natural_field
+from structmat.circuit.kaleidoscope.columns import columns_of, rows_of
 from structmat.errors import CircuitError
 
 
@@ -202,19 +203,12 @@ class MonarchProduct:
             CircuitError: the shape is wrong, or a number is not in the field.
         """
         array = numbers(x)
-        if array.ndim not in (1, 2) or array.shape[-1] != self.in_features:
-            raise CircuitError(
-                f"A matrix of {self.in_features} inputs takes ({self.in_features},) or (batch, {self.in_features}); "
-                f"got {array.shape}."
-            )
+        columns = columns_of(array, self.in_features, self.size)
         chosen = natural_field(array, *(stage.value for stage in self.stages)) if field is None else field
-        columns = np.zeros((self.size, 1 if array.ndim == 1 else len(array)), dtype=array.dtype)
-        columns[: self.in_features] = np.atleast_2d(array).T
         values = np.ascontiguousarray(chosen.array(columns))
         for stage in self.stages:
             values = stage.apply(values, chosen)
-        rows = values[: self.out_features].T
-        return rows[0] if array.ndim == 1 else np.ascontiguousarray(rows)
+        return rows_of(values, self.out_features, array)
 
     def to_dense(self, field: Field | None = None) -> Numbers:
         """The matrix (outputs, inputs)."""

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from structmat.circuit.arrays import Numbers, joined, numbers, starts
 from structmat.circuit.circuit import Circuit, Kind
 from structmat.circuit.fields import Field, natural_field
+from structmat.circuit.kaleidoscope.columns import columns_of, rows_of
 from structmat.circuit.kaleidoscope.stage import Stage
 from structmat.errors import CircuitError
 
@@ -71,12 +72,8 @@ class ButterflyProduct:
             CircuitError: the shape is wrong, or a number is not in the field.
         """
         array = numbers(x)
-        if array.ndim not in (1, 2) or array.shape[-1] != self.size:
-            raise CircuitError(
-                f"A product of size {self.size} takes ({self.size},) or (batch, {self.size}); got {array.shape}."
-            )
-        rows = run(self.stages, np.atleast_2d(array).T, self.field(array) if field is None else field).T
-        return rows[0] if array.ndim == 1 else np.ascontiguousarray(rows)
+        columns = columns_of(array, self.size, self.size)
+        return rows_of(run(self.stages, columns, self.field(array) if field is None else field), self.size, array)
 
     def to_dense(self, field: Field | None = None) -> Numbers:
         """The matrix (n, n)."""

@@ -270,26 +270,14 @@ class RootMeanSquare(Semiring):
         return state.value
 
 
-@final
 @dataclass(frozen=True)
-class Log(Semiring):
-    """Logarithms of non-negative numbers, one for each channel. For generative networks and SimNets.
-
-    A zero is ``-inf`` and takes the gradient zero, which is right in logarithmic coordinates.
-    """
+class _Logarithms(Semiring):
+    """Non-negative numbers held as logarithms; how they are summed is left open."""
 
     allows_negative = False
 
     def lift(self, x: Tensor, *, logarithm: bool) -> State:
         return State(x if logarithm else _log_of(x))
-
-    def linear(self, weights: LinearMap, state: State, source: Tensor | None) -> State:
-        top = _finite_top(state.value)
-        total = weights((state.value - top).exp())
-        top = _gather(top, source)
-        positive = total > 0
-        log = torch.where(positive, torch.where(positive, total, 1.0).log() + top, -torch.inf)
-        return State(log)
 
     def multiply(self, first: State, second: State) -> State:
         return State(first.value + second.value)
@@ -302,6 +290,23 @@ class Log(Semiring):
 
     def scores(self, state: State) -> Tensor:
         return state.value
+
+
+@final
+@dataclass(frozen=True)
+class Log(_Logarithms):
+    """Logarithms of non-negative numbers, one for each channel. For generative networks and SimNets.
+
+    A zero is ``-inf`` and takes the gradient zero, which is right in logarithmic coordinates.
+    """
+
+    def linear(self, weights: LinearMap, state: State, source: Tensor | None) -> State:
+        top = _finite_top(state.value)
+        total = weights((state.value - top).exp())
+        top = _gather(top, source)
+        positive = total > 0
+        log = torch.where(positive, torch.where(positive, total, 1.0).log() + top, -torch.inf)
+        return State(log)
 
 
 @final
@@ -341,28 +346,11 @@ class SignedLog(Semiring):
 
 @final
 @dataclass(frozen=True)
-class MaxProduct(Semiring):
+class MaxProduct(_Logarithms):
     """Logarithms with maximum for sum: the value of the most probable explanation."""
-
-    allows_negative = False
-
-    def lift(self, x: Tensor, *, logarithm: bool) -> State:
-        return State(x if logarithm else _log_of(x))
 
     def linear(self, weights: LinearMap, state: State, source: Tensor | None) -> State:
         return State(weights.tropical(state.value))
-
-    def multiply(self, first: State, second: State) -> State:
-        return State(first.value + second.value)
-
-    def unit(self, like: State, locations: int) -> State:
-        return State(like.value.new_zeros(like.value.shape[0], locations, like.value.shape[2]))
-
-    def lower(self, state: State) -> Signed:
-        return Signed(torch.where(state.value > -torch.inf, 1.0, 0.0).to(state.value.dtype), state.value)
-
-    def scores(self, state: State) -> Tensor:
-        return state.value
 
 
 def _finite_top(x: Tensor) -> Tensor:
