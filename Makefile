@@ -23,7 +23,7 @@ test: $(VENV)/installed-dev  ## run the tests (ARGS="..." goes to pytest)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 slow: $(VENV)/installed-dev  ## run the slow remainder of the tests
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m slow -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup $(ARGS)
 
 demo: $(VENV)/installed-demo  ## run the demonstration (ARGS="..." goes to structmat demo)
 	$(BIN)/structmat demo $(ARGS)

@@ -15,19 +15,12 @@ namespace STRUCTMAT_ISA {
 template <class Real>
 inline V<Real> sum_lanes(V<Real>* r) {
   constexpr int n = Vector<Real>::lanes;
-  typedef typename std::conditional<sizeof(Real) == 4, int32_t, int64_t>::type Index;
-  typedef Index Mask __attribute__((vector_size(register_bytes)));
 #pragma GCC unroll 8
   for (int s = n / 2; s > 0; s /= 2) {
-    Mask first, second;
-#pragma GCC unroll 16
-    for (int l = 0; l < n; ++l) {
-      first[l] = (l & s) ? n + (l - s) : l;
-      second[l] = (l & s) ? n + l : l + s;
-    }
+    const Exchange<Real> of(s);
 #pragma GCC unroll 16
     for (int i = 0; i < s; ++i)
-      r[i] = __builtin_shuffle(r[i], r[i + s], first) + __builtin_shuffle(r[i], r[i + s], second);
+      r[i] = __builtin_shuffle(r[i], r[i + s], of.first) + __builtin_shuffle(r[i], r[i + s], of.second);
   }
   return r[0];
 }
@@ -435,23 +428,11 @@ inline void window_sums(const Real* rows, int64_t start, int64_t size, int64_t c
   });
 }
 
-// to = the sum over k of factor[k] times row (start + k) mod size.
 template <class Real>
 inline void window_product(const Real* factor, const Real* rows, int64_t start, int64_t size, int64_t count, Real* to,
                            int64_t columns) {
-  constexpr int n = Vector<Real>::lanes;
-  for (int64_t p = 0; p < columns; p += n) {
-    V<Real> sum = {}, other = {};
-    int64_t row = start, k = 0;
-    for (; k + 1 < count; k += 2) {
-      const int64_t next = row + 1 == size ? 0 : row + 1;
-      sum += at(rows + row * columns + p) * factor[k];
-      other += at(rows + next * columns + p) * factor[k + 1];
-      row = next + 1 == size ? 0 : next + 1;
-    }
-    if (k < count) sum += at(rows + row * columns + p) * factor[k];
-    put(to + p, sum + other);
-  }
+  for (int64_t p = 0; p < columns; p += Vector<Real>::lanes)
+    put(to + p, window_sum<Real>(factor, rows + p, start, size, count, columns));
 }
 
 template <class Real>

@@ -344,16 +344,7 @@ void rank_one(const Real* left, int64_t start, int64_t height, int64_t size, con
               int64_t width, int64_t length, const Real* x, Real* y, int64_t columns) {
   constexpr int n = Vector<Real>::lanes;
   for (int64_t p = 0; p < columns; p += n) {
-    V<Real> sum = {}, other = {};
-    int64_t r = from, j = 0;
-    for (; j + 1 < width; j += 2) {
-      const int64_t next = r + 1 == length ? 0 : r + 1;
-      sum += at(x + r * columns + p) * right[j];
-      other += at(x + next * columns + p) * right[j + 1];
-      r = next + 1 == length ? 0 : next + 1;
-    }
-    if (j < width) sum += at(x + r * columns + p) * right[j];
-    sum += other;
+    const V<Real> sum = window_sum<Real>(right, x + p, from, length, width, columns);
     int64_t to = start;
     for (int64_t i = 0; i < height; ++i) {
       Real* row = y + to * columns + p;

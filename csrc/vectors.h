@@ -38,26 +38,51 @@ inline void put(Real* p, V<Real> v) {
   *reinterpret_cast<V<Real>*>(p) = v;
 }
 
-// A square of registers transposed in place: log2(lanes) rounds of exchanging off-diagonal halves.
+// The sum over k of factor[k] times row (start + k) mod size, of one register's columns.
 template <class Real>
-inline void transpose(V<Real>* r) {
-  constexpr int n = Vector<Real>::lanes;
+inline V<Real> window_sum(const Real* factor, const Real* rows, int64_t start, int64_t size, int64_t count,
+                          int64_t columns) {
+  V<Real> sum = {}, other = {};
+  int64_t row = start, k = 0;
+  for (; k + 1 < count; k += 2) {
+    const int64_t next = row + 1 == size ? 0 : row + 1;
+    sum += at(rows + row * columns) * factor[k];
+    other += at(rows + next * columns) * factor[k + 1];
+    row = next + 1 == size ? 0 : next + 1;
+  }
+  if (k < count) sum += at(rows + row * columns) * factor[k];
+  return sum + other;
+}
+
+// Of two registers seen as a 2 x 2 matrix of groups of s lanes, again and again: its first row and its second, transposed.
+template <class Real>
+struct Exchange {
   typedef typename std::conditional<sizeof(Real) == 4, int32_t, int64_t>::type Index;
   typedef Index Mask __attribute__((vector_size(register_bytes)));
-#pragma GCC unroll 8
-  for (int s = n / 2; s > 0; s /= 2) {
-    Mask first, second;
+  Mask first, second;
+  inline explicit Exchange(int s) {
+    constexpr int n = Vector<Real>::lanes;
 #pragma GCC unroll 16
     for (int l = 0; l < n; ++l) {
       first[l] = (l & s) ? n + (l - s) : l;
       second[l] = (l & s) ? n + l : l + s;
     }
+  }
+};
+
+// A square of registers transposed in place: log2(lanes) rounds of exchanging off-diagonal halves.
+template <class Real>
+inline void transpose(V<Real>* r) {
+  constexpr int n = Vector<Real>::lanes;
+#pragma GCC unroll 8
+  for (int s = n / 2; s > 0; s /= 2) {
+    const Exchange<Real> of(s);
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) {
       if (i & s) continue;
       const V<Real> a = r[i], b = r[i + s];
-      r[i] = __builtin_shuffle(a, b, first);
-      r[i + s] = __builtin_shuffle(a, b, second);
+      r[i] = __builtin_shuffle(a, b, of.first);
+      r[i + s] = __builtin_shuffle(a, b, of.second);
     }
   }
 }

@@ -17,7 +17,7 @@ from native_programs import programs, tensors_of
 from torch import Tensor
 
 from structmat.kernels.text import Text, text_of
-from structmat.program import Program
+from structmat.program import Pad, Program
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -68,13 +68,28 @@ def build(folder: Path, compiler: str, flags: list[str]) -> Path:
     return folder / "driver"
 
 
-@pytest.mark.slow
-def test_the_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built once for the tests of this module, with both sanitizers."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    driver = build(tmp_path, compiler, ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
-    cases: list[bytes] = []
+    folder = tmp_path_factory.mktemp("driver")
+    return build(folder, compiler, ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
+
+
+def run(driver: Path, cases: list[bytes], instruction_set: str | None = None) -> subprocess.CompletedProcess[str]:
+    file = driver.parent / "cases"
+    file.write_bytes(b"".join(cases))
+    chosen = {} if instruction_set is None else {"STRUCTMAT_ISA": instruction_set}
+    return subprocess.run([driver, file], env={**os.environ, **chosen}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("sanitizers")
+def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
+    # A program without a tensor comes first: nothing is summed for it, and nothing was reserved before it.
+    cases = [case(Pad(5, 9, 2), dtype, 3, 0, False) for dtype in STORAGE]
 
     @settings(deadline=None, max_examples=400, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(programs(depth=3), st.sampled_from(list(STORAGE)), st.integers(0, 70), st.integers(0, 10**6), st.booleans())
@@ -83,26 +98,19 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path: Path) -> None:
 
     collect()
     assert len(cases) >= 400
-    file = tmp_path / "cases"
-    file.write_bytes(b"".join(cases))
     for name in ("base", "avx2", "avx512"):
-        done = subprocess.run([driver, file], env={**os.environ, "STRUCTMAT_ISA": name}, capture_output=True, text=True)
+        done = run(driver, cases, name)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.startswith(f"{len(cases)} cases")
 
 
 @pytest.mark.slow
-def test_the_sanitizers_see_what_is_wrong(tmp_path: Path) -> None:
+@pytest.mark.xdist_group("sanitizers")
+def test_the_sanitizers_see_what_is_wrong(driver: Path) -> None:
     """A read beyond the end of a tensor ends the driver: the test above can fail."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    driver = build(tmp_path, compiler, ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"])
     words = b"rows 4 contract 1 4 8 1 0 0 0 0"
     x, weight = torch.randn(2 * 8), torch.randn(31)  # one number is missing, though the case says 32
     parts = [struct.pack("<q", len(words)), words, struct.pack("<qqq", 2, 0, 8), held(x), struct.pack("<qq", 1, 32)]
-    file = tmp_path / "case"
-    file.write_bytes(b"".join([*parts, held(weight)]))
-    done = subprocess.run([driver, file], capture_output=True, text=True)
+    done = run(driver, [*parts, held(weight)])
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
