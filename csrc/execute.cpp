@@ -20,7 +20,8 @@ int64_t tile_columns(const Plan& plan, int64_t rows, int64_t lanes, int threads)
   const int64_t widest = std::max<int64_t>(lanes, 256 / int64_t(sizeof(Real)));
   int64_t columns = widest;
   const auto too_wide = [&](int64_t c) {
-    return plan.rows * c * int64_t(sizeof(Real)) > far_cache ||
+    const int64_t bytes = plan.rows * c * int64_t(sizeof(Real));
+    return bytes > far_cache || (plan.is_light && bytes > near_cache && c > 2 * lanes) ||
            plan.widest_source * c * int64_t(sizeof(Real)) > near_cache || rows < c * threads;
   };
   while (columns > lanes && too_wide(columns)) columns /= 2;
@@ -30,8 +31,10 @@ int64_t tile_columns(const Plan& plan, int64_t rows, int64_t lanes, int threads)
 template <class Real>
 void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, const Kernels<Real>& kernels,
                 Parallel parallel, int threads) {
-  const Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels);
+  Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels);
   const int64_t columns = tile_columns<Real>(plan, batch.rows, kernels.lanes, threads);
+  static thread_local Scratch panels;
+  pack_weights<Real>(prepared, plan, kernels, panels, batch.rows >= 2 * columns, parallel);
   struct Context {
     const Plan& plan;
     const Batch& batch;

@@ -5,6 +5,7 @@
 
 #include "contraction.h"
 #include "gradients.h"
+#include "panels.h"
 #include "vectors.h"
 
 namespace structmat {
@@ -359,6 +360,9 @@ constexpr Kernels<Real> table = {load<Real>,
                                  store<Real>,
                                  contract<Real>,
                                  radix<Real>,
+                                 pack<Real>,
+                                 contract_packed<Real>,
+                                 quads<Real>,
                                  diagonal<Real>,
                                  gather<Real>,
                                  scatter_add<Real>,

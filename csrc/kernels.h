@@ -29,6 +29,21 @@ struct Radix {
   int weight[most];             // numbers of the tensors
 };
 
+// Up to two stages of 4 x 4 blocks that act on the same groups of 4^count rows, one after the other in registers. Groups
+// as above, with digits of base 4 in place of bits.
+struct Quads {
+  static constexpr int most = 2;
+  int count;
+  int64_t rows, lowest;
+  int digit[most];  // which digit of the index a stage mixes
+  bool by_rows;     // how the matrices of digit 0 lie, where `lowest` is 1: as in the tensor, which needs no packing then
+  Contract contraction[most];
+  int weight[most];
+};
+
+// How weights are packed (panels.h): rows b of a panel; matrices of neighbouring d that are packed at a time.
+constexpr int64_t panel_rows = 16, pack_together = 16;
+
 constexpr int64_t widest_row = 512;  // bytes of a row of a tile, at most
 constexpr int64_t block_width = 64;  // rows of a tile that are transposed at once
 
@@ -57,6 +72,11 @@ struct Kernels {
                 int64_t count, int64_t features);
   void (*contract)(const Contract& stage, const Real* weight, const Real* x, Real* y, int64_t columns, bool add);
   void (*radix)(const Radix& stage, const Real* const* tensors, const Real* x, Real* y, int64_t columns);  // x may be y
+  // Units begin .. end of the weights as panels, of a * ceil(d / pack_together) units (a = 1 where a is shared); and what
+  // reads panels.
+  void (*pack)(const Contract& stage, const Real* weight, Real* panels, int64_t begin, int64_t end);
+  void (*contract_packed)(const Contract& stage, const Real* panels, const Real* x, Real* y, int64_t columns, bool add);
+  void (*quads)(const Quads& stage, const Real* const* panels, const Real* x, Real* y, int64_t columns);  // x may be y
   void (*diagonal)(const Real* weight, const Real* x, Real* y, int64_t rows, int64_t columns, bool add);
   // Row i of y (+)= row index[i] of x.
   void (*gather)(const int64_t* index, const Real* x, Real* y, int64_t rows, int64_t columns, bool add);

@@ -160,10 +160,11 @@ class Layout {
     if (n.kind == "chain") {
       Value current = source;
       for (size_t i = 0; i < n.parts.size();) {
-        const size_t merged = stages_in_registers(n, i);
+        const int64_t base = memory_ == Memory::reused && stages_in_registers(n, i, 4, Quads::most) ? 4 : 2;
+        const size_t merged = stages_in_registers(n, i, base, base == 4 ? Quads::most : Radix::most);
         const bool last = i + std::max<size_t>(merged, 1) == n.parts.size();
         const Value* target = last ? into : nullptr;
-        current = merged ? in_place(n, i, merged, current, target, last && add)
+        current = merged ? in_place(n, i, merged, base, current, target, last && add)
                          : lower(n.parts[i], current, target, last && add);
         i += std::max<size_t>(merged, 1);
       }
@@ -182,24 +183,24 @@ class Layout {
     return stage(n, source, into, add);
   }
 
-  // How many stages of 2 x 2 blocks, from i on, act on the same groups of rows.
-  static size_t stages_in_registers(const Node& chain, size_t i) {
+  // How many stages of base x base blocks, from i on, act on the same groups of rows.
+  static size_t stages_in_registers(const Node& chain, size_t i, int64_t base, int most) {
     int64_t lowest = std::numeric_limits<int64_t>::max(), highest = 0;
     size_t count = 0;
-    for (; i + count < chain.parts.size() && count < size_t(Radix::most); ++count) {
+    for (; i + count < chain.parts.size() && count < size_t(most); ++count) {
       const Node& s = chain.parts[i + count];
       const auto& v = s.numbers;
-      if (s.kind != "contract" || v[1] != 2 || v[2] != 2 || v[4] || v[5]) break;
+      if (s.kind != "contract" || v[1] != base || v[2] != base || v[4] || v[5]) break;
       const int64_t low = std::min(lowest, v[3]), high = std::max(highest, v[3]);
-      // distances d, 2 d, 4 d in any order without gaps: the next is twice the highest or half of the lowest
-      if (count > 0 && v[3] != 2 * highest && 2 * v[3] != lowest) break;
+      // distances d, d base, .. in any order without gaps: the next is `base` times the highest, or the lowest by it
+      if (count > 0 && v[3] != base * highest && base * v[3] != lowest) break;
       lowest = low, highest = high;
     }
     return count;
   }
 
   // In place, unless the source is needed again or the outcome belongs elsewhere.
-  Value in_place(const Node& chain, size_t i, size_t count, Value source, const Value* into, bool add) {
+  Value in_place(const Node& chain, size_t i, size_t count, int64_t base, Value source, const Value* into, bool add) {
     Value where = source;
     const int64_t rows = chain.parts[i].in;
     const bool straight = into && !add;
@@ -208,16 +209,25 @@ class Layout {
       if (straight) keep(*into);
       release(source);
     }
-    Instruction& made = emit(Instruction::radix, source, where, rows, false);
-    Radix& r = made.stages;
-    r.count = int(count), r.rows = rows, r.lowest = std::numeric_limits<int64_t>::max();
-    for (size_t k = 0; k < count; ++k) r.lowest = std::min(r.lowest, chain.parts[i + k].numbers[3]);
+    Instruction& made = emit(base == 4 ? Instruction::quads : Instruction::radix, source, where, rows, false);
+    int64_t lowest = std::numeric_limits<int64_t>::max();
+    for (size_t k = 0; k < count; ++k) lowest = std::min(lowest, chain.parts[i + k].numbers[3]);
+    made.stages.count = made.quads_of.count = int(count);
+    made.stages.rows = made.quads_of.rows = rows;
+    made.stages.lowest = made.quads_of.lowest = lowest;
     for (size_t k = 0; k < count; ++k) {
       const auto& v = chain.parts[i + k].numbers;
-      r.bit[k] = 0;
-      for (int64_t d = r.lowest; d < v[3]; d *= 2) ++r.bit[k];
-      r.transposed[k] = v[6] != 0;
-      r.weight[k] = tensor(v[7], v[0] * 4 * v[3], false);
+      int digit = 0;
+      for (int64_t d = lowest; d < v[3]; d *= base) ++digit;
+      const int weight = tensor(v[7], v[0] * base * base * v[3], false);
+      if (base == 4) {
+        made.quads_of.digit[k] = digit, made.quads_of.weight[k] = weight;
+        made.quads_of.contraction[k] = strides(v);
+        if (v[3] == 1) made.quads_of.by_rows = v[6] == 0;
+      } else {
+        made.stages.bit[k] = digit, made.stages.weight[k] = weight;
+        made.stages.transposed[k] = v[6] != 0;
+      }
     }
     if (!into || straight) return where;
     keep(*into);
@@ -275,7 +285,13 @@ class Layout {
 
   void contraction(const std::vector<int64_t>& v, Value source, Value to, bool add) {
     Instruction& i = emit(Instruction::contract, source, to, v[0] * v[1] * v[3], add);
-    Contract& c = i.contraction;
+    const Contract& c = i.contraction = strides(v);
+    i.tensor = tensor(v[7], (c.stride_a ? c.a : 1) * c.b * c.c * (c.stride_d ? c.d : 1), false);
+    i.packs = memory_ == Memory::reused && c.stride_d && c.b >= panel_rows / 2 && c.c > 1;
+  }
+
+  static Contract strides(const std::vector<int64_t>& v) {
+    Contract c;
     c.a = v[0], c.b = v[1], c.c = v[2], c.d = v[3];
     const bool shared_a = v[4] != 0, shared_d = v[5] != 0 || c.d == 1, transposed = v[6] != 0;
     const int64_t deep = shared_d ? 1 : c.d;
@@ -283,7 +299,7 @@ class Layout {
     c.stride_b = transposed ? deep : c.c * deep;
     c.stride_c = transposed ? c.b * deep : deep;
     c.stride_a = shared_a ? 0 : c.b * c.c * deep;
-    i.tensor = tensor(v[7], (shared_a ? 1 : c.a) * c.b * c.c * deep, false);
+    return c;
   }
 
   // [I, w] P and its transpose: the inputs in the order of the places, those of the identity, the product of the rest.
@@ -363,6 +379,9 @@ Plan make_plan(const std::string& text, Memory memory) {
   if (!reader.at_end()) refuse("something follows its end");
   if (program.out != out_features) refuse("its stages put out another number than its head says");
   Layout(plan, memory).run(program);
+  plan.is_light = true;
+  for (const Instruction& s : plan.instructions)
+    plan.is_light &= s.kind == Instruction::quads || s.kind == Instruction::radix || s.kind == Instruction::diagonal;
   plan.tensors = int64_t(plan.sizes.size());
   if (plan.has_bias) {
     plan.sizes.push_back(plan.out_features);

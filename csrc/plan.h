@@ -10,13 +10,15 @@
 namespace structmat {
 
 struct Instruction {
-  enum Kind { contract, radix, diagonal, gather, scatter_add, copy, clear, sparse, windowed } kind;
+  enum Kind { contract, radix, quads, diagonal, gather, scatter_add, copy, clear, sparse, windowed } kind;
   int64_t from = 0, to = 0;  // first rows, in the memory of a tile
   int64_t rows = 0;          // of the outcome (of the source where it is scattered)
   bool add = false;
   int tensor = -1, other = -1, index = -1;  // numbers of tensors; `index` holds integers
   Contract contraction{};
   Radix stages{};
+  Quads quads_of{};
+  bool packs = false;  // a contraction that is faster from panels, if many columns share them
   bool transposed = false, inverse = false;
   int64_t height = 0, width = 0, entries = 0;  // of a sparse or windowed matrix; `entries` counts terms there
   int64_t left = 0, right = 0;                 // numbers that the windows of all terms hold
@@ -39,6 +41,7 @@ struct Plan {
   std::vector<std::vector<int64_t>> tables;
   std::vector<int64_t> sizes;    // of every tensor, as the program needs it
   std::vector<char> is_index;    // whether a tensor holds integers
+  bool is_light = false;         // whether it reads few weights for each row: narrow tiles cost little then
   int64_t widest_source = 0;     // rows of the widest matrix whose columns are read in no order
   std::vector<Slot> slots;       // what the values lie in, in the order in which they come up
 };

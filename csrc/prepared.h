@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -16,6 +17,7 @@ namespace structmat {
 
 constexpr int64_t alignment = 64;
 constexpr int64_t near_cache = 96 << 10;  // bytes of what is read in no order: beyond the L1 cache, since wide tiles pay
+constexpr int64_t pack_alone = 1 << 15;   // numbers that one thread packs sooner than several
 constexpr int64_t far_cache = 768 << 10;  // bytes of a tile's memory: of an L2 cache of 1 MB
 
 // Memory that is kept from call to call, one of each thread: fresh pages cost more than the work of a small layer.
@@ -99,6 +101,7 @@ struct Prepared {
   std::vector<Rows> rows;                     // of sparse ones
   std::vector<const Real*> values;            // of sparse ones, in the order of the rows
   std::vector<std::vector<int64_t>> offsets;  // of windowed ones: where the contents of a term begin
+  std::vector<std::array<const Real*, Quads::most>> panels;  // of contractions and quads whose weights are packed
   std::vector<std::vector<Real>> owned;
   const Real* bias = nullptr;
 };
@@ -146,6 +149,7 @@ Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, 
   if (plan.has_bias) p.bias = p.learned[count - 1];
   const size_t instructions = plan.instructions.size();
   p.rows.resize(instructions), p.offsets.resize(instructions), p.values.assign(instructions, nullptr);
+  p.panels.resize(instructions, {});
   for (size_t i = 0; i < instructions; ++i) {
     const Instruction& s = plan.instructions[i];
     if (s.kind == Instruction::gather && s.index >= 0) check_index(p.indices[s.index], s.rows, s.rows);
@@ -163,6 +167,56 @@ Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, 
   return p;
 }
 
+// Weights as panels, in `scratch`: of all instructions that can't do without, and if `many` columns share the work, of
+// all that are faster with them.
+template <class Real>
+void pack_weights(Prepared<Real>& p, const Plan& plan, const Kernels<Real>& kernels, Scratch& scratch, bool many,
+                  Parallel parallel) {
+  struct Job {
+    const Contract* stage;
+    const Real* weight;
+    const Real** panels;
+    int64_t place, first, last;  // where the panels begin; units
+  };
+  struct Work {
+    const Kernels<Real>& kernels;
+    std::vector<Job> jobs;
+    Real* memory = nullptr;
+  } work{kernels, {}};
+  int64_t numbers = 0, units = 0;
+  const auto note = [&](const Contract& stage, int tensor, const Real** panels) {
+    if (stage.d == 1) {
+      *panels = p.learned[tensor];
+      return;
+    }
+    const int64_t a = stage.stride_a ? stage.a : 1, first = units;
+    units += a * ((stage.d + pack_together - 1) / pack_together);
+    work.jobs.push_back({&stage, p.learned[tensor], panels, numbers, first, units});
+    numbers += a * stage.b * stage.c * stage.d;
+  };
+  for (size_t i = 0; i < plan.instructions.size(); ++i) {
+    const Instruction& s = plan.instructions[i];
+    if (s.packs && many) note(s.contraction, s.tensor, &p.panels[i][0]);
+    if (s.kind == Instruction::quads)
+      for (int k = 0; k < s.quads_of.count; ++k)
+        note(s.quads_of.contraction[k], s.quads_of.weight[k], &p.panels[i][k]);
+  }
+  if (work.jobs.empty()) return;
+  work.memory = static_cast<Real*>(scratch.reserve(numbers * int64_t(sizeof(Real))));
+  for (const Job& job : work.jobs) *job.panels = work.memory + job.place;
+  const auto body = [](int64_t begin, int64_t end, void* opaque) {
+    const Work& w = *static_cast<const Work*>(opaque);
+    for (const Job& job : w.jobs) {
+      const int64_t first = std::max(begin, job.first) - job.first, last = std::min(end, job.last) - job.first;
+      if (first < last) w.kernels.pack(*job.stage, job.weight, w.memory + job.place, first, last);
+    }
+  };
+  if (numbers < pack_alone)
+    body(0, units, &work);
+  else
+    parallel(units, body, &work);
+}
+
 // Runs one instruction, `number` in the plan, on rows of a tile.
 template <class Real>
 inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, const Plan& plan, const Kernels<Real>& k,
@@ -170,7 +224,13 @@ inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, co
   const Real* x = memory + s.from * columns;
   Real* y = memory + s.to * columns;
   switch (s.kind) {
-    case Instruction::contract: k.contract(s.contraction, p.learned[s.tensor], x, y, columns, s.add); break;
+    case Instruction::contract:
+      if (p.panels[number][0])
+        k.contract_packed(s.contraction, p.panels[number][0], x, y, columns, s.add);
+      else
+        k.contract(s.contraction, p.learned[s.tensor], x, y, columns, s.add);
+      break;
+    case Instruction::quads: k.quads(s.quads_of, p.panels[number].data(), x, y, columns); break;
     case Instruction::radix: k.radix(s.stages, p.learned.data(), x, y, columns); break;
     case Instruction::diagonal: k.diagonal(p.learned[s.tensor], x, y, s.rows, columns, s.add); break;
     case Instruction::gather:

@@ -39,7 +39,7 @@ def contraction(draw_: st.DrawFn, features: int, name: str) -> Contraction:
     rest = features // a
     d = draw_(st.sampled_from([k for k in range(1, rest + 1) if rest % k == 0]))
     shared_a, shared_d, transposed = (draw_(st.booleans()) for _ in range(3))
-    return Contraction(name, a, draw_(sizes()), rest // d, d, shared_a, shared_d, transposed)
+    return Contraction(name, a, draw_(sizes() | sizes(40)), rest // d, d, shared_a, shared_d, transposed)
 
 
 def programs(depth: int = 2) -> st.SearchStrategy[Program]:
@@ -58,7 +58,7 @@ def _numbered(program: Program, numbers: Iterator[int]) -> Program:
 
 @st.composite
 def _programs(draw_: st.DrawFn, features: int | None = None, depth: int = 2) -> Program:
-    features = draw_(st.integers(1, 40)) if features is None else features
+    features = draw_(st.integers(1, 40) | st.sampled_from([64, 96, 256])) if features is None else features
     name = "t"
     kind = draw_(st.sampled_from(["contraction", "diagonal", "permute", "shuffle", "sparse", "interpolation", "pad",
                                   "crop", "windowed", "radix", *(["chain", "sum"] * 2 if depth else [])]))  # fmt: skip
@@ -82,12 +82,14 @@ def _programs(draw_: st.DrawFn, features: int | None = None, depth: int = 2) -> 
                 )
             )
         return Sum(tuple(parts))
-    if kind == "radix" and features % 2 == 0:
+    base = draw_(st.sampled_from([2, 4]))
+    if kind == "radix" and features % base == 0:
         run: list[Program] = []
         d, upwards = 1, draw_(st.booleans())
-        while features % (2 * d) == 0:
-            run.append(Contraction(f"{name}_{d}", features // (2 * d), 2, 2, d, transposed=draw_(st.booleans())))
-            d *= 2
+        while features % (base * d) == 0:
+            transposed = draw_(st.booleans())
+            run.append(Contraction(f"{name}_{d}", features // (base * d), base, base, d, transposed=transposed))
+            d *= base
         return Chain(tuple(run if upwards else reversed(run)))
     if kind == "diagonal":
         return Diagonal(name, features)
@@ -121,9 +123,15 @@ def _programs(draw_: st.DrawFn, features: int | None = None, depth: int = 2) -> 
 
 
 def tensors_of(program: Program, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Weights that keep the size of what they multiply: float16 ends at 65504."""
     generator = torch.Generator().manual_seed(seed)
+    sums = {name: float(max(stage.pattern[1:3])) for stage in stages(program) if isinstance(stage, Contraction)
+            for name in stage.weights}  # fmt: skip
+    sums |= {stage.values: stage.capacity / stage.height for stage in stages(program) if isinstance(stage, Sparse)}
     made = {
-        name: torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+        name: (torch.randn(size, generator=generator, dtype=torch.float64) / max(1.0, sums.get(name, 1.0)) ** 0.5).to(
+            dtype
+        )
         for name, size in tensor_sizes(program).items()
     }
     for stage in stages(program):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -128,6 +129,36 @@ def test_wide_stages_and_full_tiles(dtype: torch.dtype) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("upwards", [True, False])
+@pytest.mark.parametrize("base", [2, 4])
+@pytest.mark.parametrize("features", [64, 3 * 4**3, 4**5])
+def test_stages_of_small_blocks_in_registers(features: int, base: int, upwards: bool) -> None:
+    """Several stages a pass, in both orders and directions, with one row, part of a tile, and several tiles."""
+    distances = [base**k for k in range(10) if features % base ** (k + 1) == 0]
+    steps = [
+        Contraction(f"w{d}", features // (base * d), base, base, d, transposed=bool(d.bit_length() % 3))
+        for d in (distances if upwards else reversed(distances))
+    ]
+    program = Chain(tuple(steps))
+    for dtype, rows in itertools.product((torch.float32, torch.float64, torch.bfloat16), (1, 33, 140)):
+        x = torch.randn(rows, features, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        assert_equal(program, tensors_of(program, dtype, 0), x)
+
+
+@needs_native
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("a", "b", "c", "d"), [(1, 64, 64, 64), (2, 21, 5, 37), (3, 16, 300, 16), (1, 8, 2, 3)])
+def test_matrices_for_every_d_are_the_same_packed(a: int, b: int, c: int, d: int, transposed: bool) -> None:
+    """Weights are packed where several tiles share them: the outcome for a row does not change."""
+    program = Contraction("w", a, b, c, d, transposed=transposed)
+    for dtype in TOLERANCE:
+        tensors = tensors_of(program, dtype, 0)
+        x = torch.randn(200, program.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert_equal(program, tensors, x)
+        assert_equal(program, tensors, x[:3])
+
+
+@needs_native
 @pytest.mark.parametrize("name", ["base", "avx2", "avx512"])
 def test_every_instruction_set_of_this_machine(name: str) -> None:
     if name not in here.supported:
@@ -147,6 +178,12 @@ def test_every_instruction_set_of_this_machine(name: str) -> None:
         "            found = (S @ x).double()\n"
         "        error = float((found - wanted).abs().max() / wanted.abs().max())\n"
         "        assert error < 8 * torch.finfo(dtype).eps, (structure, dtype, error)\n"
+        "frozen = sm.freeze(sm.nn.StructuredLinear(512, 512, structure=sm.Butterfly()))\n"
+        "x = torch.randn(75, 512)\n"
+        "with torch.no_grad(), backend('native'):\n"
+        "    found = frozen(x)\n"
+        "with torch.no_grad(), backend('reference'):\n"
+        "    assert float((found - frozen(x)).abs().max()) < 1e-5\n"
         "print(native().instruction_set)\n"
     )
     assert printed_by(code, name) == name
