@@ -18,7 +18,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("plan.cpp", "execute.cpp", "backward_plan.cpp", "backward.cpp", "cpu.cpp", "torch_binding.cpp")
+SOURCES = (
+    "plan.cpp",
+    "execute.cpp",
+    "execute_vectors.cpp",
+    "backward_plan.cpp",
+    "backward.cpp",
+    "cpu.cpp",
+    "torch_binding.cpp",
+)
 COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mprefer-vector-width=512")

@@ -300,7 +300,7 @@ BlockSums sums_of(const Contract& s) {
 
 BackwardPlan make_backward_plan(const std::string& text, const Wanted& wanted) {
   BackwardPlan made;
-  made.plan = make_plan(text, Memory::kept);
+  made.plan = make_plan(text, Use::derivatives);
   made.wanted = wanted;
   if (wanted.tensors.size() != made.plan.sizes.size())
     throw std::invalid_argument("structmat: the number of gradients is wrong");

@@ -80,6 +80,11 @@ int run(const char* name, int repetitions) {
     std::vector<char> y(batch.rows * plan.out_features * size);
     batch.x = x.data(), batch.y = y.data(), batch.y_stride = plan.out_features;
     for (int r = 0; r < repetitions; ++r) structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
+    if (structmat::runs_by_vectors(batch.rows, batch.storage)) {
+      const structmat::Plan few = structmat::make_plan(text, structmat::Use::vectors);
+      for (int r = 0; r < repetitions; ++r)
+        structmat::execute_vectors(few, batch, tensors.data(), structmat::serially, 2);
+    }
     backward(text, plan, batch, tensors, size, cases, repetitions);
     ++cases;
   }

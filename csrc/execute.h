@@ -34,4 +34,14 @@ const InstructionSet& chosen();
 // of range, and std::bad_alloc.
 void execute(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads);
 
+// Batches of fewer rows than this run vector by vector, if they are stored as they are computed.
+constexpr int64_t few_rows = 8;
+
+inline bool runs_by_vectors(int64_t rows, Storage storage) {
+  return rows < few_rows && (storage == Storage::f32 || storage == Storage::f64);
+}
+
+// The same for a plan that was made for vectors.
+void execute_vectors(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads);
+
 }  // namespace structmat

@@ -6,6 +6,7 @@
 #include "contraction.h"
 #include "gradients.h"
 #include "panels.h"
+#include "vector_kernels.h"
 #include "vectors.h"
 
 namespace structmat {
@@ -369,6 +370,8 @@ constexpr Kernels<Real> table = {load<Real>,
                                  copy<Real>,
                                  sparse<Real>,
                                  rank_one<Real>,
+                                 contract_vectors<Real>,
+                                 sparse_vectors<Real>,
                                  contract_sums<Real>,
                                  radix_back<Real>,
                                  diagonal_sums<Real>,

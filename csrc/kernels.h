@@ -44,6 +44,8 @@ struct Quads {
 // How weights are packed (panels.h): rows b of a panel; matrices of neighbouring d that are packed at a time.
 constexpr int64_t panel_rows = 16, pack_together = 16;
 
+constexpr int64_t unit_lines = 16;  // lines b of a contraction with a few vectors that one thread takes at a time
+
 constexpr int64_t widest_row = 512;  // bytes of a row of a tile, at most
 constexpr int64_t block_width = 64;  // rows of a tile that are transposed at once
 
@@ -88,6 +90,13 @@ struct Kernels {
   // y[(start + i) mod size] += left[i] * (the sum over j of right[j] * x[(from + j) mod length]), by rows.
   void (*rank_one)(const Real* left, int64_t start, int64_t height, int64_t size, const Real* right, int64_t from,
                    int64_t width, int64_t length, const Real* x, Real* y, int64_t columns);
+
+  // A few vectors, each contiguous, `pitch` numbers apart (vector_kernels.h). Units begin .. end of the outcome, of
+  // a * ceil(b / unit_lines).
+  void (*contract_vectors)(const Contract& stage, const Real* weight, const Real* x, Real* y, int64_t pitch,
+                           int64_t vectors, bool add, int64_t begin, int64_t end);
+  void (*sparse_vectors)(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t rows,
+                         int64_t pitch, int64_t vectors, bool add);
 
   // What follows goes backwards: from the gradient of a stage's outcome to that of its input (where `gx` is not null,
   // added to it or not), and to the sums over all columns that are the gradients of its weights (where they are not

@@ -108,7 +108,7 @@ struct Value {
 
 class Layout {
  public:
-  Layout(Plan& plan, Memory memory) : plan_(plan), memory_(memory) {}
+  Layout(Plan& plan, Use use) : plan_(plan), use_(use) {}
 
   void run(const Node& program) {
     plan_.in_features = program.in;
@@ -124,7 +124,7 @@ class Layout {
     // The lowest gap between slots in use.
     std::vector<Slot> used;
     for (size_t i = 0; i < references_.size(); ++i)
-      if (references_[i] > 0 || memory_ == Memory::kept) used.push_back(plan_.slots[i]);
+      if (references_[i] > 0 || use_ == Use::derivatives) used.push_back(plan_.slots[i]);
     const int64_t first = lowest_gap(used, rows);
     plan_.slots.push_back({first, rows});
     references_.push_back(1);
@@ -160,8 +160,9 @@ class Layout {
     if (n.kind == "chain") {
       Value current = source;
       for (size_t i = 0; i < n.parts.size();) {
-        const int64_t base = memory_ == Memory::reused && stages_in_registers(n, i, 4, Quads::most) ? 4 : 2;
-        const size_t merged = stages_in_registers(n, i, base, base == 4 ? Quads::most : Radix::most);
+        const int64_t base = use_ == Use::tiles && stages_in_registers(n, i, 4, Quads::most) ? 4 : 2;
+        const size_t merged =
+            use_ == Use::vectors ? 0 : stages_in_registers(n, i, base, base == 4 ? Quads::most : Radix::most);
         const bool last = i + std::max<size_t>(merged, 1) == n.parts.size();
         const Value* target = last ? into : nullptr;
         current = merged ? in_place(n, i, merged, base, current, target, last && add)
@@ -204,7 +205,7 @@ class Layout {
     Value where = source;
     const int64_t rows = chain.parts[i].in;
     const bool straight = into && !add;
-    if (straight || references_[source.slot] > 1 || memory_ == Memory::kept) {
+    if (straight || references_[source.slot] > 1 || use_ == Use::derivatives) {
       where = straight ? *into : allocate(rows);
       if (straight) keep(*into);
       release(source);
@@ -287,7 +288,7 @@ class Layout {
     Instruction& i = emit(Instruction::contract, source, to, v[0] * v[1] * v[3], add);
     const Contract& c = i.contraction = strides(v);
     i.tensor = tensor(v[7], (c.stride_a ? c.a : 1) * c.b * c.c * (c.stride_d ? c.d : 1), false);
-    i.packs = memory_ == Memory::reused && c.stride_d && c.b >= panel_rows / 2 && c.c > 1;
+    i.packs = use_ == Use::tiles && c.stride_d && c.b >= panel_rows / 2 && c.c > 1;
   }
 
   static Contract strides(const std::vector<int64_t>& v) {
@@ -352,7 +353,7 @@ class Layout {
   }
 
   Plan& plan_;
-  Memory memory_;
+  Use use_;
   std::vector<int> references_;  // to each slot, of what is still to be read or written
 };
 
@@ -368,7 +369,7 @@ int64_t lowest_gap(std::vector<Slot>& used, int64_t rows) {
   return first;
 }
 
-Plan make_plan(const std::string& text, Memory memory) {
+Plan make_plan(const std::string& text, Use use) {
   Reader reader(text);
   Plan plan;
   const std::string head = reader.word();
@@ -378,7 +379,7 @@ Plan make_plan(const std::string& text, Memory memory) {
   const Node program = reader.node();
   if (!reader.at_end()) refuse("something follows its end");
   if (program.out != out_features) refuse("its stages put out another number than its head says");
-  Layout(plan, memory).run(program);
+  Layout(plan, use).run(program);
   plan.is_light = true;
   for (const Instruction& s : plan.instructions)
     plan.is_light &= s.kind == Instruction::quads || s.kind == Instruction::radix || s.kind == Instruction::diagonal;

@@ -49,11 +49,12 @@ struct Plan {
 // Where so many rows fit below, between or above what is in use; sorts what it is given.
 int64_t lowest_gap(std::vector<Slot>& used, int64_t rows);
 
-// Whether rows are used again for another value once nothing reads them any more, or every value keeps its own (and no
-// stage works in place), as derivatives want it.
-enum class Memory { reused, kept };
+// What a plan is for: tiles, where stages of small blocks are put together in registers; derivatives, for which every
+// value keeps rows of its own and no stage works in place; or a few vectors, each by itself, where every stage stands
+// alone. But for derivatives, rows are used again once nothing reads them any more.
+enum class Use { tiles, derivatives, vectors };
 
 // Reads the text that structmat.kernels.text writes. Throws std::invalid_argument.
-Plan make_plan(const std::string& text, Memory memory = Memory::reused);
+Plan make_plan(const std::string& text, Use use = Use::tiles);
 
 }  // namespace structmat

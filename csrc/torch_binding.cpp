@@ -129,6 +129,10 @@ const Plan& plan_of(const std::string& text) {
   return kept<Plan>(text, [&] { return structmat::make_plan(text); });
 }
 
+const Plan& vector_plan_of(const std::string& text) {
+  return kept<Plan>("vectors " + text, [&] { return structmat::make_plan(text, structmat::Use::vectors); });
+}
+
 const BackwardPlan& backward_plan_of(const std::string& text, const structmat::Wanted& wanted) {
   std::string key = wanted.input ? "x " : "- ";
   for (char tensor : wanted.tensors) key += tensor ? 'x' : '-';
@@ -240,9 +244,11 @@ std::vector<Array> arrays_of(const std::vector<Owned>& tensors, const Plan& plan
 
 // multiply(Tensor x, Tensor[] tensors, str program) -> Tensor
 Tensor multiply(Tensor x, List list, Text text) {
-  const Plan& plan = plan_of(read(text));
+  const std::string words = read(text);
   const Shape shape(x);
   const Storage storage = storage_of(shape.dtype);
+  const bool by_vectors = structmat::runs_by_vectors(shape.rows(), storage);
+  const Plan& plan = by_vectors ? vector_plan_of(words) : plan_of(words);
   const int64_t x_stride = shape.row_stride(plan.in_features);
   std::vector<int64_t> sizes(shape.sizes, shape.sizes + shape.dim), dense(shape.dim, 1);
   sizes.back() = plan.out_features;
@@ -255,7 +261,7 @@ Tensor multiply(Tensor x, List list, Text text) {
   const Batch batch{data_of(x), x_stride, data_of(made), plan.out_features, shape.rows(), storage};
   uint32_t threads = 1;
   require(torch.num_threads(&threads));
-  structmat::execute(plan, batch, arrays.data(), in_parallel, int(threads));
+  (by_vectors ? structmat::execute_vectors : structmat::execute)(plan, batch, arrays.data(), in_parallel, int(threads));
   return y.release();
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import hypothesis
 import pytest
 import torch
 
+from structmat.kernels import tuning
+
 ROOT = Path(__file__).resolve().parent.parent
+
+# Nothing that was measured on this machine before decides what the tests run, also not in processes that they start.
+CACHE = tempfile.TemporaryDirectory(prefix="structmat-tests-")
+os.environ["STRUCTMAT_CACHE"] = CACHE.name
 
 # Fixed examples where a failure must be a failure of the change (in CI); new ones each time elsewhere.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=50)
@@ -24,6 +31,9 @@ def _strict() -> Iterator[None]:
     torch.manual_seed(0)
     before = (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
     yield
+    if any(Path(CACHE.name).iterdir()):
+        tuning.forget()
+        tuning.path().unlink()
     after = (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
     torch.set_default_dtype(before[0])
     torch.set_grad_enabled(before[2])

@@ -29,9 +29,11 @@ from structmat.program import (
     Chain,
     Complex,
     Contraction,
+    Diagonal,
     Program,
     Real,
     Sparse,
+    Sum,
     build,
     reference,
     simplify,
@@ -159,6 +161,25 @@ def test_matrices_for_every_d_are_the_same_packed(a: int, b: int, c: int, d: int
 
 
 @needs_native
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("a", "b", "c", "d"), [(1, 70, 300, 1), (6, 5, 33, 1), (3, 17, 9, 1), (2, 9, 40, 37), (1, 64, 64, 64), (5, 4, 4, 4)]
+)
+def test_few_rows_run_vector_by_vector(
+    a: int, b: int, c: int, d: int, shared: tuple[bool, bool], transposed: bool, rows: int
+) -> None:
+    first = Contraction("w", a, b, c, d, *shared, transposed)
+    others = [Contraction("l", 1, 3, c * a * d, 1), Contraction("r", 1, a * b * d, 3, 1), Diagonal("g", a * b * d)]
+    program = Sum((first, Chain(tuple(others))))
+    for dtype in (torch.float32, torch.float64):
+        tensors = tensors_of(program, dtype, 0)
+        x = torch.randn(rows, program.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert_equal(program, tensors, x, torch.randn(program.out_features).to(dtype))
+
+
+@needs_native
 @pytest.mark.parametrize("name", ["base", "avx2", "avx512"])
 def test_every_instruction_set_of_this_machine(name: str) -> None:
     if name not in here.supported:
@@ -196,13 +217,19 @@ def test_results_do_not_depend_on_threads_or_on_the_rest_of_the_batch() -> None:
     threads = torch.get_num_threads()
     try:
         outcomes = []
+        few = []
+        large = sm.StructuredMatrix.random(sm.Monarch(16, rank=1), (1024, 1024))  # threads share even one row's work
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             outcomes.append(S @ x)
+            with sm.backend("native"):
+                few.append(large @ torch.ones(1024, 3))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(outcomes[0], outcomes[1])
     assert torch.equal(outcomes[0], outcomes[2])
+    assert torch.equal(few[0], few[1])
+    assert torch.equal(few[0], few[2])
     assert torch.equal((S @ x[:, 50:150]), outcomes[0][:, 50:150])
 
 

@@ -57,7 +57,7 @@ def build(folder: Path, compiler: str, flags: list[str]) -> Path:
     sets = FLAGS if on_x86 else {"isa_base": FLAGS["isa_base"]}
     common = [compiler, "-std=c++17", "-g", "-O1", *flags]
     objects = []
-    for source in ("plan", "execute", "backward_plan", "backward", "cpu", "driver"):
+    for source in ("plan", "execute", "execute_vectors", "backward_plan", "backward", "cpu", "driver"):
         objects.append(str(folder / f"{source}.o"))
         subprocess.run([*common, "-c", str(SOURCES / f"{source}.cpp"), "-o", objects[-1]], check=True)
     for name, own in sets.items():

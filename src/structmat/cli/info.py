@@ -21,6 +21,7 @@ def info(
         from rich.text import Text
 
         from structmat.compression.report import environment
+        from structmat.kernels import tuning
         from structmat.structure import count_stored, resolve
         from structmat.structures import families
 
@@ -36,7 +37,7 @@ def info(
             summary = (inspect.getdoc(family) or "").split("\n\n")[0].replace("\n", " ").replace("``", "")
             summary = re.sub(r":\w+:`([^`]*)`", r"\1", summary)
             rows.append({"family": name, "smallest_at_256": smallest, "summary": summary})
-        facts = environment()
+        facts = {**environment(), "tuned": f"{len(tuning.known())} programs, in {tuning.path()}"}
         if as_json:
             show_json({"environment": facts, "families": rows})
             return

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from structmat.errors import StructureError
+from structmat.kernels import tuning
 from structmat.kernels.library import native
 from structmat.kernels.text import Text, text_of
 from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, Writing, stages
@@ -108,7 +109,7 @@ def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias
     return None
 
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def writing_for(program: Program, tensors: Mapping[str, Tensor], rows: int | None = None) -> Writing:
@@ -127,7 +128,7 @@ def runs_native(
         return False
     learned = [tensors[name] for name in text.names if name not in text.indices]
     dtypes = {t.dtype for t in learned}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES) or any(t.device.type != "cpu" for t in learned):
+    if len(dtypes) > 1 or not dtypes <= set(NATIVE_DTYPES) or any(t.device.type != "cpu" for t in learned):
         return False
     dtype = dtypes.pop() if dtypes else torch.float32
     return prefers_native(program, MANY_ROWS if rows is None else rows, dtype, recorded)
@@ -137,7 +138,7 @@ def _obstacle(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: 
     """Why the native backend can't run a program on these tensors, or None."""
     if type(x) is not Tensor or x.device.type != "cpu":
         return f"its input is a {type(x).__name__} on {x.device}"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in NATIVE_DTYPES:
         return f"its input is {x.dtype}"
     if not is_quiet():
         return "it runs under a transform of torch.func, or is differentiated forwards"
@@ -158,14 +159,44 @@ def prefers_native(program: Program, rows: int, dtype: torch.dtype, recorded: bo
     return rows in (recorded_rows if recorded else native_rows)(program, dtype)
 
 
-def native_rows(program: Program, dtype: torch.dtype) -> range:
-    """For how many rows one pass over tiles beats PyTorch's operations, by what either has to do.
+class Tuned:
+    """Numbers of rows for which the native backend was measured to be faster, or is assumed to be where nothing was.
+
+    Args:
+        name: of the program and the dtype, see :func:`structmat.kernels.tuning.name_of`.
+        assumed: by the cost model.
+    """
+
+    def __init__(self, name: str, assumed: range) -> None:
+        self.name, self.assumed = name, assumed
+
+    def __contains__(self, rows: object) -> bool:
+        if not isinstance(rows, int):
+            return False
+        way = tuning.best(self.name, rows, _BACKENDS)
+        return rows in self.assumed if way is None else way is tuning.Way.NATIVE
+
+
+_BACKENDS = (tuning.Way.NATIVE, tuning.Way.REFERENCE)
+
+Rows = range | Tuned
+
+
+def native_rows(program: Program, dtype: torch.dtype) -> Rows:
+    """For how many rows one pass over tiles beats PyTorch's operations: as measured by :func:`structmat.tune`, else by
+    what either has to do.
 
     Chains of plain matrix products (low rank, dense) run in one pass while calls cost as much as the work; large ones,
     and those in half precision, stay with PyTorch. Everything else gains from one pass unless the batch fills only a
     small part of a tile and the weights are read as large blocks.
     """
-    return _kept(program, dtype, _native_rows)
+    assumed = _kept(program, dtype, _native_rows)
+    kept: dict[torch.dtype, tuple[int, Rows]] = program.__dict__.setdefault(_TUNED, {})
+    newest = tuning.generation
+    if dtype not in kept or kept[dtype][0] != newest:
+        name = tuning.name_of(program, dtype)
+        kept[dtype] = newest, Tuned(name, assumed) if tuning.is_known(name) else assumed
+    return kept[dtype][1]
 
 
 def recorded_rows(program: Program, dtype: torch.dtype) -> range:
@@ -182,6 +213,7 @@ def _kept(program: Program, dtype: torch.dtype, count: Callable[[Program, torch.
 
 
 _KEPT = "_native_rows"
+_TUNED = "_tuned_rows"
 
 
 def plain_products(program: Program) -> tuple[Contraction, ...]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from structmat.kernels.choice import is_usual, native_rows, plain_products, recorded_rows
+from structmat.kernels import tuning
+from structmat.kernels.choice import Rows, is_usual, native_rows, plain_products, recorded_rows
 from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import native
 from structmat.kernels.operator import run
@@ -37,7 +38,8 @@ class Quick:
         plain = plain_products(program)
         self.plain = [(s.weight, s.b, s.c) for s in plain] if not any(s.transposed for s in plain) else []
         text = text_of(program)
-        self.rows: dict[torch.dtype, tuple[range, range]] = {}
+        self.rows: dict[torch.dtype, tuple[Rows, Rows]] = {}
+        self.generation = -1
         self.text: Text | None = None
         if isinstance(text, Text):
             self.text = text
@@ -58,6 +60,9 @@ class Quick:
         if not shape or shape[-1] != self.in_features or not is_usual():
             return None
         rows, dtype = x.numel() // self.in_features, x.dtype
+        if self.generation != tuning.generation:
+            self.generation = tuning.generation
+            self.rows.clear()
         ranges = self.rows.get(dtype)
         if ranges is None:
             ranges = self.rows[dtype] = native_rows(self.program, dtype), recorded_rows(self.program, dtype)
@@ -68,7 +73,7 @@ class Quick:
         return self._linear(x, held) if self.plain else None
 
     def _native(
-        self, x: Tensor, text: Text, rows: int, ranges: tuple[range, range], held: tuple[Held, ...]
+        self, x: Tensor, text: Text, rows: int, ranges: tuple[Rows, Rows], held: tuple[Held, ...]
     ) -> Tensor | None:
         recorded, dtype = x.requires_grad, x.dtype
         given = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from structmat.errors import StructureError
-from structmat.kernels import affine, apply, quick, runs_native, writing_for
+from structmat.kernels import affine, apply, quick, runs_native, tuning, writing_for
 from structmat.matrix import StructuredMatrix, draw
 from structmat.program import (
     Contraction,
@@ -89,6 +90,11 @@ class StructuredLinear(nn.Module):
 
     def _loaded(self, tensor: Tensor) -> Tensor:
         return torch.view_as_complex(tensor) if self._complex and tensor.is_floating_point() else tensor
+
+    @property
+    def program(self) -> Program:
+        """What the layer multiplies by, as a linear circuit."""
+        return self._program
 
     def tensors(self) -> dict[str, Tensor]:
         """The structure's tensors by name, as the program reads them (gradients flow to the parameters)."""
@@ -202,6 +208,7 @@ class FrozenLinear(nn.Module):
     """A fused program with fixed tensors: what :meth:`StructuredLinear.freeze` returns. Rows as ``nn.Linear``."""
 
     bias: Tensor | None
+    dense: Tensor | None
 
     def __init__(self, program: Program, tensors: dict[str, Tensor], bias: Tensor | None) -> None:
         super().__init__()
@@ -211,14 +218,39 @@ class FrozenLinear(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
+        self.register_buffer("dense", None, persistent=False)
+        self._holds_dense = False
+
+    def hold_dense(self, hold: bool = True) -> None:
+        """Hold the dense matrix too, or no longer: it is used for the numbers of rows for which :func:`structmat.tune`
+        found it to be the fastest way, and is no part of what is saved."""
+        self.dense = None
+        if hold:
+            tensors = {name: getattr(self, name) for name in self._names}
+            like = next((t for t in tensors.values() if t.dtype != torch.int64), torch.empty(0))
+            with torch.no_grad():
+                unit = torch.eye(self.in_features, dtype=like.dtype, device=like.device)
+                self.dense = apply(self.program, tensors, unit).T.contiguous()
+        self._holds_dense = hold
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
+        if self._holds_dense and self._is_denser(x):
+            return functional.linear(x, cast(Tensor, self.dense), self.bias)
         if not torch.compiler.is_compiling():
             found = quick(self.program, self.bias is not None)(x, self._buffers)
             if found is not None:
                 return found
         return _multiply(self.program, {name: getattr(self, name) for name in self._names}, x, self.bias)
+
+    def _is_denser(self, x: Tensor) -> bool:
+        """Whether the dense matrix is there and was measured to be the fastest way for so many rows."""
+        if torch.compiler.is_compiling() or self.dense is None or x.dtype != self.dense.dtype:
+            return False
+        if not x.is_cpu or x.dim() == 0 or x.shape[-1] != self.in_features:
+            return False
+        name = tuning.name_of(self.program, x.dtype)
+        return tuning.best(name, x.numel() // self.in_features, tuple(tuning.Way)) is tuning.Way.DENSE
 
     def extra_repr(self) -> str:
         patterns = [s.pattern if isinstance(s, Contraction) else str(s) for s in stages(self.program)]

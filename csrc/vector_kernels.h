@@ -1,0 +1,179 @@
+// Stages on a few vectors, each contiguous: what runs where a batch is too small to fill the lanes of a tile. Here the
+// lanes run over features, so that every number of a weight is read once for all vectors.
+//
+// Vectors lie `pitch` numbers apart. A contraction is cut into units of `unit_lines` lines b, for threads to share.
+#pragma once
+
+#include "gradients.h"
+#include "kernels.h"
+#include "vectors.h"
+
+namespace structmat {
+namespace STRUCTMAT_ISA {
+
+// Lines of a matrix whose numbers are contiguous, by dot products: as many sums as one register has lanes, for `together`
+// vectors at a time.
+template <class Real, int together>
+void dot_lines(const Real* w, int64_t stride, int64_t lines, int64_t length, const Real* x, Real* y, int64_t pitch_x,
+               int64_t pitch_y, bool add) {
+  constexpr int n = Vector<Real>::lanes, at_once = n / together;
+  const int64_t whole = length / n * n;
+  const auto rest_of = [&](const Real* line, const Real* vector) {
+    Real sum = 0;
+    for (int64_t c = whole; c < length; ++c) sum += line[c] * vector[c];
+    return sum;
+  };
+  int64_t b = 0;
+  for (; b + at_once <= lines; b += at_once) {
+    V<Real> sum[n] = {};
+    const Real* line = w + b * stride;
+    for (int64_t c = 0; c < whole; c += n) {
+      V<Real> values[together];
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) values[r] = at(x + r * pitch_x + c);
+#pragma GCC unroll 16
+      for (int i = 0; i < at_once; ++i) {
+        const V<Real> factor = at(line + i * stride + c);
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) sum[r * at_once + i] += factor * values[r];
+      }
+    }
+    const V<Real> total = sum_lanes<Real>(sum);
+    for (int r = 0; r < together; ++r)
+      for (int i = 0; i < at_once; ++i) {
+        Real* to = y + r * pitch_y + b + i;
+        *to = total[r * at_once + i] + rest_of(line + i * stride, x + r * pitch_x) + (add ? *to : Real(0));
+      }
+  }
+  for (; b < lines; ++b)
+    for (int r = 0; r < together; ++r) {
+      const Real *line = w + b * stride, *vector = x + r * pitch_x;
+      V<Real> sums = {};
+      for (int64_t c = 0; c < whole; c += n) sums += at(line + c) * at(vector + c);
+      Real sum = rest_of(line, vector), *to = y + r * pitch_y + b;
+      for (int l = 0; l < n; ++l) sum += sums[l];
+      *to = sum + (add ? *to : Real(0));
+    }
+}
+
+// y[k] (+)= the sum over c of w[c, k] x[c], or of w[c] x[c, k]: numbers side by side are outcomes side by side. The
+// factors that all k share lie `step` apart in the one, the registers `stride` apart in the other.
+template <class Real, int together, bool weights_run>
+void add_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step, int64_t pitch_x, int64_t depth, Real* y,
+              int64_t pitch_y, int64_t length, bool add) {
+  constexpr int n = Vector<Real>::lanes, wide = together == 1 ? 4 : 2;
+  const auto columns = [&](auto vectors, int64_t k) {
+    constexpr int v = decltype(vectors)::value;
+    V<Real> sum[together][v];
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) sum[r][i] = add ? at(y + r * pitch_y + k + i * n) : V<Real>{};
+    for (int64_t c = 0; c < depth; ++c)
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) {
+        if constexpr (weights_run) {
+          const V<Real> factor = at(w + c * w_step + k + i * n);
+#pragma GCC unroll 4
+          for (int r = 0; r < together; ++r) sum[r][i] += factor * x[r * pitch_x + c * x_step];
+        } else {
+#pragma GCC unroll 4
+          for (int r = 0; r < together; ++r) sum[r][i] += at(x + r * pitch_x + c * x_step + k + i * n) * w[c * w_step];
+        }
+      }
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) put(y + r * pitch_y + k + i * n, sum[r][i]);
+  };
+  int64_t k = 0;
+  for (; k + wide * n <= length; k += wide * n) columns(std::integral_constant<int, wide>(), k);
+  for (; k + n <= length; k += n) columns(std::integral_constant<int, 1>(), k);
+  for (; k < length; ++k)
+    for (int r = 0; r < together; ++r) {
+      Real sum = add ? y[r * pitch_y + k] : Real(0);
+      for (int64_t c = 0; c < depth; ++c)
+        sum += w[c * w_step + (weights_run ? k : 0)] * x[r * pitch_x + c * x_step + (weights_run ? 0 : k)];
+      y[r * pitch_y + k] = sum;
+    }
+}
+
+// Both the weights and x run along d: y[d] (+)= the sum over c of w[c, d] x[c, d].
+template <class Real, int together>
+void multiply_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step, int64_t pitch_x, int64_t depth, Real* y,
+                   int64_t pitch_y, int64_t length, bool add) {
+  constexpr int n = Vector<Real>::lanes;
+  int64_t k = 0;
+  for (; k + n <= length; k += n) {
+    V<Real> sum[together];
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r) sum[r] = add ? at(y + r * pitch_y + k) : V<Real>{};
+    for (int64_t c = 0; c < depth; ++c) {
+      const V<Real> factor = at(w + c * w_step + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) sum[r] += factor * at(x + r * pitch_x + c * x_step + k);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r) put(y + r * pitch_y + k, sum[r]);
+  }
+  for (; k < length; ++k)
+    for (int r = 0; r < together; ++r) {
+      Real sum = add ? y[r * pitch_y + k] : Real(0);
+      for (int64_t c = 0; c < depth; ++c) sum += w[c * w_step + k] * x[r * pitch_x + c * x_step + k];
+      y[r * pitch_y + k] = sum;
+    }
+}
+
+template <class Real, int together>
+void contract_few(const Contract& s, const Real* weight, const Real* x, Real* y, int64_t pitch, bool add, int64_t begin,
+                  int64_t end) {
+  const int64_t units = (s.b + unit_lines - 1) / unit_lines;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t a = unit / units, first = unit % units * unit_lines;
+    const int64_t lines = s.b - first < unit_lines ? s.b - first : unit_lines;
+    const Real* w = weight + a * s.stride_a + first * s.stride_b;
+    const Real* xa = x + a * s.c * s.d;
+    Real* ya = y + (a * s.b + first) * s.d;
+    if (s.d == 1 && s.stride_c == 1)
+      dot_lines<Real, together>(w, s.stride_b, lines, s.c, xa, ya, pitch, pitch, add);
+    else if (s.d == 1)  // transposed: neighbouring lines lie side by side
+      add_rows<Real, together, true>(w, s.stride_c, xa, 1, pitch, s.c, ya, pitch, lines, add);
+    else
+      for (int64_t b = 0; b < lines; ++b)
+        if (s.stride_d == 0)
+          add_rows<Real, together, false>(w + b * s.stride_b, s.stride_c, xa, s.d, pitch, s.c, ya + b * s.d, pitch, s.d,
+                                          add);
+        else
+          multiply_rows<Real, together>(w + b * s.stride_b, s.stride_c, xa, s.d, pitch, s.c, ya + b * s.d, pitch, s.d,
+                                        add);
+  }
+}
+
+// Four vectors at a time share what is read of the weights, then two, then one.
+template <class Real>
+void contract_vectors(const Contract& s, const Real* weight, const Real* x, Real* y, int64_t pitch, int64_t vectors,
+                      bool add, int64_t begin, int64_t end) {
+  for (; vectors >= 4; vectors -= 4, x += 4 * pitch, y += 4 * pitch)
+    contract_few<Real, 4>(s, weight, x, y, pitch, add, begin, end);
+  if (vectors >= 2) {
+    contract_few<Real, 2>(s, weight, x, y, pitch, add, begin, end);
+    vectors -= 2, x += 2 * pitch, y += 2 * pitch;
+  }
+  if (vectors) contract_few<Real, 1>(s, weight, x, y, pitch, add, begin, end);
+}
+
+template <class Real>
+void sparse_vectors(const Compressed& m, const Real* values, const Real* x, Real* y, int64_t rows, int64_t pitch,
+                    int64_t vectors, bool add) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Real* from = x + v * pitch;
+      Real sum = 0;
+      for (int32_t k = m.start[i]; k < m.start[i + 1]; ++k) sum += values[k] * from[m.column[k]];
+      Real* to = y + v * pitch + i;
+      *to = sum + (add ? *to : Real(0));
+    }
+}
+
+}  // namespace STRUCTMAT_ISA
+}  // namespace structmat

@@ -1,0 +1,169 @@
+"""Which backend is faster for which layer and batch, by measurement on this machine."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from structmat.compression.progress import Progress
+from structmat.compression.timing import interleaved
+from structmat.errors import ModelError
+from structmat.kernels import native, tuning
+from structmat.kernels.choice import NATIVE_DTYPES
+from structmat.kernels.text import Text, text_of
+from structmat.nn.linear import FrozenLinear, StructuredLinear
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """What was measured of one layer for one number of rows.
+
+    Args:
+        name: of the layer in the model.
+        rows: of its input.
+        microseconds: medians of each way that was tried.
+        chosen: the fastest.
+    """
+
+    name: str
+    rows: int
+    microseconds: Mapping[tuning.Way, float]
+    chosen: tuning.Way
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What :func:`tune` measured and decided.
+
+    Args:
+        layers: one entry for each layer and number of rows.
+        dense_bytes: memory that dense matrices take, which are held beside the structured ones.
+    """
+
+    layers: tuple[TunedLayer, ...]
+    dense_bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':<32} {'rows':>6}  " + "  ".join(f"{way.value:>10}" for way in tuning.Way) + "  chosen"]
+        for layer in self.layers:
+            times = "  ".join(
+                f"{layer.microseconds[way]:>7.1f} us" if way in layer.microseconds else f"{'-':>10}"
+                for way in tuning.Way
+            )
+            lines.append(f"{layer.name:<32} {layer.rows:>6}  {times}  {layer.chosen.value}")
+        lines.append(f"dense matrices held beside: {self.dense_bytes / 2**20:.1f} MB")
+        return "\n".join(lines)
+
+
+def tune(
+    model: nn.Module,
+    batch_sizes: Iterable[int],
+    *,
+    allow_dense: bool = False,
+    seconds: float = 0.1,
+    again: bool = False,
+    progress: bool = False,
+) -> Tuning:
+    """Measure, for every structured layer on the CPU, which backend is faster, and use that from now on.
+
+    Layers of equal programs share one measurement. What is found holds for products without gradients, for numbers of
+    rows within a factor of 2 of those measured and for as many threads as PyTorch has now, in this process and, through
+    a small file (``structmat info`` says where), in later ones with the same processor and versions. Which way is taken
+    changes rounding, and nothing else.
+
+    Args:
+        model: with :class:`StructuredLinear` layers, or frozen ones (:func:`structmat.freeze`).
+        batch_sizes: numbers of rows that reach a layer, all leading axes together.
+        allow_dense: let frozen layers hold their dense matrix too, where it is the fastest for one of the numbers.
+        seconds: to spend on each layer and number of rows.
+        again: measure anew what is known.
+        progress: show a bar.
+
+    Raises:
+        ModelError: the model has no structured layer on the CPU, a number of rows is below 1, or ``allow_dense`` is
+            asked of a model without frozen layers.
+    """
+    sizes = sorted(set(batch_sizes))
+    if not sizes or sizes[0] < 1:
+        raise ModelError(f"batch_sizes={sizes} must be one or more numbers of rows, each at least 1.")
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredLinear | FrozenLinear) and _is_here(module)
+    }
+    if not layers:
+        raise ModelError("The model has no structured layer on the CPU, so there is nothing to tune.")
+    if allow_dense and not any(isinstance(layer, FrozenLinear) for layer in layers.values()):
+        raise ModelError("allow_dense=True needs frozen layers: tune structmat.freeze(model).")
+    # Layers of equal programs share one measurement, even a new one.
+    programs = {name: tuning.name_of(layer.program, _dtype(layer)) for name, layer in layers.items()}
+    fresh = {program: name for name, program in reversed(programs.items())}.values()
+    found: list[TunedLayer] = []
+    dense_bytes = 0
+    with Progress(progress) as bar:
+        for name, layer in bar.track(layers.items(), "tune", total=len(layers)):
+            with_dense = allow_dense and isinstance(layer, FrozenLinear)
+            if isinstance(layer, FrozenLinear):
+                layer.hold_dense(with_dense)
+            own = [_tuned(name, layer, rows, with_dense, seconds, again and name in fresh) for rows in sizes]
+            if isinstance(layer, FrozenLinear) and layer.dense is not None:
+                if any(entry.chosen is tuning.Way.DENSE for entry in own):
+                    dense_bytes += layer.dense.numel() * layer.dense.element_size()
+                else:
+                    layer.hold_dense(False)
+            found += own
+    return Tuning(tuple(found), dense_bytes)
+
+
+def _tuned(
+    name: str, layer: StructuredLinear | FrozenLinear, rows: int, with_dense: bool, seconds: float, again: bool
+) -> TunedLayer:
+    """What is known of a layer, measured if it is not."""
+    dtype = _dtype(layer)
+    key = tuning.name_of(layer.program, dtype)
+    times = tuning.known().get((key, torch.get_num_threads()), {}).get(rows)
+    if times is None or again or (with_dense and tuning.Way.DENSE not in times):
+        times = _measure(layer, key, rows, dtype, seconds)
+        tuning.note(key, {rows: times})
+    ways = {way: t for way, t in times.items() if with_dense or way is not tuning.Way.DENSE}
+    return TunedLayer(name, rows, ways, min(ways, key=lambda way: (ways[way], way.value)))
+
+
+def _tensors(layer: nn.Module) -> list[Tensor]:
+    return [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point() or t.is_complex()]
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    tensors = _tensors(layer)
+    return tensors[0].dtype if tensors else torch.get_default_dtype()
+
+
+def _is_here(layer: nn.Module) -> bool:
+    return all(t.device.type == "cpu" and not t.is_complex() for t in _tensors(layer))
+
+
+def _measure(
+    layer: StructuredLinear | FrozenLinear, key: str, rows: int, dtype: torch.dtype, seconds: float
+) -> dict[tuning.Way, float]:
+    """Microseconds of every way that there is, run in turns."""
+    x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ways = [tuning.Way.REFERENCE]
+    if native().available and isinstance(text_of(layer.program), Text) and dtype in NATIVE_DTYPES:
+        ways.append(tuning.Way.NATIVE)
+    if isinstance(layer, FrozenLinear) and layer.dense is not None:
+        ways.append(tuning.Way.DENSE)
+    with torch.inference_mode(), tuning.trying(key, rows) as choose:
+
+        def on(way: tuning.Way) -> Callable[[], object]:
+            def run() -> object:
+                choose(way)
+                return layer(x)
+
+            return run
+
+        times = interleaved(*(on(way) for way in ways), seconds=seconds)
+    return {way: 1e6 * statistics.median(own) for way, own in zip(ways, times, strict=True)}
