@@ -17,6 +17,7 @@ template <class Real, int together>
 void dot_lines(const Real* w, int64_t stride, int64_t lines, int64_t length, const Real* x, Real* y, int64_t pitch_x,
                int64_t pitch_y, bool add) {
   constexpr int n = Vector<Real>::lanes, at_once = n / together;
+  static_assert(at_once > 0, "a register has room for a sum of each vector");
   const int64_t whole = length / n * n;
   const auto rest_of = [&](const Real* line, const Real* vector) {
     Real sum = 0;
@@ -127,6 +128,7 @@ void multiply_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step,
 template <class Real, int together>
 void contract_few(const Contract& s, const Real* weight, const Real* x, Real* y, int64_t pitch, bool add, int64_t begin,
                   int64_t end) {
+  constexpr int sums = together < Vector<Real>::lanes ? together : Vector<Real>::lanes;
   const int64_t units = (s.b + unit_lines - 1) / unit_lines;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t a = unit / units, first = unit % units * unit_lines;
@@ -135,7 +137,8 @@ void contract_few(const Contract& s, const Real* weight, const Real* x, Real* y,
     const Real* xa = x + a * s.c * s.d;
     Real* ya = y + (a * s.b + first) * s.d;
     if (s.d == 1 && s.stride_c == 1)
-      dot_lines<Real, together>(w, s.stride_b, lines, s.c, xa, ya, pitch, pitch, add);
+      for (int r = 0; r < together; r += sums)
+        dot_lines<Real, sums>(w, s.stride_b, lines, s.c, xa + r * pitch, ya + r * pitch, pitch, pitch, add);
     else if (s.d == 1)  // transposed: neighbouring lines lie side by side
       add_rows<Real, together, true>(w, s.stride_c, xa, 1, pitch, s.c, ya, pitch, lines, add);
     else

@@ -199,6 +199,10 @@ def test_every_instruction_set_of_this_machine(name: str) -> None:
         "            found = (S @ x).double()\n"
         "        error = float((found - wanted).abs().max() / wanted.abs().max())\n"
         "        assert error < 8 * torch.finfo(dtype).eps, (structure, dtype, error)\n"
+        "        with backend('native'):\n"
+        "            few = (S @ x[:, :7]).double()\n"
+        "        error = float((few - wanted[:, :7]).abs().max() / wanted.abs().max())\n"
+        "        assert error < 8 * torch.finfo(dtype).eps, (structure, dtype, error)\n"
         "frozen = sm.freeze(sm.nn.StructuredLinear(512, 512, structure=sm.Butterfly()))\n"
         "x = torch.randn(75, 512)\n"
         "with torch.no_grad(), backend('native'):\n"
@@ -307,7 +311,7 @@ def test_transforms_and_compiled_graphs_run_on_the_reference() -> None:
 
 
 @needs_native
-def test_large_plain_products_stay_with_pytorch_and_few_rows_of_large_blocks_too() -> None:
+def test_large_plain_products_stay_with_pytorch_and_half_precision_of_few_rows_and_large_blocks_too() -> None:
     def chosen(structure: sm.Structure, rows: int, dtype: torch.dtype = torch.float32) -> bool:
         return prefers_native(build(resolve(structure, (256, 256)), (256, 256)), rows, dtype)
 
@@ -315,13 +319,16 @@ def test_large_plain_products_stay_with_pytorch_and_few_rows_of_large_blocks_too
     assert chosen(sm.LowRank(8), 1000)
     assert not chosen(sm.LowRank(8), 10000)
     assert not chosen(sm.LowRank(8), 1, torch.bfloat16)
-    assert not chosen(sm.Dense(), 1)
+    assert chosen(sm.Dense(), 7)
     assert not chosen(sm.Dense(), 1000)
+    assert not chosen(sm.Dense(), 7, torch.bfloat16)
     assert chosen(sm.Butterfly(), 1)
     assert chosen(sm.Sparse(density=0.2), 64)
     assert chosen(sm.Sparse(density=0.2), 1)
     assert not chosen(sm.Sparse(density=0.7), 1000)
-    assert not chosen(sm.BlockDiagonal(2), 1)
+    assert chosen(sm.BlockDiagonal(2), 1)
+    assert not chosen(sm.BlockDiagonal(2), 1, torch.bfloat16)
+    assert chosen(sm.BlockDiagonal(2), 8, torch.bfloat16)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -20,14 +20,14 @@ from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, 
 from structmat.program.stages import Chain, Contraction, Sparse
 
 _FEW_ROWS = 8
-"""Fewer rows than this leave most of a tile empty: then each number of a weight is read for few products, and PyTorch's
-matrix-vector products are as good."""
+"""Fewer rows than this leave most of a tile empty. In float32 and float64 they run vector by vector instead (the
+library decides with the same number), which is faster than PyTorch's products at any size; in half precision they stay
+there unless blocks are small."""
+
+_BY_VECTORS = (torch.float32, torch.float64)
 
 _SMALL_BLOCK = 64 * 64
 """Blocks up to this size cost more to call for than to multiply: one pass wins even for a single row."""
-
-_SMALL_PLAIN = 1 << 15
-"""Weights of plain products, in numbers, up to which the same holds."""
 
 _LARGE_PLAIN = 1 << 22
 """Multiply-adds of plain products from which PyTorch's are as fast, and faster where there are matrix units."""
@@ -186,9 +186,9 @@ def native_rows(program: Program, dtype: torch.dtype) -> Rows:
     """For how many rows one pass over tiles beats PyTorch's operations: as measured by :func:`structmat.tune`, else by
     what either has to do.
 
-    Chains of plain matrix products (low rank, dense) run in one pass while calls cost as much as the work; large ones,
-    and those in half precision, stay with PyTorch. Everything else gains from one pass unless the batch fills only a
-    small part of a tile and the weights are read as large blocks.
+    Chains of plain matrix products (low rank, dense) run in one pass while calls cost as much as the work, and for a
+    few rows; large ones, and those in half precision, stay with PyTorch. Everything else gains from one pass, unless
+    half precision fills only a small part of a tile and reads its weights as large blocks.
     """
     assumed = _kept(program, dtype, _native_rows)
     kept: dict[torch.dtype, tuple[int, Rows]] = program.__dict__.setdefault(_TUNED, {})
@@ -226,14 +226,13 @@ def plain_products(program: Program) -> tuple[Contraction, ...]:
 def _native_rows(program: Program, dtype: torch.dtype) -> range:
     parts = stages(program)
     if plain := plain_products(program):
-        if dtype not in (torch.float32, torch.float64):
+        if dtype not in _BY_VECTORS:
             return range(0)
-        size = sum(stage.b * stage.c for stage in plain)
-        return range(1 if size <= _SMALL_PLAIN else _FEW_ROWS, _LARGE_PLAIN // size + 1)
+        return range(1, max(_FEW_ROWS, _LARGE_PLAIN // sum(stage.b * stage.c for stage in plain) + 1))
     if any(isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts):
         return range(0)
     small = all(s.b * s.c <= _SMALL_BLOCK for s in parts if isinstance(s, Contraction))
-    return range(1 if small else _FEW_ROWS, sys.maxsize)
+    return range(1 if small or dtype in _BY_VECTORS else _FEW_ROWS, sys.maxsize)
 
 
 def _recorded_rows(program: Program, dtype: torch.dtype) -> range:
