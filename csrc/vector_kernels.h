@@ -125,6 +125,43 @@ void multiply_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step,
     }
 }
 
+// The same where d is a divisor of the lanes and every line holds (c, d) side by side: products number by number, whose
+// lanes are summed over c at the end. One line a time, in several sums.
+template <class Real, int together>
+void fold_lines(const Real* w, int64_t stride, int64_t lines, int64_t depth, int64_t d, const Real* x, Real* y,
+                int64_t pitch, bool add) {
+  constexpr int n = Vector<Real>::lanes, chains = 4 / together > 1 ? 4 / together : 1;
+  const int64_t length = depth * d;
+  for (int64_t b = 0; b < lines; ++b) {
+    const Real* line = w + b * stride;
+    V<Real> sum[together][chains] = {};
+    int64_t k = 0;
+    for (; k + chains * n <= length; k += chains * n)
+#pragma GCC unroll 4
+      for (int i = 0; i < chains; ++i) {
+        const V<Real> factor = at(line + k + i * n);
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) sum[r][i] += factor * at(x + r * pitch + k + i * n);
+      }
+    for (; k + n <= length; k += n)
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) sum[r][0] += at(line + k) * at(x + r * pitch + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r) {
+      V<Real> total = sum[r][0];
+#pragma GCC unroll 4
+      for (int i = 1; i < chains; ++i) total += sum[r][i];
+      alignas(64) Real numbers[n];
+      put(numbers, total);
+      for (int64_t i = k; i < length; ++i) numbers[i & (d - 1)] += line[i] * x[r * pitch + i];
+      for (int64_t half = n / 2; half >= d; half /= 2)  // d is a power of two, as the number of lanes is
+        for (int64_t i = 0; i < half; ++i) numbers[i] += numbers[i + half];
+      Real* to = y + r * pitch + b * d;
+      for (int64_t i = 0; i < d; ++i) to[i] = numbers[i] + (add ? to[i] : Real(0));
+    }
+  }
+}
+
 template <class Real, int together>
 void contract_few(const Contract& s, const Real* weight, const Real* x, Real* y, int64_t pitch, bool add, int64_t begin,
                   int64_t end) {
@@ -141,6 +178,9 @@ void contract_few(const Contract& s, const Real* weight, const Real* x, Real* y,
         dot_lines<Real, sums>(w, s.stride_b, lines, s.c, xa + r * pitch, ya + r * pitch, pitch, pitch, add);
     else if (s.d == 1)  // transposed: neighbouring lines lie side by side
       add_rows<Real, together, true>(w, s.stride_c, xa, 1, pitch, s.c, ya, pitch, lines, add);
+    else if (s.stride_d == 1 && s.stride_c == s.d && Vector<Real>::lanes % s.d == 0 &&
+             s.c * s.d >= 2 * Vector<Real>::lanes)
+      fold_lines<Real, together>(w, s.stride_b, lines, s.c, s.d, xa, ya, pitch, add);
     else
       for (int64_t b = 0; b < lines; ++b)
         if (s.stride_d == 0)

@@ -165,7 +165,8 @@ def test_matrices_for_every_d_are_the_same_packed(a: int, b: int, c: int, d: int
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(
-    ("a", "b", "c", "d"), [(1, 70, 300, 1), (6, 5, 33, 1), (3, 17, 9, 1), (2, 9, 40, 37), (1, 64, 64, 64), (5, 4, 4, 4)]
+    ("a", "b", "c", "d"),
+    [(1, 70, 300, 1), (6, 5, 33, 1), (3, 17, 9, 1), (2, 9, 40, 37), (1, 64, 64, 64), (5, 4, 4, 4), (2, 33, 77, 8)],
 )
 def test_few_rows_run_vector_by_vector(
     a: int, b: int, c: int, d: int, shared: tuple[bool, bool], transposed: bool, rows: int
