@@ -185,8 +185,8 @@ class _Flattening:
         """The matrix that multiplies the axis of a flattened array of shape ``before`` by the factor."""
         made = torch.ones(1, 1, dtype=factor.dtype)
         for other in self.axes:
-            part = factor.contiguous() if other == axis else torch.eye(before[other], dtype=factor.dtype)
-            made = torch.kron(made, part)
+            part = factor if other == axis else torch.eye(before[other], dtype=factor.dtype)
+            made = kron(made, part)
         return made
 
     def vector(self, array: Tensor, shape: Sequence[int] | None = None) -> Tensor:
@@ -196,6 +196,12 @@ class _Flattening:
         if shape is not None:
             array = array.reshape(tuple(shape))
         return array.permute(self.axes).reshape(-1)
+
+
+def kron(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.kron`` of two matrices, of transposed views too: that one raises for some."""
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return product.reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

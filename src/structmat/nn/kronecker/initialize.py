@@ -139,7 +139,7 @@ def _draw(chain: KroneckerChain, axis: int, scale: float, generator: torch.Gener
     where = stored_axes(chain.layout.terms, chain.layout.order, axis)
     with torch.no_grad():
         parameter.copy_(
-            Orthogonal(scale, where).draw(
+            Orthogonal(scale**0.5, where).draw(
                 tuple(parameter.shape), generator=generator, dtype=parameter.dtype, device=parameter.device
             )
         )
