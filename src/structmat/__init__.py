@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from structmat.compression.replace import to_dense as to_dense
     from structmat.compression.report import Report as Report
     from structmat.compression.scan import scan as scan
+    from structmat.compression.to_kronecker import to_kronecker as to_kronecker
     from structmat.errors import StructmatError as StructmatError
     from structmat.io import load as load
     from structmat.io import save as save
@@ -66,6 +67,7 @@ _HOME = {
     "save": "structmat.io",
     "scan": "structmat.compression.scan",
     "to_dense": "structmat.compression.replace",
+    "to_kronecker": "structmat.compression.to_kronecker",
 }
 _MODULES = ("circuit", "nn", "program", "structures", "testing")
 

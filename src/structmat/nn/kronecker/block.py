@@ -231,7 +231,7 @@ class KroneckerBlock(nn.Module):
         """A block that starts as a given linear sum of Kronecker products: the same function if ``inner`` is.
 
         Args:
-            layer: of the family :class:`Kronecker`, or dense of it after :meth:`StructuredLinear.from_linear`.
+            layer: of the family :class:`Kronecker`, such as :meth:`StructuredLinear.from_linear` makes.
             inner: the activation between the stages; the default equals the identity at the start.
             bias: inner biases start at 0, the outer one at the layer's.
 
@@ -255,7 +255,7 @@ class KroneckerBlock(nn.Module):
             out_shape=[m for m, _ in family.pairs],
             inner=inner,
             bias=Bias.OUTER if layer.bias is not None and Bias(bias) is Bias.NONE else bias,
-            initialize=_keep,
+            initialize=keep_,
             device=factors[0].device,
             dtype=factors[0].dtype,
         )
@@ -378,5 +378,5 @@ class KroneckerBlock(nn.Module):
         )
 
 
-def _keep(block: KroneckerBlock, generator: torch.Generator | None) -> None:
+def keep_(block: KroneckerBlock, generator: torch.Generator | None) -> None:
     """Draws nothing: the tensors are set afterwards."""
