@@ -480,6 +480,7 @@ def test_kronecker_18_published_start_does_not() -> None:
         assert 0.9 * (6 / 56) ** 0.5 < float(parameter.detach().abs().max()) <= (6 / 56) ** 0.5
 
 
+@torch.no_grad()
 def test_kronecker_18_calibration_is_exact_on_its_batch() -> None:
     x = torch.randn(64, 784, dtype=F64) * torch.rand(784, dtype=F64)
     network = KroneckerNetwork([784, 784, (7, 14), 10], 2, inner=torch.relu, dtype=F64)
@@ -506,6 +507,7 @@ def test_kronecker_18_orthogonal_factors_keep_norms(count: int, size: int) -> No
     torch.testing.assert_close(block(x).norm(dim=1), x.norm(dim=1), rtol=1e-12, atol=1e-12)
 
 
+@torch.no_grad()
 def test_kronecker_26_fluctuations() -> None:
     m = n = 28
     generator = torch.Generator().manual_seed(0)
@@ -553,6 +555,7 @@ def test_kronecker_21_batch_shapes(lead: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
 def test_kronecker_21_dtypes(dtype: torch.dtype) -> None:
     exact = KroneckerBlock(784, 784, 2, inner=torch.tanh, dtype=F64)
     block = copy.deepcopy(exact).to(dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from structmat.kernels import affine, apply
 from structmat.nn.kronecker.activation import Activation, Slopes, is_pure, rectify
+from structmat.nn.kronecker.direct import Direct, is_direct, run_direct, takes_direct
 from structmat.nn.kronecker.recompute import recomputed
 from structmat.nn.kronecker.shape import Bias, BlockShape, Order
 from structmat.program import Chain, Contraction, Crop, Pad, Program
@@ -162,6 +163,19 @@ class KroneckerChain(nn.Module):
             name for kind in ("factor", "bias", "slope") for name in self._stored() if name.startswith(kind)
         )
 
+        self._direct = self._as_direct()
+
+    def _as_direct(self) -> Direct | None:
+        """For the way without a graph: two factors, no padding, an activation that it knows."""
+        layout, shape = self.layout, self.layout.shape
+        full = (shape.in_features, shape.out_features) == (math.prod(shape.inputs), shape.outer_array)
+        if len(layout.order) != 2 or not full or not self._gaps or not is_direct(self.inner):
+            return None
+        (m, n), (q, p) = shape.pairs
+        (gap,) = self._gaps
+        biased = shape.bias in (Bias.FULL, Bias.AXIS)
+        return Direct(layout.order == (0, 1), m, n, p, q, layout.terms, self.inner, gap.sizes, biased)
+
     def _stored(self) -> list[str]:
         return [*self._parameters, *self._buffers]
 
@@ -202,6 +216,8 @@ class KroneckerChain(nn.Module):
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             dtype = torch.get_autocast_dtype(x.device.type)
             x, tensors = x.to(dtype), [t.to(dtype) for t in tensors]
+        if self._direct is not None and takes_direct(x, tensors) and x.shape[-1] == self.layout.shape.in_features:
+            return run_direct(self._direct, self._run, x, tensors, recompute=self.recompute)
         if self.recompute and self._gaps and is_pure(self.inner):
             return recomputed(self._run, x, tensors)
         return self._run(x, tensors)

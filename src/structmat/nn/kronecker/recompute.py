@@ -36,15 +36,26 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        differentiated = torch.is_grad_enabled()
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-            # Views, so that each gradient is that of one argument alone; detached where none of the gradient is wanted.
-            held = [t.view_as(t) if differentiated else t.detach() for t in ctx.saved_tensors]
-            for t, w in zip(held, wanted, strict=True):
-                if w and not t.requires_grad:
-                    t.requires_grad_()
-            made = ctx.run(held[0], held[1:])
-            inputs = [t for t, w in zip(held, wanted, strict=True) if w]
-            found = iter(torch.autograd.grad(made, inputs, grad, create_graph=differentiated, allow_unused=True))
-        return None, *(next(found) if w else None for w in wanted)
+        return None, *gradients(ctx.run, ctx.saved_tensors, ctx.needs_input_grad[1:], grad)
+
+
+def gradients(run: Run, saved: Sequence[Tensor], wanted: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of what ``run(saved[0], saved[1:])`` makes, themselves differentiable where that is asked for.
+
+    Args:
+        run: is called once more.
+        saved: its input and its tensors.
+        wanted: which of them want a gradient.
+        grad: of the outcome.
+    """
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        # Views, so that each gradient is that of one argument alone; detached where none of the gradient is wanted.
+        held = [t.view_as(t) if differentiated else t.detach() for t in saved]
+        for t, w in zip(held, wanted, strict=True):
+            if w and not t.requires_grad:
+                t.requires_grad_()
+        made = run(held[0], held[1:])
+        inputs = [t for t, w in zip(held, wanted, strict=True) if w]
+        found = iter(torch.autograd.grad(made, inputs, grad, create_graph=differentiated, allow_unused=True))
+    return [next(found) if w else None for w in wanted]
