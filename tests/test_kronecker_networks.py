@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -780,3 +781,54 @@ def test_a_start_is_reproducible() -> None:
             for _ in range(2)
         )
         assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("inner", [torch.tanh, Slopes(0.5), nn.GELU()])
+def test_kronecker_19_blocks_form_no_product(inner: Callable[[Tensor], Tensor]) -> None:
+    """Nothing of a 1024 x 1024 block, forward or backward, comes near the size of the matrix."""
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    block = KroneckerBlock(1024, 1024, 4, inner=inner)
+    x = torch.randn(2, 1024, requires_grad=True)
+    with Watch():
+        block(x).square().sum().backward()
+    assert 2 * 4 * 1024 <= largest < 1024 * 1024 // 4
+
+
+def test_kronecker_21_saving_and_loading(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return KroneckerNetwork([(8, 8), 64, (2, 5)], 2, inner=Slopes(0.3), outer=torch.relu)
+
+    model = build()
+    sm.save(model, tmp_path / "saved")
+    again = sm.load(tmp_path / "saved", build())
+    x = torch.randn(3, 64)
+    assert torch.equal(again(x), model(x))
+
+
+def test_the_way_without_a_graph_gives_the_same_gradients() -> None:
+    """Against the generic way, which modules take: for every order, bias and activation that it knows."""
+    pairs = ((torch.tanh, nn.Tanh()), (torch.relu, nn.ReLU()), (None, nn.Identity()))
+    for (fast, module), bias, order, recompute in itertools.product(
+        pairs, BIASES, ("left", "right", MIXED), (True, False)
+    ):
+        options = {"in_shape": (3, 5), "out_shape": (4, 2), "terms": 4, "order": order, "bias": bias}
+        first = random_block(**options, inner=fast, recompute=recompute)
+        second = random_block(**options, inner=module)
+        second.load_state_dict(first.state_dict())
+        x = torch.randn(2, 3, 15, dtype=F64, requires_grad=True)
+        found = [torch.autograd.grad(b(x).square().sum(), [x, *b.parameters()]) for b in (first, second)]
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        frozen = first.chains[0].factor0
+        frozen.requires_grad_(False)
+        loss = first(x.detach()).square().sum()
+        assert all(g is not None for g in torch.autograd.grad(loss, [p for p in first.parameters() if p.requires_grad]))
