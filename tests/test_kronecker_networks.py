@@ -627,6 +627,8 @@ def test_what_is_refused_says_why() -> None:
         KroneckerBlock(6, 6, factors=1)
     with pytest.raises(StructureError, match="places between stages"):
         KroneckerBlock(6, 6, activated=(True, True))
+    with pytest.raises(StructureError, match="between the factors"):
+        KroneckerBlock(6, 6, outer=Slopes())
     with pytest.raises(ValueError, match="wide"):
         KroneckerBlock(6, 6, bias="wide")
     with pytest.raises(ShapeError, match="at least two sizes"):
@@ -759,6 +761,10 @@ def test_explain_says_what_runs() -> None:
     assert "the input alone" in text
     assert f"{128 * 2 * 43_904} multiply-adds" in text
     assert "then tanh" in text
+    assert text.count("with gradients: PyTorch operations without a graph inside") == 2
+    other = KroneckerBlock(784, 784, 2, inner=nn.GELU()).explain(128)
+    assert "without gradients: " in other
+    assert "without a graph" not in other
     assert "slope" in repr(KroneckerBlock(8, 8, inner=Slopes())).lower()
 
 

@@ -60,7 +60,7 @@ class KroneckerBlock(nn.Module):
 
     Raises:
         ShapeError: shapes that do not hold the features.
-        StructureError: too many terms, or an order that is none.
+        StructureError: too many terms, an order that is none, or :class:`Slopes` as the outer activation.
     """
 
     bias: nn.Parameter | None
@@ -87,6 +87,10 @@ class KroneckerBlock(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(outer, Slopes):
+            raise StructureError(
+                "Slopes are learned between the factors, one a term. Give outer=nn.PReLU(), or a function."
+            )
         self.shape = block_shape(
             in_features,
             out_features,

@@ -180,6 +180,11 @@ class KroneckerChain(nn.Module):
         return [*self._parameters, *self._buffers]
 
     @property
+    def is_direct(self) -> bool:
+        """Whether it is trained by products and activations written out, without a graph inside."""
+        return self._direct is not None
+
+    @property
     def programs(self) -> tuple[Program, ...]:
         """The linear parts, in the order in which they run."""
         return self._programs

@@ -253,6 +253,10 @@ def draw_matrices(matrices: Sequence[Tensor], words: Sequence[str] = ()) -> str:
 # -------------------------------------------------------------------------------------------------------- explanations
 
 
+def _way(native: bool) -> str:
+    return "native backend" if native else "reference backend"
+
+
 def explain(block: KroneckerBlock, batch: int) -> str:
     """What :meth:`KroneckerBlock.explain` returns."""
     shape = block.shape
@@ -262,12 +266,13 @@ def explain(block: KroneckerBlock, batch: int) -> str:
         tensors = dict(chain.named_parameters())
         lines.append(f"{chain.layout.terms} terms, axes {chain.layout.order}:")
         for number, program in enumerate(chain.programs):
-            backends = [
-                f"{'with' if recorded else 'without'} gradients "
-                f"{'native' if runs_native(program, tensors, batch, recorded) else 'reference'}"
-                for recorded in (False, True)
-            ]
-            lines += [table(program), f"({', '.join(backends)}, reference in compiled graphs)"]
+            ways = {
+                False: _way(runs_native(program, tensors, batch)),
+                True: "PyTorch operations without a graph inside",
+            }
+            if not chain.is_direct:
+                ways[True] = _way(runs_native(program, tensors, batch, recorded=True))
+            lines += [table(program), f"without gradients: {ways[False]}; with gradients: {ways[True]}"]
             macs += cost(program).macs
             if number < len(chain.programs) - 1:
                 lines.append(f"then {name_of(block.inner)}, in PyTorch operations")
