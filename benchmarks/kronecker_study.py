@@ -102,6 +102,9 @@ TASKS = (
     Task("burgers", "Burgers' equation, 16 numbers to 17 x 16, 800 trajectories, 200 epochs", data.burgers,
          ((4, 4), (32, 32), (32, 32), (17, 16)), torch.relu, 200, 128, ADAM, 3e-3),
     Task("mnist", "MNIST, the published recipe, 20 epochs", data.mnist,
+         ((28, 28), (28, 28), (28, 28), (2, 5)), torch.tanh, 20, 128, (0.1,), 0.1,
+         adam=False, published=True, labels=True),
+    Task("mnist swept", "MNIST, the same with swept rates", data.mnist,
          ((28, 28), (28, 28), (28, 28), (2, 5)), torch.tanh, 20, 128, (0.02, 0.05, 0.1, 0.2), 0.1,
          adam=False, published=True, labels=True),
     Task("cifar10", "CIFAR-10, 10,000 images, the published recipe, 20 epochs", data.cifar10,
@@ -197,6 +200,8 @@ def main_name(task: Task, method: Method) -> str:
 
 def best_rate(task: Task, method: Method) -> tuple[float, bool]:
     """The best rate of the sweep, and whether there was one; else the task's own."""
+    if len(task.rates) == 1:
+        return task.rate, True
     found = {}
     for rate in task.rates:
         cell = Cell(rate_name(task, method, rate), lambda seed: {}, 0)
@@ -409,6 +414,7 @@ def _cells() -> list[Cell]:
             Cell(rate_name(task, m, r), lambda seed, t=task, m=m, r=r: rate_cell(t, m, r, seed), 0, extra=task.long)
             for m in METHODS
             for r in task.rates
+            if len(task.rates) > 1
         ]
         made += [
             Cell(main_name(task, m), lambda seed, t=task, m=m: main_cell(t, m, seed), seed, extra=seed > 0 or task.long)
@@ -443,7 +449,7 @@ def _task_table(task: Task, done: Mapping[str, dict[str, Any]]) -> list[str]:
             rows.append((method.key, *[NOT_RUN] * 8))
             continue
         first = found[0]
-        mark = "" if first["swept"] else " (not swept)"
+        mark = "" if first["swept"] or len(task.rates) == 1 else " (not swept)"
         rows.append(
             (
                 method.key,
