@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,11 +28,14 @@ from structmat.nn.kronecker import (
     pruned,
     rate_multipliers,
     set_slopes,
+    source_,
 )
 from structmat.nn.kronecker.convolution import kernel_of
 from structmat.projection.kronecker_spectrum import kronecker_spectrum, rank_shapes
 from structmat.projection.target import Certificate
 from structmat.structures import Kronecker
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the benchmarks' data
 
 F64 = torch.float64
 
@@ -384,8 +389,6 @@ def test_a_step_moves_every_factor_by_the_same_share() -> None:
 @pytest.mark.parametrize(("terms", "epochs", "least"), [(1, 1, 78.0), (1, 3, 91.0), (2, 1, 90.5)])
 def test_kronecker_22_mnist(real_data: object, terms: int, epochs: int, least: float) -> None:
     from benchmarks.kronecker_data import mnist
-
-    from structmat.nn.kronecker import source_
 
     train, test = mnist("train"), mnist("test")
     network = sm.nn.KroneckerNetwork(

@@ -44,4 +44,4 @@ def test_from_a_perceptron_to_a_kronecker_network(tmp_path: Path, capsys: pytest
     assert found["fine-tuned"] > found["perceptron"] - 3
     assert found["fine-tuned"] >= found["converted"]
     assert found["from scratch"] > 88
-    assert "2,378 parameters" in capsys.readouterr().out
+    assert "2,378 parameters, 906 of them biases, not 19,210." in capsys.readouterr().out

@@ -2,8 +2,8 @@
 
     python docs/tutorials/kronecker.py [folder]
 
-Trains a small perceptron on handwritten digits, converts its wide layer, fine-tunes, and trains a Kronecker network from
-scratch beside it. Writes ``kronecker_extended.svg`` into the folder (default: here). Seconds on one core.
+Trains a small perceptron on handwritten digits, converts its wide layer, fine-tunes, and trains a Kronecker network
+from scratch beside it. Writes ``kronecker_extended.svg`` into the folder (default: here). Seconds on one core.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(folder: Path) -> dict[str, float]:
     for name, value in accuracy.items():
         print(f"{name:<12} {value:.1f} %")
     counts = network.counts
-    print(f"{counts.parameters:,} parameters ({counts.biases:,} of them biases) in place of {counts.dense_parameters:,}.")
+    print(f"{counts.parameters:,} parameters, {counts.biases:,} of them biases, not {counts.dense_parameters:,}.")
 
     block = sm.nn.KroneckerBlock(16, 12, in_shape=(4, 4), out_shape=(3, 4), order="left")
     (folder / "kronecker_extended.svg").write_text(block.extended().draw(), encoding="utf-8")
