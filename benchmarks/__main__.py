@@ -10,6 +10,7 @@ STUDIES = {
     "convac_mnist": "discriminative networks on MNIST, shallow and deep",
     "convac_rectifier": "ranks of random networks, products against rectifiers",
     "convac_speed": "a training step and inference beside plain PyTorch forms",
+    "kronecker_study": "Kronecker networks beside fully connected ones and other families, speed, conversion",
     "kernels": "structured layers against dense ones on the clock",
 }
 

@@ -22,6 +22,9 @@ from benchmarks.files import RESULTS, environment, write
 
 NOT_RUN = "not run"
 
+MANY = 60
+"""Cells beyond which they are counted, not named."""
+
 T = TypeVar("T")
 
 
@@ -78,7 +81,10 @@ class Study:
         done = self.done()
         missing = [cell.key for cell in self.cells if cell.key not in done]
         lines = [f"# {self.purpose}", "", *_preface(done.values()), "", *self.tables(done)]
-        if missing:
+        if len(missing) > MANY:
+            words = f"{len(missing)} of {len(self.cells)} cells were not run; `list` names them."
+            lines += ["", words]
+        elif missing:
             lines += ["", f"Cells not run: {', '.join(f'`{key}`' for key in missing)}."]
         RESULTS.mkdir(parents=True, exist_ok=True)
         text = "\n".join(lines).rstrip() + "\n"

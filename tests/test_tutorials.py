@@ -12,7 +12,7 @@ TUTORIALS = {path.stem: path for path in sorted((DOCS / "tutorials").glob("*.py"
 
 
 def test_there_are_tutorials() -> None:
-    assert {"convac_expressive_power", "convac_missing_pixels"} <= set(TUTORIALS)
+    assert {"convac_expressive_power", "convac_missing_pixels", "kronecker"} <= set(TUTORIALS)
 
 
 def test_expressive_power_in_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +32,16 @@ def test_a_classifier_that_shrugs_at_missing_pixels() -> None:
     assert mixture[0] > 90
     assert mixture[2] > 75, "half of the pixels are missing"
     assert mixture[2] > usual[2] + 20
+
+
+def test_from_a_perceptron_to_a_kronecker_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's: pip install structmat[demo]")
+    found = runpy.run_path(str(TUTORIALS["kronecker"]))["main"](tmp_path)
+    drawn = (tmp_path / "kronecker_extended.svg").read_text(encoding="utf-8")
+    shown = (DOCS / "kronecker_extended.svg").read_text(encoding="utf-8")
+    assert drawn == shown, "run the tutorial with the docs folder"
+    assert found["perceptron"] > 90
+    assert found["fine-tuned"] > found["perceptron"] - 3
+    assert found["fine-tuned"] >= found["converted"]
+    assert found["from scratch"] > 88
+    assert "2,378 parameters, 906 of them biases, not 19,210." in capsys.readouterr().out

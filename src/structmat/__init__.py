@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from structmat.compression.replace import to_dense as to_dense
     from structmat.compression.report import Report as Report
     from structmat.compression.scan import scan as scan
+    from structmat.compression.to_kronecker import to_kronecker as to_kronecker
     from structmat.compression.tune import tune as tune
     from structmat.errors import StructmatError as StructmatError
     from structmat.io import load as load
@@ -68,6 +69,7 @@ _HOME = {
     "scan": "structmat.compression.scan",
     "to_dense": "structmat.compression.replace",
     "tune": "structmat.compression.tune",
+    "to_kronecker": "structmat.compression.to_kronecker",
 }
 _MODULES = ("circuit", "nn", "program", "structures", "testing")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from structmat.nn.kronecker import KroneckerBlock, rate_multipliers
 from structmat.nn.linear import StructuredLinear
 from structmat.program import Chain, Diagonal, Program, Stage, build
 from structmat.structure import Shape, Structure, resolve
@@ -61,9 +62,10 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) 
     """Parameter groups for ``torch.optim.AdamW`` (or Adam): ``AdamW(sm.parameter_groups(model, lr=1e-3))``.
 
     Structured tensors get ``lr`` times their :func:`learning_rate_multipliers` and no weight decay: decaying each of
-    ``K`` factors would decay their product ``K`` times over. Of all others, those with at least two axes decay and
-    vectors and scalars do not. Each group says in ``"role"`` what it is. Parameters that don't require a gradient are
-    left out; every other one is in exactly one group.
+    ``K`` factors would decay their product ``K`` times over. So do Kronecker blocks, by their own
+    :func:`structmat.nn.kronecker.rate_multipliers`; their biases, which are large arrays, do not decay. Of all others,
+    those with at least two axes decay and vectors and scalars do not. Each group says in ``"role"`` what it is.
+    Parameters that don't require a gradient are left out; every other one is in exactly one group.
 
     Args:
         model: any module; its structured layers are found.
@@ -78,7 +80,8 @@ def recovery_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -
 
     Fitted factors are balanced: the entries of all of a layer's tensors are alike in size, unlike fresh ones, and a
     large multiple on one of them undoes the fit. So each layer has one: the geometric mean of the multiples of its
-    tensors, and 1 for a single tensor, whose entries are those of a dense matrix.
+    tensors, and 1 for a single tensor, whose entries are those of a dense matrix; and so do Kronecker blocks, which are
+    converted with balanced factors.
     """
     return _grouped(model, lr, weight_decay, scaled=False)
 
@@ -92,6 +95,11 @@ def _grouped(model: nn.Module, lr: float, weight_decay: float, *, scaled: bool) 
                 if not scaled:
                     factor = math.prod(factors.values()) ** (1 / len(factors)) if len(factors) > 1 else 1.0
                 roles[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, 0.0)
+        elif isinstance(module, KroneckerBlock):
+            held = dict(module.named_parameters())
+            for name, factor in rate_multipliers(module, lr).items():
+                factor = factor if scaled else 1.0
+                roles[id(held[name])] = (f"Kronecker, {factor:.4g} times", lr * factor, 0.0)
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -145,10 +145,7 @@ class Kronecker(Structure):
         return specs
 
     def program(self, shape: Shape) -> Program:
-        terms, pairs, order = whole(self.terms), self.pairs, application_order(self.pairs)
-        if len(pairs) == 2:
-            return _two_factors(terms, pairs, order)
-        return _one_term(pairs, order) if terms == 1 else _many_terms(terms, pairs, order)
+        return lowered(whole(self.terms), self.pairs, application_order(self.pairs))
 
     def project(self, target: Target) -> Fit:
         if len(self.pairs) > 2:
@@ -230,16 +227,35 @@ def factor_matrices(structure: Kronecker, tensors: Mapping[str, Tensor]) -> tupl
 
 
 def _layout(structure: Kronecker, index: int) -> tuple[int, int, int]:
-    """Positions of the axes (term, row, column) in a stored factor: such that every stage reads a plain view."""
-    order = application_order(structure.pairs)
+    return stored_axes(whole(structure.terms), application_order(structure.pairs), index)
+
+
+def stored_axes(terms: int, order: tuple[int, ...], index: int) -> tuple[int, int, int]:
+    """Positions of the axes (term, row, column) in a stored factor: such that every stage reads a plain view.
+
+    Args:
+        terms: how many products are added.
+        order: in which the factors are applied.
+        index: of the factor.
+    """
     if len(order) > 2:  # stages (terms, m, n, ..), the last one (1, m, terms n, ..)
-        return (1, 0, 2) if structure.terms != 1 and index == order[-1] else (0, 1, 2)
+        return (1, 0, 2) if terms != 1 and index == order[-1] else (0, 1, 2)
     if order == (0, 1):  # (1, m k, n, p) and (m, q, k p, 1)
         return (1, 0, 2)
     return (2, 0, 1) if index == 0 else (0, 1, 2)  # (n, k q, p, 1), then (1, m, n k, q)
 
 
-def _two_factors(terms: int, pairs: Pairs, order: tuple[int, ...]) -> Program:
+def lowered(terms: int, pairs: Pairs, order: tuple[int, ...]) -> Chain:
+    """The stages that apply a sum of products, one contraction a factor, in the given order.
+
+    Tensors are called ``factor0``, ``factor1``, ... and stored as :func:`stored_axes` says.
+    """
+    if len(pairs) == 2:
+        return _two_factors(terms, pairs, order)
+    return _one_term(pairs, order) if terms == 1 else _many_terms(terms, pairs, order)
+
+
+def _two_factors(terms: int, pairs: Pairs, order: tuple[int, ...]) -> Chain:
     (m, n), (q, p) = pairs
     if order == (0, 1):
         return Chain(
@@ -256,7 +272,7 @@ def _two_factors(terms: int, pairs: Pairs, order: tuple[int, ...]) -> Program:
     )
 
 
-def _one_term(pairs: Pairs, order: tuple[int, ...]) -> Program:
+def _one_term(pairs: Pairs, order: tuple[int, ...]) -> Chain:
     sizes = [n for _, n in pairs]
     steps = []
     for i in order:
@@ -267,7 +283,7 @@ def _one_term(pairs: Pairs, order: tuple[int, ...]) -> Program:
     return Chain(tuple(steps))
 
 
-def _many_terms(terms: int, pairs: Pairs, order: tuple[int, ...]) -> Program:
+def _many_terms(terms: int, pairs: Pairs, order: tuple[int, ...]) -> Chain:
     """The contracted axis stays in front, beside the axis of the terms; what was made moves to the end."""
     count = len(pairs)
     steps: list[Program] = [Shuffle(tuple(n for _, n in pairs), order)]
