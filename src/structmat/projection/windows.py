@@ -20,7 +20,7 @@ from structmat.projection.target import Target
 _WORK = 2e11
 """Multiply-adds that a fit may take in all: of large matrices fewer sweeps are run than were asked for."""
 
-_IDLE = 4
+_IDLE = 5
 _PATIENCE = 1e-3
 """A fit ends when this many sweeps in turn have not lowered the squared error by this share."""
 
@@ -457,12 +457,14 @@ def windowed(target: Target, count: int, rows: int, columns: int) -> Terms:
         found = fixed.terms
         for side, total in enumerate((rows, columns)):
             share = run.terms.totals[side] / max(1, total)
-            prices[side] *= min(2.0, max(0.5, share**1.5))
+            # Widths that are left over are useless: the price falls fast. One that is too low only costs a trim.
+            prices[side] *= min(2.0, share**2) if share > 1 else max(0.25, min(0.5, share**3))
         if scale is not None:
             inverse = torch.where(scale > 0, scale.clamp(min=1e-300).reciprocal(), 0.0)
             found = refit_weighted(target, replace(found, right=found.right * inverse))
         error = target.squared(target.weight - found.dense())
-        idle = 0 if error < best_error * (1 - _PATIENCE) else idle + 1
+        full = any(own >= total for own, total in zip(run.terms.totals, (rows, columns), strict=True))
+        idle = 0 if error < best_error * (1 - _PATIENCE) or not full else idle + 1
         if error < best_error:
             best, best_error = found, error
         if idle == _IDLE:
