@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from structmat.nn.linear import StructuredLinear
-from structmat.program import Chain, Diagonal, Program, Stage, build
+from structmat.nn.windows import WindowedLinear
+from structmat.program import Chain, Diagonal, Program, Stage, Windowed, build
 from structmat.structure import Shape, Structure, resolve
 
 
@@ -37,6 +38,19 @@ def _collect(program: Program, in_features: int, outside: int, found: dict[str, 
         lengths = [_length(step) for step in program.steps]
         for step, length in zip(program.steps, lengths, strict=True):
             _collect(step, in_features, outside + sum(lengths) - length, found)
+    elif isinstance(program, Windowed):
+        # Two learned factors in one stage: a term sums over its window of the inputs, an output over its terms.
+        inner = max(1.0, program.right_size / max(1, program.terms))
+        outer = max(1.0, program.left_size / program.height)
+        if program.transposed:
+            inner, outer = (
+                max(1.0, program.left_size / max(1, program.terms)),
+                max(1.0, program.right_size / program.width),
+            )
+        first, second = (program.left, program.right) if program.transposed else (program.right, program.left)
+        for name, fan_in in ((first, inner), (second, outer)):
+            factor = in_features / fan_in / (outside + 2)
+            found[name] = min(factor, found.get(name, factor))
     elif isinstance(program, Stage):
         if program.weights:
             fan_in = max(1.0, program.multiplications / program.out_features)
@@ -50,6 +64,8 @@ def _collect(program: Program, in_features: int, outside: int, found: dict[str, 
 
 def _length(program: Program) -> int:
     """Learned stages on the longest path."""
+    if isinstance(program, Windowed):
+        return 2
     if isinstance(program, Stage):
         return 1 if program.weights else 0
     if isinstance(program, Chain):
@@ -86,8 +102,12 @@ def recovery_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -
 def _grouped(model: nn.Module, lr: float, weight_decay: float, *, scaled: bool) -> list[dict[str, Any]]:
     roles: dict[int, tuple[str, float, float]] = {}
     for module in model.modules():
-        if isinstance(module, StructuredLinear):
-            factors = learning_rate_multipliers(module.structure, (module.out_features, module.in_features))
+        if isinstance(module, StructuredLinear | WindowedLinear):
+            factors = (
+                learning_rate_multipliers(module.structure, (module.out_features, module.in_features))
+                if isinstance(module, StructuredLinear)
+                else module.learning_rate_multipliers()
+            )
             for name, factor in factors.items():
                 if not scaled:
                     factor = math.prod(factors.values()) ** (1 / len(factors)) if len(factors) > 1 else 1.0

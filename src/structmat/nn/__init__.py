@@ -2,5 +2,15 @@
 
 from structmat.nn.convac import ConvAC, ModeTree, TensorialMixture
 from structmat.nn.linear import StructuredLinear
+from structmat.nn.matrices import FusedLinear, MatrixConv2d
+from structmat.nn.windows import WindowedLinear
 
-__all__ = ["ConvAC", "ModeTree", "StructuredLinear", "TensorialMixture"]
+__all__ = [
+    "ConvAC",
+    "FusedLinear",
+    "MatrixConv2d",
+    "ModeTree",
+    "StructuredLinear",
+    "TensorialMixture",
+    "WindowedLinear",
+]

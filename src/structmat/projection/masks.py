@@ -178,7 +178,7 @@ class BlurSchedule:
     ``size / 600`` samples.
     """
 
-    first: float = 1 / 16
+    first: float = 1 / 8
     last: float = 1.0
     until: float = 0.8
 
