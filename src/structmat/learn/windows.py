@@ -261,6 +261,11 @@ class WindowLearner:
         if self._every and (self.step_count % self._every == 0 or self.step_count == self.steps):
             self._record()
 
+    def leaves(self) -> list[Tensor]:
+        """The widths and locations that collect gradients now: for ``torch.autograd.backward(inputs=...)``."""
+        values = [t for layer in self.layers.values() for t in (layer.widths, layer.locations)]
+        return [t for t in values if t.requires_grad and not self.settled]
+
     def _move(self, name: str, layer: WindowedLinear, rate: float) -> None:
         squares = self._squares[name]
         correction = 1 - _SECOND_MOMENT**self.step_count
@@ -461,6 +466,8 @@ def fit_exactly(layers: Sequence[WindowedLinear], budget: int) -> None:
         for _, at, side, k in sorted(wishes)[: max(0, left)]:
             places[at][side, k] += 1
         _top_up(places, sizes, max(0, left - len(wishes)))
+    elif sum(float(r.sum()) for r in real) > 0.95 * budget:  # at the budget, but for rounding
+        _top_up(places, sizes, budget - count(places))
     for layer, own, size in zip(layers, places, sizes, strict=True):
         layer.widths.copy_((own / size).to(layer.widths))
 
@@ -489,3 +496,22 @@ def hardened(model: nn.Module) -> dict[str, StructuredLinear]:
         for name, module in model.named_modules()
         if isinstance(module, StructuredLinear) and isinstance(module.structure, GBLR)
     }
+
+
+def softened(model: nn.Module, name: str) -> WindowedLinear:
+    """Replace a compact layer by one whose windows can be learned, in place: the inverse of hardening.
+
+    Contents outside of the windows begin at zero.
+
+    Raises:
+        ModelError: the layer is no GBLR layer.
+    """
+    from structmat.windows import terms_of
+
+    layer = hardened(model).get(name)
+    if layer is None:
+        raise ModelError(f"{name!r} is no GBLR layer of the model. They are {', '.join(hardened(model)) or 'none'}.")
+    made = WindowedLinear.from_terms(terms_of(layer.matrix), layer.bias).train(layer.training)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, made)
+    return made

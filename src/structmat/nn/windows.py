@@ -162,7 +162,7 @@ class WindowedLinear(nn.Module):
         self.sigmas = (INFINITE, INFINITE)
         """Blur of the rows' and the columns' edges in the gradient, as widths in frequency."""
         self.movable = True
-        """Whether widths and locations collect gradients in training."""
+        """Whether widths and locations collect gradients."""
         self._arcs: tuple[_Arcs, _Arcs] | None = None
         self._arcs_key = (0, 0)
 
@@ -339,10 +339,10 @@ class WindowedLinear(nn.Module):
         return self._arcs
 
     def _structure(self) -> tuple[Tensor, Tensor]:
-        """Widths and locations as leaves that collect gradients while the layer is trained."""
+        """Widths and locations as leaves that collect gradients."""
         if not self.movable:
             return self.widths.detach(), self.locations.detach()
-        if self.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             for name in ("widths", "locations"):
                 value = getattr(self, name)
                 if not value.is_leaf:  # a module that was moved or cast
