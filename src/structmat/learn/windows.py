@@ -1,11 +1,11 @@
 """Learning windows under a budget: three lines beside any training loop.
 
-    learner = sm.learn.WindowLearner(model, budget=0.3, steps=1000)    # replaces the linear layers
+    learner = sm.learn.WindowLearner(model, budget=0.3, steps=1000, start="random")  # replaces the linear layers
     optimizer = torch.optim.AdamW(sm.parameter_groups(model, lr=1e-3))
     for batch in data:
-        ...                                                            # loss.backward(), optimizer.step()
-        learner.step()                                                 # widths and locations move, the budget shrinks
-    learner.harden()                                                   # compact layers, within the budget
+        ...                     # loss.backward(), optimizer.step()
+        learner.step()          # widths and locations move, the budget shrinks
+    learner.harden()            # compact layers, within the budget
 
 Widths and locations take normalised gradient steps without momentum; then a proximal step projects all widths of all
 layers on the budget, exactly: the shift ``mu * price`` of all widths, clipped, is the nearest point within it. So
