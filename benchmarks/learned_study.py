@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -48,10 +49,13 @@ FIXED: Mapping[str, Callable[[float], Structure]] = {
     "block tensor train": sm.BlockTensorTrain,
 }
 LEARNED: Mapping[str, dict[str, Any]] = {
-    "GBLR frozen": {"frozen": True},
-    "GBLR equal": {"equal": True},
-    "GBLR learned": {},
+    "GBLR frozen": {"frozen": True, "start": "random"},
+    "GBLR equal": {"equal": True, "start": "random"},
+    "GBLR learned": {"start": "random"},
+    "GBLR learned, published start": {"start": "weights"},
 }
+"""Windows from scratch. The published start, the split of a dense initialisation under full windows, is one more."""
+
 METHODS = ("dense", "dense-small", *FIXED, *LEARNED)
 
 
@@ -202,11 +206,8 @@ def run_teacher(method: str, factor: float, seed: int, kind: str = "off-grid", s
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(size, size, bias=False))
     share = cost / size**2
-    learner = (
-        prepared(model, ["0"], method, share, steps, seed, start="random", floor=0.0)
-        if method in LEARNED
-        else (prepared(model, ["0"], method, share, steps, seed))
-    )
+    options: dict[str, Any] = {"floor": 0.0} if method in LEARNED else {}
+    learner = prepared(model, ["0"], method, share, steps, seed, **options)
     if method == "dense-small":
         inner = max(1, cost // (2 * size))
         model = nn.Sequential(nn.Linear(size, inner, bias=False), nn.Linear(inner, size, bias=False))
@@ -247,7 +248,7 @@ def mnist() -> dict[str, Tensor]:
 
 VALIDATION = 5000
 HIDDEN = 256
-P5_STEPS = 800
+P5_STEPS = 400
 LAYERS = ["0", "2"]
 
 
@@ -331,11 +332,23 @@ def sweep_name(task: str, method: str, factor: float) -> str:
 # ---------------------------------------------------------------------------------- P6: compress a trained model
 
 
-def run_compressed(method: str, share: float, seed: int) -> dict[str, Any]:
-    """The trained dense perceptron, its layers projected; before and after 200 steps of recovery on labels."""
+def trained(seed: int) -> nn.Sequential:
+    """The dense perceptron, trained."""
     torch.manual_seed(seed)
     model = perceptron(HIDDEN)
+    path = ROOT / "build" / "learned_study" / f"perceptron_{seed}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path))
+        return model
     train(model, None, BASE["P5"], P5_STEPS, images(seed), F.cross_entropy)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def run_compressed(method: str, share: float, seed: int) -> dict[str, Any]:
+    """The trained dense perceptron, its layers projected; before and after 200 steps of recovery on labels."""
+    model = trained(seed)
     original = accuracy(model, "test")
     learner = None
     steps = 200
@@ -778,15 +791,7 @@ def pictures() -> None:
     """Film strip, budgets and quality over cost of one run, beside the tables."""
     from structmat.learn.pictures import budget_per_layer, film_strip, quality_against_cost
 
-    torch.manual_seed(0)
-    model = perceptron(HIDDEN)
-    learner = prepared(model, LAYERS, "GBLR learned", 0.2, P5_STEPS, 0)
-    assert learner is not None
-    train(model, learner, BASE["P5"], P5_STEPS, images(0), F.cross_entropy)
     folder = RESULTS / "learned_study"
-    shapes = {n: layer.sizes for n, layer in learner.layers.items()}
-    (folder / "film.svg").write_text(film_strip(learner.history, "0", shapes["0"]), encoding="utf-8")
-    (folder / "budgets.svg").write_text(budget_per_layer(learner.history, shapes), encoding="utf-8")
     done = STUDY.done()
     points = {
         method: [
@@ -796,11 +801,24 @@ def pictures() -> None:
         ]
         for method in METHODS
     }
+    if not any(points.values()):
+        return
     text = quality_against_cost({m: p for m, p in points.items() if p}, "percent right on MNIST")
     (folder / "frontier.svg").write_text(text, encoding="utf-8")
+    if (folder / "film.svg").exists():
+        return
+    torch.manual_seed(0)
+    model = perceptron(HIDDEN)
+    learner = prepared(model, LAYERS, "GBLR learned", 0.2, P5_STEPS, 0)
+    assert learner is not None
+    train(model, learner, BASE["P5"], P5_STEPS, images(0), F.cross_entropy)
+    shapes = {n: layer.sizes for n, layer in learner.layers.items()}
+    (folder / "film.svg").write_text(film_strip(learner.history, "0", shapes["0"]), encoding="utf-8")
+    (folder / "budgets.svg").write_text(budget_per_layer(learner.history, shapes), encoding="utf-8")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     STUDY.main()
-    pictures()
+    if "list" not in sys.argv:
+        pictures()

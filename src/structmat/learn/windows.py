@@ -107,9 +107,10 @@ class WindowLearner:
         exclude: names to leave dense, such as an output layer.
         terms: rank-one terms, as a share of a layer's smaller side. With half of them full windows cost as much as a
             square dense matrix, with all of them twice as much.
-        start: ``"weights"`` (singular value decomposition of the present weights, full windows: as published, and what
-            keeps a dense initialisation), ``"random"`` (Gaussian contents and windows of half the sides at random
-            places), or ``"projected"`` (the best windows of ``start_budget`` for the present weights).
+        start: ``"projected"`` (the best windows of ``start_budget`` for the present weights) for a trained model;
+            ``"random"`` (Gaussian contents, windows of half the sides at random places; the present weights are
+            forgotten) is best from scratch; ``"weights"`` (singular value decomposition of the present weights, full
+            windows) is the published start for both, and measured worse.
         start_budget: for ``"projected"``; halfway between the budget and 1 if None.
         rate: of the normalised steps, in shares of a side; decays along a cosine.
         anneal: share of the steps over which the budget falls linearly from the initial cost to what is asked.
@@ -137,7 +138,7 @@ class WindowLearner:
         layers: Collection[str] | None = None,
         exclude: Collection[str] = (),
         terms: float = 0.5,
-        start: str = "weights",
+        start: str = "projected",
         start_budget: float | None = None,
         rate: float = 5e-3,
         anneal: float = 0.5,
