@@ -108,8 +108,8 @@ class WindowLearner:
         terms: rank-one terms, as a share of a layer's smaller side. With half of them full windows cost as much as a
             square dense matrix, with all of them twice as much.
         start: ``"projected"`` (the best windows of ``start_budget`` for the present weights) for a trained model;
-            ``"random"`` (Gaussian contents, windows of half the sides at random places; the present weights are
-            forgotten) is best from scratch; ``"weights"`` (singular value decomposition of the present weights, full
+            ``"random"`` (Gaussian contents, windows of half the sides, or more where the budget asks, at random places;
+            the present weights are forgotten) is best from scratch; ``"weights"`` (singular value decomposition of the present weights, full
             windows) is the published start for both, and measured worse.
         start_budget: for ``"projected"``; halfway between the budget and 1 if None.
         rate: of the normalised steps, in shares of a side; decays along a cosine.
@@ -203,8 +203,11 @@ class WindowLearner:
         m, n = linear.weight.shape
         terms = max(1, round(self.share * min(m, n)))
         if self.start == "random":
+            width = min(
+                1.0, max(0.5, 1.1 * self.budget * m * n / (terms * (m + n)))
+            )  # what is allowed is there to spend
             layer = WindowedLinear(
-                n, m, linear.bias is not None, terms=terms, dtype=linear.weight.dtype, generator=generator
+                n, m, linear.bias is not None, terms=terms, width=width, dtype=linear.weight.dtype, generator=generator
             )
             if linear.bias is not None:
                 with torch.no_grad():
