@@ -108,9 +108,9 @@ class WindowLearner:
         terms: rank-one terms, as a share of a layer's smaller side. With half of them full windows cost as much as a
             square dense matrix, with all of them twice as much.
         start: ``"projected"`` (the best windows of ``start_budget`` for the present weights) for a trained model;
-            ``"random"`` (Gaussian contents, windows of half the sides, or more where the budget asks, at random places;
-            the present weights are forgotten) is best from scratch; ``"weights"`` (singular value decomposition of the present weights, full
-            windows) is the published start for both, and measured worse.
+            ``"random"`` (Gaussian contents, windows of half the sides, or more where the budget asks, at random
+            places; the present weights are forgotten) is best from scratch; ``"weights"`` (singular value decomposition
+            of the present weights, full windows) is the published start for both, and measured worse.
         start_budget: for ``"projected"``; halfway between the budget and 1 if None.
         rate: of the normalised steps, in shares of a side; decays along a cosine.
         anneal: share of the steps over which the budget falls linearly from the initial cost to what is asked.
