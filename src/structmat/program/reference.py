@@ -263,7 +263,7 @@ def window_matrices(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _window_side(content: Tensor, start: Tensor, width: Tensor, total: int, size: int, terms: int) -> Tensor:
-    # An entry belongs to the term before which as many windows end. (repeat_interleave to a fixed size has no ONNX form.)
+    # An entry belongs to the term before which as many windows end (repeat_interleave has no ONNX form here).
     ends = torch.cumsum(width, 0)
     term = torch.cumsum(ends.new_zeros(total + 1).index_add(0, ends, torch.ones_like(ends)), 0)[:total]
     first = ends - width
