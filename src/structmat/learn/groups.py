@@ -73,7 +73,9 @@ def _length(program: Program) -> int:
     return max(_length(part) for part in program.parts)
 
 
-def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, decay_structured: bool = False
+) -> list[dict[str, Any]]:
     """Parameter groups for ``torch.optim.AdamW`` (or Adam): ``AdamW(sm.parameter_groups(model, lr=1e-3))``.
 
     Structured tensors get ``lr`` times their :func:`learning_rate_multipliers` and no weight decay: decaying each of
@@ -85,8 +87,10 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) 
         model: any module; its structured layers are found.
         lr: the learning rate that a dense layer would have.
         weight_decay: for the unstructured matrices.
+        decay_structured: let structured tensors decay too, scaled such that the product of a layer's tensors decays as
+            fast as a dense matrix would: by ``weight_decay`` over the multiple of the rate and the number of tensors.
     """
-    return _grouped(model, lr, weight_decay, scaled=True)
+    return _grouped(model, lr, weight_decay, scaled=True, decays=decay_structured)
 
 
 def recovery_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -99,7 +103,9 @@ def recovery_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -
     return _grouped(model, lr, weight_decay, scaled=False)
 
 
-def _grouped(model: nn.Module, lr: float, weight_decay: float, *, scaled: bool) -> list[dict[str, Any]]:
+def _grouped(
+    model: nn.Module, lr: float, weight_decay: float, *, scaled: bool, decays: bool = False
+) -> list[dict[str, Any]]:
     roles: dict[int, tuple[str, float, float]] = {}
     for module in model.modules():
         if isinstance(module, StructuredLinear | WindowedLinear):
@@ -111,7 +117,8 @@ def _grouped(model: nn.Module, lr: float, weight_decay: float, *, scaled: bool) 
             for name, factor in factors.items():
                 if not scaled:
                     factor = math.prod(factors.values()) ** (1 / len(factors)) if len(factors) > 1 else 1.0
-                roles[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, 0.0)
+                decay = weight_decay / (factor * len(factors)) if decays else 0.0
+                roles[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, decay)
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
