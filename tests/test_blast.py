@@ -14,6 +14,7 @@ import structmat as sm
 from structmat.errors import ShapeError, StructureError
 from structmat.program import Contraction, stages
 from structmat.projection.blast import Descent, from_blocks, from_low_rank, from_noise
+from structmat.projection.blast_gradient import preconditioned_descent
 from structmat.projection.project import make_target
 from structmat.projection.target import Certificate
 from structmat.structure import count_parameters, resolve
@@ -157,3 +158,25 @@ def test_configurations_fit_the_budget(shape: tuple[int, int]) -> None:
         found = list(sm.BLAST.configurations(shape, budget))
         assert all(count_parameters(member, shape) <= budget for member in found)
         assert found or budget < sum(shape) + 1
+
+
+def test_learned_C15_the_published_descent_descends_and_recovers() -> None:
+    """Exact rank: below 1e-6 within 60 iterations preconditioned; plain descent with too large a rank stalls."""
+    generator = torch.Generator().manual_seed(15)
+    matrix = torch.randn(64, 4, generator=generator, dtype=F64) @ torch.randn(4, 64, generator=generator, dtype=F64)
+    target = make_target(matrix)
+    factors, errors = preconditioned_descent(target, (8, 8), 4, iterations=60)
+    assert errors[-1] < 1e-6
+    assert float((factors.dense() - matrix).norm() / matrix.norm()) == pytest.approx(errors[-1], abs=1e-9)
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(errors))
+    _, over = preconditioned_descent(target, (8, 8), 16, iterations=60)
+    _, plain = preconditioned_descent(target, (8, 8), 16, iterations=60, precondition=False)
+    assert over[-1] < 2e-2
+    assert plain[-1] > 5 * over[-1]
+
+
+def test_learned_C15_our_fit_ends_no_higher_in_fewer_sweeps() -> None:
+    generator = torch.Generator().manual_seed(5)
+    matrix = torch.randn(96, 96, generator=generator, dtype=F64)
+    _, errors = preconditioned_descent(make_target(matrix), (4, 4), 16, iterations=60)
+    assert sm.project(matrix, sm.BLAST(4, 16), sweeps=20).error <= errors[-1] + 1e-3

@@ -38,6 +38,57 @@ def test_learned_C17_low_rank(rank: int) -> None:
     assert output_rms(sm.LowRank(rank), 1024) == pytest.approx(DENSE_GAIN**0.5, rel=0.05)
 
 
+def change_of_the_output(structure: Structure, size: int, *, scaled: bool) -> float:
+    """Root mean square of what one step of Adam changes in the outputs, at the rate of a dense layer of this width."""
+    generator = torch.Generator().manual_seed(size)
+    layer = sm.nn.StructuredLinear(size, size, False, structure=structure, generator=generator)
+    x, pull = torch.randn(64, size, generator=generator), torch.randn(64, size, generator=generator)
+    rate = 1e-4 * 256 / size
+    groups = sm.parameter_groups(layer, lr=rate) if scaled else [{"params": list(layer.parameters()), "lr": rate}]
+    optimizer = torch.optim.Adam(groups)
+    before = layer(x)
+    (before * pull).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        return float((layer(x) - before).square().mean().sqrt())
+
+
+MULTIPLIED = (
+    sm.LowRank(0.25),
+    sm.BlockDiagonal(4),
+    sm.Monarch(4, 0.25),
+    sm.BLAST(4, 0.25),
+    sm.BlockTensorTrain(2),
+    sm.GBLR(0.25),
+    sm.Einsum(rank=2),
+)
+
+
+@pytest.mark.parametrize("size", [256, 512, pytest.param(1024), pytest.param(2048, marks=pytest.mark.slow)])
+def test_learned_C17_learning_rates_transfer_over_widths(size: int) -> None:
+    """One step moves every family's output as far as a dense layer's within a factor of 2, and without the multiples
+    some family's by less than half."""
+    dense = change_of_the_output(sm.structures.Dense(), size, scaled=False)
+    plain = []
+    for structure in MULTIPLIED:
+        assert 0.5 <= change_of_the_output(structure, size, scaled=True) / dense <= 2.0, structure
+        plain.append(change_of_the_output(structure, size, scaled=False) / dense)
+    assert min(plain) < 0.5
+
+
+def test_learned_C17_scaled_decay_is_that_of_a_dense_matrix() -> None:
+    """With gradients of zero a step of AdamW shrinks the product of the factors by the dense layer's factor."""
+    layer = sm.nn.StructuredLinear(32, 32, False, structure=sm.LowRank(8))
+    before = layer.matrix.to_dense().detach().clone()
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(sm.parameter_groups(layer, lr=1e-2, weight_decay=0.1, decay_structured=True))
+    optimizer.step()
+    wanted = (1 - 1e-2 * 0.1 / 2) ** 2
+    torch.testing.assert_close(layer.matrix.to_dense().detach(), wanted * before, rtol=1e-5, atol=1e-7)
+    assert all(g["weight_decay"] == 0 for g in sm.parameter_groups(layer, lr=1e-2, weight_decay=0.1))
+
+
 # --------------------------------------------------------------------------------------------------------- whitening
 
 

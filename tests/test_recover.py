@@ -341,3 +341,37 @@ def test_fitted_factors_of_a_layer_learn_at_one_rate(student: Classifier) -> Non
     expected = 0.1 * (factors["left"] * factors["right"]) ** 0.5
     assert rates[id(student.first.left)] == rates[id(student.first.right)] == pytest.approx(expected)
     assert rates[id(student.second.weight)] == rates[id(student.head.weight)] == 0.1
+
+
+def test_windows_move_while_distilling(original: Classifier) -> None:
+    """The numbers that the layers hold stay within what they held, and the windows of the fit are left behind."""
+
+    def compressed() -> Classifier:
+        model = copy.deepcopy(original)
+        for name in ("first", "second"):
+            linear = model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            setattr(model, name, sm.nn.StructuredLinear.from_linear(linear, sm.GBLR(terms=12, rows=96, columns=48)))
+        return model
+
+    model, still = compressed(), compressed()
+    before = {n: t.clone() for n, t in model.state_dict().items() if n.endswith("windows")}
+    start = far(model, original)
+    recover(model, original, batches(), Distill(steps=80, windows=True, learning_rate=3e-3), show=False)
+    recover(still, original, batches(), Distill(steps=80, learning_rate=3e-3), show=False)
+    assert far(model, original) < 0.9 * start
+    spent = sum(getattr(model, n).matrix.num_parameters for n in ("first", "second"))
+    assert 0.99 * 288 - 1 <= spent <= 288
+    moved = {n: t for n, t in model.state_dict().items() if n.endswith("windows")}
+    assert any(t.shape != before[n].shape or not torch.equal(t, before[n]) for n, t in moved.items())
+    for n, t in still.state_dict().items():
+        assert not n.endswith("windows") or torch.equal(t, before[n])
+
+
+def test_windows_in_recovery_refuse(original: Classifier, student: Classifier, tmp_path: Path) -> None:
+    with pytest.raises(StructureError, match="needs GBLR layers"):
+        recover(student, original, batches(), Distill(steps=2, windows=True), show=False)
+    with pytest.raises(StructureError, match="keeps no checkpoints"):
+        recover(student, original, batches(), Distill(steps=2, windows=True), folder=tmp_path, show=False)
+    with pytest.raises(StructureError, match="takes a number of steps"):
+        Distill(steps=2, windows=True, held_out=batches())

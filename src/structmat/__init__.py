@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from structmat import circuit as circuit
+    from structmat import learn as learn
     from structmat import nn as nn
     from structmat.compression.budget import Flops as Flops
     from structmat.compression.budget import Latency as Latency
@@ -71,7 +72,7 @@ _HOME = {
     "tune": "structmat.compression.tune",
     "to_kronecker": "structmat.compression.to_kronecker",
 }
-_MODULES = ("circuit", "nn", "program", "structures", "testing")
+_MODULES = ("circuit", "learn", "nn", "program", "structures", "testing")
 
 
 def __getattr__(name: str) -> Any:

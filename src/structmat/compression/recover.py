@@ -31,6 +31,7 @@ from structmat.compression.running import (
 )
 from structmat.errors import DataError, StructureError
 from structmat.learn.groups import recovery_groups
+from structmat.learn.windows import WindowLearner, hardened, softened
 from structmat.nn.linear import StructuredLinear
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,9 @@ class Distill:
             never ends farther from the original than it began; where a look finds the model farther away than at the
             start, the best state is taken up again with a third of the learning rate. Without them the last state is
             kept.
+        windows: let the structure move while distilling: the windows of GBLR layers are learned at the numbers that
+            these layers hold together (see :class:`structmat.learn.windows.WindowLearner`), then made compact again.
+            Needs ``steps``; without ``held_out`` and without a folder, whose states know contents only.
         check_every: steps between two looks at ``held_out``, and between two entries of the curve of losses.
         save_every: seconds between two checkpoints, where there is a folder.
     """
@@ -76,6 +80,7 @@ class Distill:
     warmup: float = 0.05
     clip: float = 1.0
     weight_decay: float = 0.0
+    windows: bool = False
     data: Iterable[Any] | None = field(default=None, repr=False, compare=False)
     held_out: Iterable[Any] | None = field(default=None, repr=False, compare=False)
     check_every: int = 25
@@ -84,6 +89,11 @@ class Distill:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise StructureError("Distill(steps=None, minutes=None) would never end. Give one of the two.")
+        if self.windows and (self.steps is None or self.held_out is not None or self.layerwise):
+            raise StructureError(
+                "Distill(windows=True) takes a number of steps, no held_out batches and no layerwise phase. "
+                "Leave these out."
+            )
         rules = {
             "steps": self.steps is None or (_is_whole(self.steps) and self.steps >= 1),
             "minutes": self.minutes is None or self.minutes > 0,
@@ -163,9 +173,32 @@ def recover(
     """
     settings = settings or Distill()
     check_loader(data if settings.data is None else settings.data)
+    if settings.windows and folder is not None:
+        raise StructureError("Distill(windows=True) keeps no checkpoints. Leave the folder out.")
+    learner = _learner(model, settings, seed) if settings.windows else None
     run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed)
+    run.learner = learner
     with evaluating(model), evaluating(original), torch.random.fork_rng(devices=[]), Progress(show) as progress:
-        return run.go(Path(folder) if folder is not None else None, progress)
+        done = run.go(Path(folder) if folder is not None else None, progress)
+    if learner is not None:
+        learner.harden()
+    return done
+
+
+def _learner(model: nn.Module, settings: Distill, seed: int) -> WindowLearner:
+    """The GBLR layers with windows that move, at the numbers that they hold now."""
+    compact = hardened(model)
+    if not compact:
+        raise StructureError("Distill(windows=True) needs GBLR layers, and the model has none. Plan some, or leave it.")
+    held = sum(layer.matrix.num_parameters for layer in compact.values())
+    dense = sum(layer.in_features * layer.out_features for layer in compact.values())
+    for name in compact:
+        softened(model, name)
+    assert settings.steps is not None
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return WindowLearner(
+        model, min(1.0, held / dense), settings.steps, exclude=linears, floor=0.0, rate=2e-3, snapshots=0, seed=seed
+    )
 
 
 def distance(student: Outcome, teacher: Outcome, temperature: float, weights: Tensor | None) -> Tensor:
@@ -216,6 +249,7 @@ class _Run:
         self.best: dict[str, Tensor] | None = None
         self.caution = 1.0  # factor of all learning rates
         self.done = False
+        self.learner: WindowLearner | None = None
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -303,13 +337,16 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.names.values():
             parameter.grad = None
-        torch.autograd.backward(value, inputs=list(self.names.values()))
+        leaves = [] if self.learner is None else self.learner.leaves()
+        torch.autograd.backward(value, inputs=[*self.names.values(), *leaves])
         for name, parameter in self.names.items():
             if self.masters[name] is not parameter and parameter.grad is not None:
                 self.masters[name].grad = parameter.grad.float()
         torch.nn.utils.clip_grad_norm_(self.masters.values(), self.settings.clip)
         self.optimizer.step()
         self._publish()
+        if self.learner is not None:
+            self.learner.step()
         self.recent.append(float(value.detach()))
 
     def _publish(self) -> None:

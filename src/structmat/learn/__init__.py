@@ -1,5 +1,6 @@
-"""What trains structured layers: parameter groups for optimizers."""
+"""What trains structured layers: parameter groups for optimizers, windows learned under a budget."""
 
 from structmat.learn.groups import learning_rate_multipliers, parameter_groups, recovery_groups
+from structmat.learn.windows import WindowLearner
 
-__all__ = ["learning_rate_multipliers", "parameter_groups", "recovery_groups"]
+__all__ = ["WindowLearner", "learning_rate_multipliers", "parameter_groups", "recovery_groups"]

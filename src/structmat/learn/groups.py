@@ -11,7 +11,8 @@ from torch import nn
 
 from structmat.nn.kronecker import KroneckerBlock, rate_multipliers
 from structmat.nn.linear import StructuredLinear
-from structmat.program import Chain, Diagonal, Program, Stage, build
+from structmat.nn.windows import WindowedLinear
+from structmat.program import Chain, Diagonal, Program, Stage, Windowed, build
 from structmat.structure import Shape, Structure, resolve
 
 
@@ -38,6 +39,19 @@ def _collect(program: Program, in_features: int, outside: int, found: dict[str, 
         lengths = [_length(step) for step in program.steps]
         for step, length in zip(program.steps, lengths, strict=True):
             _collect(step, in_features, outside + sum(lengths) - length, found)
+    elif isinstance(program, Windowed):
+        # Two learned factors in one stage: a term sums over its window of the inputs, an output over its terms.
+        inner = max(1.0, program.right_size / max(1, program.terms))
+        outer = max(1.0, program.left_size / program.height)
+        if program.transposed:
+            inner, outer = (
+                max(1.0, program.left_size / max(1, program.terms)),
+                max(1.0, program.right_size / program.width),
+            )
+        first, second = (program.left, program.right) if program.transposed else (program.right, program.left)
+        for name, fan_in in ((first, inner), (second, outer)):
+            factor = in_features / fan_in / (outside + 2)
+            found[name] = min(factor, found.get(name, factor))
     elif isinstance(program, Stage):
         if program.weights:
             fan_in = max(1.0, program.multiplications / program.out_features)
@@ -51,6 +65,8 @@ def _collect(program: Program, in_features: int, outside: int, found: dict[str, 
 
 def _length(program: Program) -> int:
     """Learned stages on the longest path."""
+    if isinstance(program, Windowed):
+        return 2
     if isinstance(program, Stage):
         return 1 if program.weights else 0
     if isinstance(program, Chain):
@@ -58,7 +74,9 @@ def _length(program: Program) -> int:
     return max(_length(part) for part in program.parts)
 
 
-def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, decay_structured: bool = False
+) -> list[dict[str, Any]]:
     """Parameter groups for ``torch.optim.AdamW`` (or Adam): ``AdamW(sm.parameter_groups(model, lr=1e-3))``.
 
     Structured tensors get ``lr`` times their :func:`learning_rate_multipliers` and no weight decay: decaying each of
@@ -71,8 +89,10 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) 
         model: any module; its structured layers are found.
         lr: the learning rate that a dense layer would have.
         weight_decay: for the unstructured matrices.
+        decay_structured: let structured tensors decay too, scaled such that the product of a layer's tensors decays as
+            fast as a dense matrix would: by ``weight_decay`` over the multiple of the rate and the number of tensors.
     """
-    return _grouped(model, lr, weight_decay, scaled=True)
+    return _grouped(model, lr, weight_decay, scaled=True, decays=decay_structured)
 
 
 def recovery_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -86,15 +106,22 @@ def recovery_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -
     return _grouped(model, lr, weight_decay, scaled=False)
 
 
-def _grouped(model: nn.Module, lr: float, weight_decay: float, *, scaled: bool) -> list[dict[str, Any]]:
+def _grouped(
+    model: nn.Module, lr: float, weight_decay: float, *, scaled: bool, decays: bool = False
+) -> list[dict[str, Any]]:
     roles: dict[int, tuple[str, float, float]] = {}
     for module in model.modules():
-        if isinstance(module, StructuredLinear):
-            factors = learning_rate_multipliers(module.structure, (module.out_features, module.in_features))
+        if isinstance(module, StructuredLinear | WindowedLinear):
+            factors = (
+                learning_rate_multipliers(module.structure, (module.out_features, module.in_features))
+                if isinstance(module, StructuredLinear)
+                else module.learning_rate_multipliers()
+            )
             for name, factor in factors.items():
                 if not scaled:
                     factor = math.prod(factors.values()) ** (1 / len(factors)) if len(factors) > 1 else 1.0
-                roles[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, 0.0)
+                decay = weight_decay / (factor * len(factors)) if decays else 0.0
+                roles[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, decay)
         elif isinstance(module, KroneckerBlock):
             held = dict(module.named_parameters())
             for name, factor in rate_multipliers(module, lr).items():

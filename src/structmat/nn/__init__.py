@@ -3,5 +3,17 @@
 from structmat.nn.convac import ConvAC, ModeTree, TensorialMixture
 from structmat.nn.kronecker import KroneckerBlock, KroneckerNetwork
 from structmat.nn.linear import StructuredLinear
+from structmat.nn.matrices import FusedLinear, MatrixConv2d
+from structmat.nn.windows import WindowedLinear
 
-__all__ = ["ConvAC", "KroneckerBlock", "KroneckerNetwork", "ModeTree", "StructuredLinear", "TensorialMixture"]
+__all__ = [
+    "ConvAC",
+    "FusedLinear",
+    "KroneckerBlock",
+    "KroneckerNetwork",
+    "MatrixConv2d",
+    "ModeTree",
+    "StructuredLinear",
+    "TensorialMixture",
+    "WindowedLinear",
+]

@@ -8,9 +8,10 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from structmat.program.reference import MATERIALISED_DENSITY, interpolation_matrix, sparse_matrix
+from structmat.program.reference import MATERIALISED_DENSITY, interpolation_matrix, sparse_matrix, window_matrices
 from structmat.program.simplify import simplify
-from structmat.program.stages import Chain, Contraction, Diagonal, Interpolation, Program, Sparse, Stage, Sum
+from structmat.program.stages import Chain, Contraction, Diagonal, Interpolation, Program, Sparse, Stage, Sum, Windowed
+from structmat.program.windows import merge_windows
 
 Tensors = Mapping[str, Tensor]
 
@@ -73,18 +74,22 @@ class Writing:
             times those of the run; with 1 none is added.
         sparse_from: sparse stages that hold at least this share of their matrix are written out as a dense one.
         interpolations: whether these are written out.
+        block_worth: by how much a multiply-add of a dense block is faster than one of a window; windows are merged into
+            blocks where that pays. None writes windowed stages out: as one dense matrix, or as two factors with zeros
+            outside of the windows, whichever is smaller.
     """
 
     growth: float
     sparse_from: float
     interpolations: bool
+    block_worth: float | None = None
 
 
 FOR_REFERENCE = Writing(growth=2.0, sparse_from=MATERIALISED_DENSITY, interpolations=True)
 """Few fat stages run faster than many thin ones: four stages of a butterfly become one of radix 16. Interpolations and
 dense enough sparse stages run as a dense product in any case."""
 
-FOR_NATIVE = Writing(growth=1.0, sparse_from=0.4, interpolations=False)
+FOR_NATIVE = Writing(growth=1.0, sparse_from=0.4, interpolations=False, block_worth=1.5)
 """Stages of a chain run one after the other in the cache, so nothing is gained by merging them. The products of a
 sparse stage run at a bit less than half of the speed of dense ones (float32, large batches, AVX-512)."""
 
@@ -122,6 +127,8 @@ def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, 
         return _dense(program, matrix.T if program.transposed else matrix, tensors, made)
     if isinstance(program, Sparse) and program.capacity > writing.sparse_from * program.height * program.width:
         return _dense(program, sparse_matrix(program, tensors), tensors, made)
+    if isinstance(program, Windowed):
+        return _windows(program, tensors, writing, made)
     if isinstance(program, Stage):
         return program
     if isinstance(program, Sum):
@@ -140,6 +147,26 @@ def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, 
         done.append(step)
         work.append(amount)
     return Chain(tuple(done)) if len(done) > 1 else done[0]
+
+
+def _windows(stage: Windowed, tensors: Tensors, writing: Writing, made: dict[str, Tensor]) -> Program:
+    if writing.block_worth is not None:
+        program, found = merge_windows(stage, tensors, _new_name(tensors, made), writing.block_worth)
+        made.update(found)
+        return program
+    left, right = window_matrices(stage, tensors)
+    if stage.transposed:
+        left, right = right.T, left.T
+    if stage.terms * (stage.height + stage.width) >= stage.height * stage.width:
+        return _dense(stage, left @ right, tensors, made)
+    first = _factor(right, tensors, made)
+    return Chain((first, _factor(left, tensors, made)))
+
+
+def _factor(matrix: Tensor, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:
+    name = _new_name(tensors, made)
+    made[name] = matrix.contiguous()
+    return Contraction(name, 1, matrix.shape[0], matrix.shape[1], 1)
 
 
 def _dense(stage: Stage, matrix: Tensor, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:

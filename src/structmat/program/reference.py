@@ -263,8 +263,10 @@ def window_matrices(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def _window_side(content: Tensor, start: Tensor, width: Tensor, total: int, size: int, terms: int) -> Tensor:
-    term = torch.repeat_interleave(torch.arange(terms, device=width.device), width, output_size=total)
-    first = torch.cumsum(width, 0) - width
+    # An entry belongs to the term before which as many windows end (repeat_interleave has no ONNX form here).
+    ends = torch.cumsum(width, 0)
+    term = torch.cumsum(ends.new_zeros(total + 1).index_add(0, ends, torch.ones_like(ends)), 0)[:total]
+    first = ends - width
     offset = torch.arange(total, device=width.device) - first[term]
     return _scatter(content.reshape(total), term * size + (start[term] + offset) % size, terms, size)
 

@@ -1,0 +1,521 @@
+"""Learning windows under a budget: three lines beside any training loop.
+
+    learner = sm.learn.WindowLearner(model, budget=0.3, steps=1000, start="random")  # replaces the linear layers
+    optimizer = torch.optim.AdamW(sm.parameter_groups(model, lr=1e-3))
+    for batch in data:
+        ...                     # loss.backward(), optimizer.step()
+        learner.step()          # widths and locations move, the budget shrinks
+    learner.harden()            # compact layers, within the budget
+
+Widths and locations take normalised gradient steps without momentum; then a proximal step projects all widths of all
+layers on the budget, exactly: the shift ``mu * price`` of all widths, clipped, is the nearest point within it. So
+widths go from layers where they do little to those where they do much.
+Source: Lee and Kim, "Differentiable Learning of Generalized Structured Matrices for Efficient Deep Neural Networks"
+(ICLR 2024), with the projection on the true number of multiply-adds in place of their steering of the mean width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat.errors import BudgetError, ModelError, StructureError
+from structmat.nn.linear import StructuredLinear
+from structmat.nn.windows import WindowedLinear
+from structmat.projection.masks import BlurSchedule
+
+_SECOND_MOMENT = 0.999
+"""Decay of the mean square by which structural gradients are divided."""
+
+
+def soft_threshold(values: Tensor, amount: float | Tensor) -> Tensor:
+    """``sign(x) max(|x| - amount, 0)``: the proximal map ``argmin_y amount |y| + (y - x)^2 / 2``, entry by entry."""
+    return values.sign() * (values.abs() - amount).clamp(min=0.0)
+
+
+def project_widths(
+    widths: Sequence[Tensor], prices: Sequence[float], budget: float, floors: Sequence[float] = ()
+) -> list[Tensor]:
+    """The nearest widths in [0, 1] with ``sum price * width <= budget``, by the Euclidean distance over all tensors.
+
+    The solution shifts every width by ``mu * price`` and clips: bisection on ``mu``. With ``floors`` each tensor keeps
+    at least that cost (or what it had): its own shift is then smaller.
+
+    Args:
+        widths: one tensor a group, any shapes.
+        prices: cost of a unit of width in each group.
+        budget: of all together.
+        floors: a cost for each group, 0 if not given.
+
+    Raises:
+        BudgetError: the floors exceed the budget.
+    """
+    floors = list(floors) if floors else [0.0] * len(widths)
+    clipped = [w.detach().clamp(0.0, 1.0) for w in widths]
+    lowest = [min(f, price * float(w.sum())) for f, price, w in zip(floors, prices, clipped, strict=True)]
+    if sum(lowest) > budget:
+        raise BudgetError(f"The floors of the layers hold {sum(lowest):.0f} numbers, the budget is {budget:.0f}.")
+
+    def cost(index: int, mu: float) -> float:
+        return prices[index] * float((clipped[index] - mu * prices[index]).clamp(min=0.0).sum())
+
+    def total(mu: float) -> float:
+        return sum(max(cost(i, mu), lowest[i]) for i in range(len(clipped)))
+
+    if total(0.0) <= budget:
+        return clipped
+    mu = _bisect(total, budget, max(1.0 / p for p in prices))
+    found = []
+    for i, (w, price) in enumerate(zip(clipped, prices, strict=True)):
+        own = mu if cost(i, mu) >= lowest[i] else _bisect(lambda s, i=i: cost(i, s), lowest[i], mu, above=True)
+        found.append((w - own * price).clamp(min=0.0))
+    return found
+
+
+def _bisect(cost: Any, wanted: float, high: float, *, above: bool = False) -> float:
+    """The shift at which a non-increasing cost reaches ``wanted``: at most that, or at least with ``above``."""
+    low = 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) > wanted else (low, middle)
+    return low if above else high
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Windows of all layers at a step, (terms, 4) by name; for pictures and for how far they moved."""
+
+    step: int
+    cost: int
+    windows: Mapping[str, Tensor]
+
+
+class WindowLearner:
+    """Replaces linear layers by ones with learned windows, and moves the windows after each step of an optimizer.
+
+    Args:
+        model: changed in place.
+        budget: what the layers' windows may hold in the end, as a share of the dense layers' numbers (which is that of
+            their multiply-adds for one row too).
+        steps: calls of :meth:`step` in all; the schedules follow it.
+        layers: names of the ``nn.Linear`` to replace; all but those in ``exclude`` if None.
+        exclude: names to leave dense, such as an output layer.
+        terms: rank-one terms, as a share of a layer's smaller side. With half of them full windows cost as much as a
+            square dense matrix, with all of them twice as much.
+        start: ``"projected"`` (the best windows of ``start_budget`` for the present weights) for a trained model;
+            ``"random"`` (Gaussian contents, windows of half the sides, or more where the budget asks, at random
+            places; the present weights are forgotten) is best from scratch; ``"weights"`` (singular value decomposition
+            of the present weights, full windows) is the published start for both, and measured worse.
+        start_budget: for ``"projected"``; halfway between the budget and 1 if None.
+        rate: of the normalised steps, in shares of a side; decays along a cosine.
+        anneal: share of the steps over which the budget falls linearly from the initial cost to what is asked.
+        settle: share of the steps at the end in which windows stand still, within the budget in whole numbers, while
+            contents go on.
+        floor: share of its dense numbers that every layer keeps: one price for all with normalised steps could
+            otherwise drop whole layers.
+        blur: of the edges in the gradient.
+        frozen: windows do not move and only shrink, all by the same share: the control experiment.
+        equal: every layer gets the same share of its own dense numbers: structure does not move between layers.
+        snapshots: how many states of the windows are kept in :attr:`history`.
+        seed: of all that is drawn.
+
+    Raises:
+        ModelError: there is no layer to replace, or a name is no linear layer.
+        BudgetError: the budget is not between the floor and 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: float,
+        steps: int,
+        *,
+        layers: Collection[str] | None = None,
+        exclude: Collection[str] = (),
+        terms: float = 0.5,
+        start: str = "projected",
+        start_budget: float | None = None,
+        rate: float = 5e-3,
+        anneal: float = 0.5,
+        settle: float = 0.05,
+        floor: float = 0.02,
+        blur: BlurSchedule | None = None,
+        frozen: bool = False,
+        equal: bool = False,
+        snapshots: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if not floor < budget <= 1:
+            raise BudgetError(
+                f"budget={budget!r} is a share of the dense numbers above the floor {floor} and at most 1."
+            )
+        if start not in ("weights", "random", "projected"):
+            raise StructureError(f"start={start!r} is none of 'weights', 'random', 'projected'.")
+        if steps < 1 or not 0 < anneal <= 1 - settle or settle < 0 or not 0 < terms <= 2 or rate < 0 or snapshots < 0:
+            raise StructureError(
+                f"WindowLearner(steps={steps}, anneal={anneal}, terms={terms}, rate={rate}, snapshots={snapshots}): "
+                "steps is at least 1, anneal above 0 and at most 1 - settle, terms in (0, 2], the others not negative."
+            )
+        self.model, self.budget, self.steps = model, budget, steps
+        self.rate, self.anneal, self.floor, self.settle = rate, anneal, floor, settle
+        self.blur = blur or BlurSchedule()
+        self.frozen, self.equal, self.seed = frozen, equal, seed
+        self.start, self.start_budget, self.share = start, start_budget, terms
+        self.step_count = 0
+        self.settled = False
+        self.layers = self._replace(layers, exclude)
+        self.dense = {name: layer.in_features * layer.out_features for name, layer in self.layers.items()}
+        self.initial = {name: float(self._costs(layer).sum()) for name, layer in self.layers.items()}
+        self._squares = {name: torch.zeros(4, layer.terms) for name, layer in self.layers.items()}
+        self._every = max(1, steps // snapshots) if snapshots else 0
+        self.history: list[Snapshot] = []
+        self._sharpen()
+        self._record()
+
+    # -------------------------------------------------------------------------------------------------- layers
+
+    def _replace(self, names: Collection[str] | None, exclude: Collection[str]) -> dict[str, WindowedLinear]:
+        linears = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        there = {n: m for n, m in self.model.named_modules() if isinstance(m, WindowedLinear)}
+        for name in (*(names or ()), *exclude):
+            if name not in linears and name not in there:
+                raise ModelError(
+                    f"{name!r} is no nn.Linear of the model. They are {', '.join(sorted(linears)) or 'none'}."
+                )
+        chosen = [n for n in linears if (names is None or n in names) and n not in exclude]
+        generator = torch.Generator().manual_seed(self.seed)
+        made: dict[str, WindowedLinear] = {n: m for n, m in there.items() if n not in exclude}
+        for name in chosen:
+            parent, _, child = name.rpartition(".")
+            layer = self._made(linears[name], generator).train(linears[name].training)
+            setattr(self.model.get_submodule(parent), child, layer)
+            made[name] = layer
+        if not made:
+            raise ModelError("The model has no nn.Linear to replace.")
+        return made
+
+    def _made(self, linear: nn.Linear, generator: torch.Generator) -> WindowedLinear:
+        m, n = linear.weight.shape
+        terms = max(1, round(self.share * min(m, n)))
+        if self.start == "random":
+            width = min(
+                1.0, max(0.5, 1.1 * self.budget * m * n / (terms * (m + n)))
+            )  # what is allowed is there to spend
+            layer = WindowedLinear(
+                n, m, linear.bias is not None, terms=terms, width=width, dtype=linear.weight.dtype, generator=generator
+            )
+            if linear.bias is not None:
+                with torch.no_grad():
+                    assert layer.bias is not None
+                    layer.bias.copy_(linear.bias)
+            return layer.to(linear.weight.device)
+        budget = None
+        if self.start == "projected":
+            budget = (1 + self.budget) / 2 if self.start_budget is None else self.start_budget
+        return WindowedLinear.from_linear(linear, terms=terms, budget=budget, generator=generator)
+
+    @staticmethod
+    def _costs(layer: WindowedLinear) -> Tensor:
+        """Numbers of each term, real widths; none where a width rounds to nothing."""
+        sizes = torch.tensor(layer.sizes, dtype=torch.float64)[:, None]
+        places = layer.widths.detach().double() * sizes
+        alive = (places.round() > 0).all(0)
+        return places.sum(0) * alive
+
+    # ---------------------------------------------------------------------------------------------------- steps
+
+    @property
+    def cost(self) -> int:
+        """Numbers that the windows hold now, all layers together."""
+        return sum(layer.cost for layer in self.layers.values())
+
+    @property
+    def allowed(self) -> float:
+        """Numbers that the windows may hold now: falls from the initial cost to the budget."""
+        wanted = self.budget * sum(self.dense.values())
+        first = sum(self.initial.values())
+        share = min(1.0, self.step_count / (self.anneal * self.steps))
+        return max(wanted, first + (wanted - first) * share) if first > wanted else wanted
+
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Move windows by the gradients that the last backward passes left, then shrink them to what is allowed now.
+
+        Once for each step of the optimizer. Where the optimizer is given, contents that windows have left behind are
+        dropped from time to time, from its state too, so that steps become cheaper; see
+        :meth:`structmat.nn.windows.WindowedLinear.compact`.
+        """
+        self.step_count += 1
+        rate = self.rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (self.step_count - 1) / self.steps)))
+        settled = self.step_count >= (1 - self.settle) * self.steps
+        with torch.no_grad():
+            if not self.settled:
+                for name, layer in self.layers.items():
+                    self._move(name, layer, 0.0 if self.frozen else rate)
+                self._shrink()
+                if settled:
+                    self._finish()
+        if optimizer is not None and self.step_count % max(1, self.steps // 20) == 0:
+            self._compact(optimizer)
+        self._sharpen()
+        if self._every and (self.step_count % self._every == 0 or self.step_count == self.steps):
+            self._record()
+
+    def leaves(self) -> list[Tensor]:
+        """The widths and locations that collect gradients now: for ``torch.autograd.backward(inputs=...)``."""
+        values = [t for layer in self.layers.values() for t in (layer.widths, layer.locations)]
+        return [t for t in values if t.requires_grad and not self.settled]
+
+    def _move(self, name: str, layer: WindowedLinear, rate: float) -> None:
+        squares = self._squares[name]
+        correction = 1 - _SECOND_MOMENT**self.step_count
+        for begin, values in ((0, layer.widths), (2, layer.locations)):
+            grad = values.grad
+            values.grad = None
+            if grad is None or rate == 0 or not bool(torch.isfinite(grad).all()):
+                continue
+            own = squares[begin : begin + 2].to(grad)
+            own = _SECOND_MOMENT * own + (1 - _SECOND_MOMENT) * grad.square()
+            squares[begin : begin + 2] = own.to(squares)
+            size = (own / correction).sqrt()
+            # A term that never had a gradient, such as the location of a full window, stays where it is.
+            values -= rate * torch.where(size > 0, grad / size.clamp(min=1e-30), torch.zeros_like(grad))
+        layer.widths.clamp_(0.0, 1.0)
+        layer.locations.remainder_(1.0)
+
+    def _groups(self) -> tuple[list[Tensor], list[float], list[float]]:
+        widths, prices, floors = [], [], []
+        for name, layer in self.layers.items():
+            for side, size in enumerate(layer.sizes):
+                alive = (layer.widths * torch.tensor(layer.sizes)[:, None]).round().gt(0).all(0)
+                widths.append(layer.widths[side].double() * alive)
+                prices.append(float(size))
+                floors.append(self.floor * self.dense[name] * size / sum(layer.sizes))
+        return widths, prices, floors
+
+    def _shrink(self) -> None:
+        if self.frozen:
+            self._scale_all()
+            return
+        widths, prices, floors = self._groups()
+        parts: list[list[Tensor]] = []
+        if self.equal:
+            for at, name in enumerate(self.layers):
+                own = slice(2 * at, 2 * at + 2)
+                limit = self.allowed * self.dense[name] / sum(self.dense.values())
+                parts.append(project_widths(widths[own], prices[own], limit, floors[own]))
+        else:
+            everything = project_widths(widths, prices, self.allowed, floors)
+            parts = [everything[i : i + 2] for i in range(0, len(everything), 2)]
+        for layer, found, before in zip(self.layers.values(), parts, _pairs(widths), strict=True):
+            shift = torch.stack(before) - torch.stack(found)
+            layer.widths -= shift.to(layer.widths)
+            layer.widths.clamp_(0.0, 1.0)
+
+    def _scale_all(self) -> None:
+        for name, layer in self.layers.items():
+            limit = self.allowed * self.dense[name] / sum(self.dense.values())
+            now = float(self._costs(layer).sum())
+            if now > limit:
+                layer.widths *= limit / now
+
+    def _finish(self) -> None:
+        """Meet the budget in whole numbers: as much as it allows. From here on windows stand still."""
+        if self.settled:
+            return
+        self.settled = True
+        for layer in self.layers.values():
+            layer.movable = False
+        if self.frozen or self.equal:
+            total = sum(self.dense.values())
+            wanted = self.budget * total
+            for name, layer in self.layers.items():
+                fit_exactly([layer], int(wanted * self.dense[name] / total))
+        else:
+            fit_exactly(list(self.layers.values()), int(self.budget * sum(self.dense.values())))
+
+    def _compact(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, layer in self.layers.items():
+            arcs = int(layer.arcs[:, [1, 3]].sum())
+            near = layer.cost + 64 * layer.terms
+            if near < 0.8 * arcs:
+                windows = layer.windows()
+                alive = torch.nonzero((windows[:, 1] > 0) & (windows[:, 3] > 0))[:, 0]
+                alive = alive if len(alive) else torch.arange(1)
+                layer.compact(16, optimizer)
+                self._squares[name] = self._squares[name][:, alive].clone()
+
+    def _sharpen(self) -> None:
+        share = self.step_count / self.steps
+        for layer in self.layers.values():
+            rows, columns = (self.blur.sigma(share, size) for size in layer.sizes)
+            layer.sigmas = (rows, columns)
+
+    def _record(self) -> None:
+        if self._every:
+            windows = {name: layer.windows().to(torch.int32) for name, layer in self.layers.items()}
+            self.history.append(Snapshot(self.step_count, self.cost, windows))
+
+    # ------------------------------------------------------------------------------------------------- the end
+
+    def harden(self) -> nn.Module:
+        """Replace the layers by compact :class:`StructuredLinear` within the budget, in place; returns the model.
+
+        At most 1 % of the budget is left unused where windows are at least a hundred places in all.
+        """
+        with torch.no_grad():
+            self._finish()
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer.harden())
+        return self.model
+
+    def moved(self) -> dict[str, float]:
+        """How far windows have moved, by layer: the mean distance of their middles from the first snapshot, as a share
+        of the side, over terms that are alive; the most that is possible is 0.5.
+
+        Raises:
+            StructureError: no snapshots are kept, or terms were dropped since.
+        """
+        if not self.history:
+            raise StructureError("WindowLearner(snapshots=0) keeps no windows to compare with.")
+        found = {}
+        for name, layer in self.layers.items():
+            first, now = self.history[0].windows[name].double(), layer.windows().double()
+            if len(first) != len(now):
+                raise StructureError(f"Terms of {name} were dropped since the first snapshot: distances are unknown.")
+            alive = (now[:, 1] > 0) & (now[:, 3] > 0)
+            distances = []
+            for at, size in ((0, layer.out_features), (2, layer.in_features)):
+                middle = [(w[:, at] + w[:, at + 1] / 2) / size for w in (first, now)]
+                away = (middle[0] - middle[1]).remainder(1.0)
+                distances.append(torch.minimum(away, 1 - away)[alive])
+            found[name] = float(torch.cat(distances).mean()) if bool(alive.any()) else 0.0
+        return found
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs beside the state of the model, where widths and locations are."""
+        return {
+            "step": self.step_count,
+            "settled": self.settled,
+            "steps": self.steps,
+            "budget": self.budget,
+            "initial": dict(self.initial),
+            "squares": {n: t.clone() for n, t in self._squares.items()},
+            "arcs": {n: layer.arcs.clone() for n, layer in self.layers.items()},
+            "history": [(s.step, s.cost, dict(s.windows)) for s in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, exactly. Call it before the model's and the optimizer's ``load_state_dict``: it
+        gives the layers the sizes that they had.
+
+        Raises:
+            ModelError: the checkpoint is of other layers, another budget or another number of steps.
+        """
+        if set(state["arcs"]) != set(self.layers) or (state["steps"], state["budget"]) != (self.steps, self.budget):
+            raise ModelError(
+                f"The checkpoint is of {len(state['arcs'])} layers, budget {state['budget']}, {state['steps']} steps; "
+                f"this learner has {len(self.layers)} layers, budget {self.budget} and {self.steps} steps."
+            )
+        for name, layer in self.layers.items():
+            layer.resize_like(state["arcs"][name])
+        self.step_count, self.settled = int(state["step"]), bool(state["settled"])
+        for layer in self.layers.values():
+            layer.movable = not self.settled
+        self.initial = dict(state["initial"])
+        self._squares = {n: t.clone() for n, t in state["squares"].items()}
+        self.history = [Snapshot(s, c, dict(w)) for s, c, w in state["history"]]
+        self._sharpen()
+
+
+def _pairs(values: list[Tensor]) -> list[list[Tensor]]:
+    return [values[i : i + 2] for i in range(0, len(values), 2)]
+
+
+def fit_exactly(layers: Sequence[WindowedLinear], budget: int) -> None:
+    """Shrink the windows of the layers so that they hold at most ``budget`` numbers, and as many as fit, in place.
+
+    All widths lose the same number of places, found by bisection on the true count; what is then left is given back to
+    single widths, those first that were nearest to keeping a place.
+    """
+    sizes = [torch.tensor(layer.sizes, dtype=torch.float64)[:, None] for layer in layers]
+    real = [layer.widths.detach().double() * size for layer, size in zip(layers, sizes, strict=True)]
+
+    def count(places: Sequence[Tensor]) -> int:
+        return sum(int((p * (p > 0).all(0)).sum()) for p in places)
+
+    def cut(mu: float) -> list[Tensor]:
+        return [
+            (r - mu * size / size.max()).round().clamp(min=0.0).minimum(size)
+            for r, size in zip(real, sizes, strict=True)
+        ]
+
+    places = cut(0.0)
+    if count(places) > budget:
+        mu = _bisect(lambda s: count(cut(s)), float(budget), max(float(size.max()) for size in sizes) * 2)
+        low, places = cut(max(0.0, mu - 1.0)), cut(mu)
+        left = budget - count(places)
+        wishes = []
+        for at, (own, more, r) in enumerate(zip(places, low, real, strict=True)):
+            grows = torch.nonzero((more > own) & (own > 0).all(0))
+            values = (r - own)[grows[:, 0], grows[:, 1]].tolist()
+            wishes += [(-value, at, *where) for value, where in zip(values, grows.tolist(), strict=True)]
+        for _, at, side, k in sorted(wishes)[: max(0, left)]:
+            places[at][side, k] += 1
+        _top_up(places, sizes, max(0, left - len(wishes)))
+    elif sum(float(r.sum()) for r in real) > 0.95 * budget:  # at the budget, but for rounding
+        _top_up(places, sizes, budget - count(places))
+    for layer, own, size in zip(layers, places, sizes, strict=True):
+        layer.widths.copy_((own / size).to(layer.widths))
+
+
+def _top_up(places: Sequence[Tensor], sizes: Sequence[Tensor], left: int) -> None:
+    """Where a whole term had to go, its numbers go to the windows that are left, the widest first, one place each."""
+    while left > 0:
+        open_ = [
+            (-float(own[side, k] / size[side, 0]), at, side, k)
+            for at, (own, size) in enumerate(zip(places, sizes, strict=True))
+            for side, k in torch.nonzero((own > 0).all(0) & (own < size)).tolist()
+        ]
+        if not open_:
+            return
+        for _, at, side, k in sorted(open_)[:left]:
+            places[at][side, k] += 1
+        left -= min(left, len(open_))
+
+
+def hardened(model: nn.Module) -> dict[str, StructuredLinear]:
+    """The compact windowed layers of a model by name."""
+    from structmat.structures.gblr import GBLR
+
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredLinear) and isinstance(module.structure, GBLR)
+    }
+
+
+def softened(model: nn.Module, name: str) -> WindowedLinear:
+    """Replace a compact layer by one whose windows can be learned, in place: the inverse of hardening.
+
+    Contents outside of the windows begin at zero.
+
+    Raises:
+        ModelError: the layer is no GBLR layer.
+    """
+    from structmat.windows import terms_of
+
+    layer = hardened(model).get(name)
+    if layer is None:
+        raise ModelError(f"{name!r} is no GBLR layer of the model. They are {', '.join(hardened(model)) or 'none'}.")
+    made = WindowedLinear.from_terms(terms_of(layer.matrix), layer.bias).train(layer.training)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, made)
+    return made
