@@ -440,7 +440,8 @@ def windowed(target: Target, count: int, rows: int, columns: int) -> Terms:
     best = settle(target.weight, start, rows, columns)
     best_error = target.squared(target.weight - best.dense())
     sweeps = int(min(target.sweeps, max(1.0, _WORK / (14.0 * max(1, count) * m * n))))
-    if sweeps < 1 or count == 0 or best_error == 0:
+    # The first sweep looks for windows and seldom gains yet: alone it is not worth its time.
+    if sweeps < 1 or target.sweeps < 2 or count == 0 or best_error == 0:
         return best.canonical()
     rank = int(start.alive.sum())
     values = torch.linalg.svdvals(weight)
