@@ -18,6 +18,7 @@ from structmat.compression.recover import DIVERGENCE, SQUARES, Distill, distance
 from structmat.compression.running import Outcome
 from structmat.errors import DataError, FormatError, StructureError
 from structmat.learn import learning_rate_multipliers, parameter_groups, recovery_groups
+from structmat.structure import count_stored
 
 
 class Classifier(nn.Module):
@@ -375,3 +376,22 @@ def test_windows_in_recovery_refuse(original: Classifier, student: Classifier, t
         recover(student, original, batches(), Distill(steps=2, windows=True), folder=tmp_path, show=False)
     with pytest.raises(StructureError, match="takes a number of steps"):
         Distill(steps=2, windows=True, held_out=batches())
+
+
+def test_compress_with_windows_that_move(original: Classifier) -> None:
+    """Under one budget, which the moving windows keep, too; the report and what is saved know the new windows."""
+    settings = Distill(steps=20, windows=True, learning_rate=3e-3)
+    result = sm.compress(
+        original, budget=sm.Parameters(0.6), calibration=batches(), structures=("GBLR",), recover=settings
+    )
+    chosen = [m for m in result.model.modules() if isinstance(m, sm.nn.StructuredLinear)]
+    assert any(isinstance(m.structure, sm.GBLR) for m in chosen)
+    dense = sum(m.weight.numel() for m in original.modules() if isinstance(m, nn.Linear))
+    kept = sum(m.weight.numel() for m in result.model.modules() if isinstance(m, nn.Linear))
+    assert sum(count_stored(m.structure, (m.out_features, m.in_features)) for m in chosen) + kept <= 0.6 * dense
+    named = dict(result.model.named_modules())
+    for layer in result.report.layers:
+        module = named[layer.name]
+        if isinstance(module, sm.nn.StructuredLinear):
+            assert layer.parameters == count_stored(module.structure, (module.out_features, module.in_features))
+            assert result.plan.layers[layer.name] == module.structure

@@ -15,12 +15,20 @@ import torch
 from torch import nn
 
 from structmat.compression import budget as budgets
-from structmat.compression.allocate import allocate
+from structmat.compression.allocate import Allocation, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
 from structmat.compression.candidates import Choice
 from structmat.compression.contest import contest
-from structmat.compression.figures import Clock, Timer, bytes_of, layer_report, stored_numbers, total_flops
+from structmat.compression.figures import (
+    Clock,
+    Timer,
+    as_they_are,
+    bytes_of,
+    layer_report,
+    stored_numbers,
+    total_flops,
+)
 from structmat.compression.fill import fill
 from structmat.compression.plan import Plan
 from structmat.compression.replace import replace_layers
@@ -205,14 +213,7 @@ def compress_(
             floor=floor,
             seed=seed,
         )
-        plan = Plan(
-            {name: candidate.structure for name, candidate in allocation.chosen.items()},
-            {site.name: site.shape for site in sites},
-            budget,
-            seed,
-        )
-        if folder is not None:
-            plan.write(Path(folder) / "plan.json")
+        plan = _plan(allocation, sites, budget, seed, folder)
     parameters_before, bytes_before = stored_numbers(model), bytes_of(model)
     with clock("replace"):
         replaced = replace_layers(
@@ -236,6 +237,9 @@ def compress_(
         assert original is not None
         with clock("recover"):
             recovery = _recovered(model, original, calibration, recover, forward, loss, seed, folder, progress)
+        if recover.windows:
+            allocation = as_they_are(allocation, model, sites, budget, seen)
+            plan = _plan(allocation, sites, budget, seed, folder)
         if evaluate:
             with clock("evaluate"):
                 quality["recovered"] = _numbers(evaluate, model)
@@ -278,6 +282,21 @@ def compress_(
 
 
 # ---------------------------------------------------------------------------------------------------------- steps
+
+
+def _plan(
+    allocation: Allocation, sites: Sequence[Site], budget: Budget, seed: int, folder: str | os.PathLike[str] | None
+) -> Plan:
+    """What the allocation chose, written to the work folder if there is one."""
+    plan = Plan(
+        {name: candidate.structure for name, candidate in allocation.chosen.items()},
+        {site.name: site.shape for site in sites},
+        budget,
+        seed,
+    )
+    if folder is not None:
+        plan.write(Path(folder) / "plan.json")
+    return plan
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import statistics
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from structmat.compression import budget as budgets
 from structmat.compression.allocate import Allocation
-from structmat.compression.budget import Latency
+from structmat.compression.budget import Budget, Latency
 from structmat.compression.calibrate import Calibration
 from structmat.compression.candidates import Screening, candidate_to_json
 from structmat.compression.plan import Plan
@@ -25,7 +26,7 @@ from structmat.compression.scan import Site
 from structmat.compression.score import Measurement
 from structmat.compression.timing import ModelTiming, sized, time_models
 from structmat.nn.linear import StructuredLinear
-from structmat.structure import ParameterSpec, Structure, specs
+from structmat.structure import ParameterSpec, Structure, count_stored, specs
 from structmat.structure import to_json as structure_to_json
 from structmat.structures.dense import Dense
 
@@ -129,6 +130,27 @@ def layer_report(
         ),
         refused=layer.refused,
     )
+
+
+def as_they_are(
+    allocation: Allocation, model: nn.Module, sites: Sequence[Site], budget: Budget, seen: Calibration | None
+) -> Allocation:
+    """The allocation with the structures that the layers have now: moving windows change them during recovery."""
+    chosen = dict(allocation.chosen)
+    for site in sites:
+        module, before = model.get_submodule(site.name), chosen[site.name]
+        if not isinstance(module, StructuredLinear) or module.structure == before.structure:
+            continue
+        rows = 1.0 if seen is None else seen.rows_per_sample(site.name)
+        chosen[site.name] = dataclasses.replace(
+            before,
+            structure=module.structure,
+            parameters=count_stored(module.structure, site.shape),
+            flops=budgets.flops(module.structure, site.shape),
+            cost=budget.cost(module.structure, site.shape, rows),
+        )
+    spent = allocation.cost + sum(c.cost - allocation.chosen[name].cost for name, c in chosen.items())
+    return dataclasses.replace(allocation, chosen=chosen, cost=spent)
 
 
 def total_flops(sites: Sequence[Site], allocation: Allocation, seen: Calibration | None) -> Totals:
