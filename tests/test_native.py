@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 import structmat as sm
 from structmat.errors import StructureError
 from structmat.kernels import apply, native, operator
-from structmat.kernels.choice import native_text, prefers_native
+from structmat.kernels.choice import has_bfloat16, native_text, prefers_native
 from structmat.kernels.text import Text, text_of
 from structmat.matrix import draw
 from structmat.program import (
@@ -329,7 +329,9 @@ def test_large_plain_products_stay_with_pytorch_and_half_precision_of_few_rows_a
     assert not chosen(sm.Sparse(density=0.7), 1000)
     assert chosen(sm.BlockDiagonal(2), 1)
     assert not chosen(sm.BlockDiagonal(2), 1, torch.bfloat16)
-    assert chosen(sm.BlockDiagonal(2), 8, torch.bfloat16)
+    assert chosen(sm.BlockDiagonal(2), 8, torch.float16)
+    assert chosen(sm.BlockDiagonal(2), 8, torch.bfloat16) is not has_bfloat16()
+    assert chosen(sm.Monarch(16), 8, torch.bfloat16)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from structmat.kernels import tuning
 from structmat.kernels.library import native
 from structmat.kernels.text import Text, text_of
 from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, Writing, stages
-from structmat.program.stages import Chain, Contraction, Sparse
+from structmat.program.stages import Chain, Contraction, Interpolation, Sparse, Stage
 
 _FEW_ROWS = 8
 """Fewer rows than this leave most of a tile empty. In float32 and float64 they run vector by vector instead (the
@@ -188,7 +189,8 @@ def native_rows(program: Program, dtype: torch.dtype) -> Rows:
 
     Chains of plain matrix products (low rank, dense) run in one pass while calls cost as much as the work, and for a
     few rows; large ones, and those in half precision, stay with PyTorch. Everything else gains from one pass, unless
-    half precision fills only a small part of a tile and reads its weights as large blocks.
+    half precision fills only a small part of a tile and reads its weights as large blocks. In bfloat16 all programs
+    with large blocks stay with PyTorch where the processor has instructions for it.
     """
     assumed = _kept(program, dtype, _native_rows)
     kept: dict[torch.dtype, tuple[int, Rows]] = program.__dict__.setdefault(_TUNED, {})
@@ -231,8 +233,24 @@ def _native_rows(program: Program, dtype: torch.dtype) -> range:
         return range(1, max(_FEW_ROWS, _LARGE_PLAIN // sum(stage.b * stage.c for stage in plain) + 1))
     if any(isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts):
         return range(0)
-    small = all(s.b * s.c <= _SMALL_BLOCK for s in parts if isinstance(s, Contraction))
+    small = all(_block(s) <= _SMALL_BLOCK for s in parts)
+    if dtype is torch.bfloat16 and not small and has_bfloat16() and not any(isinstance(s, Sparse) for s in parts):
+        return range(0)
     return range(1 if small or dtype in _BY_VECTORS else _FEW_ROWS, sys.maxsize)
+
+
+def _block(stage: Stage) -> int:
+    """Numbers of the largest dense block that a stage multiplies by."""
+    if isinstance(stage, Interpolation):
+        return stage.rank * (stage.size - stage.rank)
+    return stage.b * stage.c if isinstance(stage, Contraction) else 1
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether PyTorch's products of bfloat16 use instructions for it: with large blocks ours in float32 are slower."""
+    known: Callable[[], bool] | None = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return known is not None and known()
 
 
 def _recorded_rows(program: Program, dtype: torch.dtype) -> range:
