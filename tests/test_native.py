@@ -330,8 +330,9 @@ def test_large_plain_products_stay_with_pytorch_and_half_precision_of_few_rows_a
     assert chosen(sm.BlockDiagonal(2), 1)
     assert not chosen(sm.BlockDiagonal(2), 1, torch.bfloat16)
     assert chosen(sm.BlockDiagonal(2), 8, torch.float16)
-    assert chosen(sm.BlockDiagonal(2), 8, torch.bfloat16) is not has_bfloat16()
-    assert chosen(sm.Monarch(16), 8, torch.bfloat16)
+    assert chosen(sm.BlockDiagonal(2), 8, torch.bfloat16)
+    large = build(resolve(sm.BlockDiagonal(2), (1024, 1024)), (1024, 1024))
+    assert prefers_native(large, 8, torch.bfloat16) is not has_bfloat16()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
