@@ -25,6 +25,8 @@ struct Batch {
   int64_t y_stride;
   int64_t rows;
   Storage storage;   // of x, y and all learned tensors
+  // Whether it is the rows that lie side by side, and the strides lead from one feature to the next.
+  bool x_by_features = false, y_by_features = false;
 };
 
 // Which instruction set runs: the widest that the machine has, or less by STRUCTMAT_ISA (base, avx2, avx512).

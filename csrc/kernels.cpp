@@ -154,6 +154,37 @@ void store_as(const Real* tile, int64_t columns, const Real* bias, typename Stor
   }
 }
 
+// Without transposition: row after row of the tile, a part of one in memory.
+template <class Real, Storage S>
+void load_by_features_as(const typename Stored<S>::type* x, int64_t stride, int64_t count, int64_t features,
+                         Real* tile, int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t f = 0; f < features; ++f, x += stride, tile += columns) {
+    int64_t c = 0;
+    for (; c + n <= count; c += n) put(tile + c, load_row<Real, S>(x + c));
+    for (; c < count; ++c) tile[c] = Stored<S>::template widen<Real>(x[c]);
+    for (; c < columns; ++c) tile[c] = Real(0);
+  }
+}
+
+template <class Real, Storage S>
+void store_by_features_as(const Real* tile, int64_t columns, const Real* bias, typename Stored<S>::type* y,
+                          int64_t stride, int64_t count, int64_t features) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t f = 0; f < features; ++f, y += stride, tile += columns) {
+    const Real shift = bias ? bias[f] : Real(0);
+    int64_t c = 0;
+    for (; c + n <= count; c += n) {
+      const V<Real> row = at(tile + c) + shift;
+      if constexpr (std::is_same<typename Stored<S>::type, Real>::value)
+        put(y + c, row);
+      else
+        for (int l = 0; l < n; ++l) y[c + l] = Stored<S>::template narrow<Real>(row[l]);
+    }
+    for (; c < count; ++c) y[c] = Stored<S>::template narrow<Real>(tile[c] + shift);
+  }
+}
+
 #define STRUCTMAT_BY_STORAGE(call)                        \
   switch (storage) {                                      \
     case Storage::f32: { constexpr Storage S = Storage::f32; call; break; }   \
@@ -174,6 +205,20 @@ void store(const Real* tile, int64_t columns, const Real* bias, void* y, Storage
            int64_t count, int64_t features) {
   STRUCTMAT_BY_STORAGE(
       (store_as<Real, S>(tile, columns, bias, static_cast<typename Stored<S>::type*>(y), stride, count, features)))
+}
+
+template <class Real>
+void load_by_features(const void* x, Storage storage, int64_t stride, int64_t count, int64_t features, Real* tile,
+                      int64_t columns) {
+  STRUCTMAT_BY_STORAGE((load_by_features_as<Real, S>(static_cast<const typename Stored<S>::type*>(x), stride, count,
+                                                     features, tile, columns)))
+}
+
+template <class Real>
+void store_by_features(const Real* tile, int64_t columns, const Real* bias, void* y, Storage storage, int64_t stride,
+                       int64_t count, int64_t features) {
+  STRUCTMAT_BY_STORAGE((store_by_features_as<Real, S>(tile, columns, bias, static_cast<typename Stored<S>::type*>(y),
+                                                      stride, count, features)))
 }
 
 template <class Real>
@@ -359,6 +404,8 @@ void rank_one(const Real* left, int64_t start, int64_t height, int64_t size, con
 template <class Real>
 constexpr Kernels<Real> table = {load<Real>,
                                  store<Real>,
+                                 load_by_features<Real>,
+                                 store_by_features<Real>,
                                  contract<Real>,
                                  radix<Real>,
                                  pack<Real>,

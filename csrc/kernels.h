@@ -12,6 +12,8 @@ namespace structmat {
 // How numbers lie in memory outside of the tiles.
 enum class Storage : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
+inline int64_t bytes_of(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
+
 // y[a, b, d] (+)= sum over c of w[a, b, c, d] x[a, c, d], the weight with any strides (0 where an axis is shared).
 struct Contract {
   int64_t a, b, c, d;
@@ -72,6 +74,11 @@ struct Kernels {
   // Back, with the bias (features numbers, or null) added.
   void (*store)(const Real* tile, int64_t columns, const Real* bias, void* y, Storage storage, int64_t stride,
                 int64_t count, int64_t features);
+  // The same where the batch is innermost outside of the tiles too: `stride` leads from one feature to the next.
+  void (*load_by_features)(const void* x, Storage storage, int64_t stride, int64_t count, int64_t features, Real* tile,
+                           int64_t columns);
+  void (*store_by_features)(const Real* tile, int64_t columns, const Real* bias, void* y, Storage storage,
+                            int64_t stride, int64_t count, int64_t features);
   void (*contract)(const Contract& stage, const Real* weight, const Real* x, Real* y, int64_t columns, bool add);
   void (*radix)(const Radix& stage, const Real* const* tensors, const Real* x, Real* y, int64_t columns);  // x may be y
   // Units begin .. end of the weights as panels, of a * ceil(d / pack_together) units (a = 1 where a is shared); and what

@@ -260,6 +260,4 @@ inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, co
   }
 }
 
-inline int64_t bytes_of(Storage storage) { return storage == Storage::f64 ? 8 : storage == Storage::f32 ? 4 : 2; }
-
 }  // namespace structmat

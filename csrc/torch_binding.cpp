@@ -1,4 +1,4 @@
-// The operators structmat::multiply and multiply_backward, registered through the C functions that libtorch exports. No header of PyTorch is
+// The operators of the library, registered through the C functions that libtorch exports. No header of PyTorch is
 // needed, so one build serves every version of Python, and every version of PyTorch that has these functions.
 #include <dlfcn.h>
 
@@ -12,6 +12,7 @@
 
 #include "backward.h"
 #include "execute.h"
+#include "pages.h"
 
 namespace {
 
@@ -174,6 +175,16 @@ struct Shape {
     return true;
   }
 
+  // Whether it has two axes, and is contiguous along the first alone.
+  bool by_features() const { return dim == 2 && strides[0] == 1 && strides[1] != 1 && sizes[1] > 1; }
+
+  // The distance of neighbouring features of such a tensor.
+  int64_t feature_stride(int64_t features) const {
+    if (sizes[1] != features)
+      throw std::invalid_argument("structmat: rows must have shape (..., " + std::to_string(features) + ")");
+    return strides[1];
+  }
+
   // All leading axes together.
   int64_t rows() const {
     int64_t product = 1;
@@ -242,6 +253,12 @@ std::vector<Array> arrays_of(const std::vector<Owned>& tensors, const Plan& plan
   return arrays;
 }
 
+int thread_count() {
+  uint32_t threads = 1;
+  require(torch.num_threads(&threads));
+  return int(threads);
+}
+
 // multiply(Tensor x, Tensor[] tensors, str program) -> Tensor
 Tensor multiply(Tensor x, List list, Text text) {
   const std::string words = read(text);
@@ -259,10 +276,26 @@ Tensor multiply(Tensor x, List list, Text text) {
   require(torch.empty_strided(shape.dim, sizes.data(), dense.data(), shape.dtype, torch.cpu, -1, &made));
   Owned y(made);
   const Batch batch{data_of(x), x_stride, data_of(made), plan.out_features, shape.rows(), storage};
-  uint32_t threads = 1;
-  require(torch.num_threads(&threads));
-  (by_vectors ? structmat::execute_vectors : structmat::execute)(plan, batch, arrays.data(), in_parallel, int(threads));
+  structmat::use_large_pages(batch.y, batch.rows * plan.out_features * structmat::bytes_of(storage));
+  (by_vectors ? structmat::execute_vectors : structmat::execute)(plan, batch, arrays.data(), in_parallel, thread_count());
   return y.release();
+}
+
+// multiply_into(Tensor x, Tensor[] tensors, Tensor(a!) y, str program) -> ()
+//
+// Both x and y are of two axes, one of which is contiguous.
+void multiply_into(Tensor x, List list, Tensor y, Text text) {
+  const Plan& plan = plan_of(read(text));
+  const Shape from(x), to(y);
+  if (to.dim != 2 || from.dim != 2 || to.rows() != from.rows() || to.dtype != from.dtype)
+    throw std::invalid_argument("structmat: the outcome has another number of rows, or another dtype, than the input");
+  const std::vector<Owned> owned = items(list);
+  const std::vector<Array> arrays = arrays_of(owned, plan, from.dtype);
+  Batch batch{data_of(x), 0, data_of(y), 0, from.rows(), storage_of(from.dtype)};
+  batch.x_by_features = from.by_features(), batch.y_by_features = to.by_features();
+  batch.x_stride = batch.x_by_features ? from.feature_stride(plan.in_features) : from.row_stride(plan.in_features);
+  batch.y_stride = batch.y_by_features ? to.feature_stride(plan.out_features) : to.row_stride(plan.out_features);
+  structmat::execute(plan, batch, arrays.data(), in_parallel, thread_count());
 }
 
 // multiply_backward(Tensor x, Tensor grad, Tensor[] tensors, Tensor(a!) grad_x, Tensor(b!)[] grads, str program) -> ()
@@ -289,6 +322,7 @@ void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List gra
     return data_of(tensor);
   };
   batch.grad_x = outcome(grad_x, lower, shape.count);
+  if (batch.grad_x) structmat::use_large_pages(batch.grad_x, shape.count * structmat::bytes_of(batch.storage));
   wanted.input = batch.grad_x != nullptr;
   std::vector<void*> places;
   for (size_t i = 0; i < outcomes.size(); ++i) {
@@ -330,6 +364,15 @@ void multiply_boxed(Value* stack, uint64_t, uint64_t) {
   std::memcpy(&stack[0], &y, sizeof y);
 }
 
+void multiply_into_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next());
+  const OwnedList tensors(given.next());
+  const Owned y(given.next());
+  const OwnedText text(given.next());
+  multiply_into(x.get(), tensors.get(), y.get(), text.get());
+}
+
 void multiply_backward_boxed(Value* stack, uint64_t, uint64_t) {
   Arguments given(stack);
   const Owned x(given.next()), grad(given.next());
@@ -356,8 +399,10 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
     require(torch.define(library,
                          "multiply_backward(Tensor x, Tensor grad, Tensor[] tensors, Tensor(a!) grad_x, "
                          "Tensor(b!)[] grads, str program) -> ()"));
+    require(torch.define(library, "multiply_into(Tensor x, Tensor[] tensors, Tensor(a!) y, str program) -> ()"));
     require(torch.init_impl("structmat", "CPU", __FILE__, __LINE__, &kernels));
     require(torch.implement(kernels, "multiply", multiply_boxed, version));
+    require(torch.implement(kernels, "multiply_into", multiply_into_boxed, version));
     require(torch.implement(kernels, "multiply_backward", multiply_backward_boxed, version));
     return nullptr;
   } catch (const std::exception& error) {

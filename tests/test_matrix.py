@@ -33,6 +33,32 @@ def test_out_is_filled_in_place(matrix: sm.StructuredMatrix) -> None:
     torch.testing.assert_close(sm.matmul(matrix, x[:, 0], out=vector), matrix @ x[:, 0])
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.float32])
+def test_out_may_hold_anything_and_be_the_input_itself(out_dtype: torch.dtype) -> None:
+    square = sm.StructuredMatrix.random(sm.Monarch(4), (64, 64), dtype=torch.float64)
+    x = torch.randn(64, 40, dtype=torch.float64)
+    wanted = square @ x
+    out = torch.full((64, 40), torch.nan, dtype=out_dtype)
+    torch.testing.assert_close(sm.matmul(square, x, out=out), wanted.to(out_dtype))
+    repeated = torch.empty(64, 80, dtype=out_dtype)[:, ::2]
+    torch.testing.assert_close(sm.matmul(square, x, out=repeated), wanted.to(out_dtype))
+    moved = x.clone()
+    torch.testing.assert_close(sm.matmul(square, moved, out=moved), wanted)
+    shifted = torch.cat([x, torch.zeros(1, 40, dtype=torch.float64)])
+    torch.testing.assert_close(sm.matmul(square, shifted[:64], out=shifted[1:]), wanted)
+
+
+def test_writing_into_what_a_gradient_needs_is_noticed() -> None:
+    square = sm.StructuredMatrix.random(sm.Monarch(4), (64, 64), dtype=torch.float64)
+    x = torch.randn(64, 40, dtype=torch.float64)
+    needed = torch.randn(64, 40, dtype=torch.float64, requires_grad=True).exp()
+    outcome = needed.square().sum()
+    kept = needed.detach()
+    sm.matmul(square, x, out=kept)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outcome.backward()
+
+
 def test_wrong_shapes_are_errors_with_the_numbers(matrix: sm.StructuredMatrix) -> None:
     with pytest.raises(ShapeError, match=r"shape \(4, 6\) multiplies vectors \(6,\).*got shape \(5, 3\)"):
         _ = matrix @ torch.ones(5, 3, dtype=torch.float64)

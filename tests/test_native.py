@@ -64,7 +64,19 @@ def assert_equal(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bia
     """The native outcome is the float64 reference, to the rounding of the dtype."""
     text = text_of(program)
     assert isinstance(text, Text), text
-    found = operator.run(*operator.arguments(text, tensors, x, bias), text.plain if bias is None else text.biased)
+    given, words = operator.arguments(text, tensors, bias), text.plain if bias is None else text.biased
+    x = x if operator.is_by_rows(x) else x.contiguous()
+    found = operator.run(x, given, words)
+    if x.dim() == 2 and len(x) >= operator.FEW_ROWS:  # the other layout of the input, of the outcome, or of both
+        columns = x.T.contiguous().T
+        into = torch.full((program.out_features + 1, 2 * len(x)), torch.nan, dtype=x.dtype)
+        y = into[1:, : len(x)].T
+        if operator.is_by_features(columns) and operator.is_by_features(y):
+            assert torch.equal(operator.run(columns, given, words), found)
+            for source in (x, columns):
+                operator.run_into(source, given, words, y.fill_(torch.nan))
+                assert torch.equal(y, found)
+            assert into[0].isnan().all() and into[:, len(x) :].isnan().all()
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
     wanted = reference.apply(program, wide, x.double())
     if bias is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from structmat.errors import ShapeError, StructureError
-from structmat.kernels import apply
+from structmat.kernels import apply, apply_columns
 from structmat.program import Cost, Program, build, cost, reference, transpose
 from structmat.program.padding import padding_factor
 from structmat.structure import Shape, Structure, allows_complex, check_shape, resolve, specs
@@ -177,7 +177,8 @@ def matmul(matrix: StructuredMatrix, x: Tensor, *, out: Tensor | None = None) ->
     Args:
         matrix: the left operand, (out_features, in_features).
         x: a vector or (a batch of) matrices whose columns are multiplied.
-        out: where to write the result, of its exact shape.
+        out: where to write the result, of its exact shape; no copy is made if it has the dtype of ``x`` and is
+            contiguous or the transpose of a contiguous matrix.
 
     Raises:
         ShapeError: the axis that is contracted, or ``out``, does not have the right size.
@@ -187,14 +188,13 @@ def matmul(matrix: StructuredMatrix, x: Tensor, *, out: Tensor | None = None) ->
             f"A matrix of shape {matrix.shape} multiplies vectors ({matrix.shape[1]},) or columns "
             f"(..., {matrix.shape[1]}, k); got shape {tuple(x.shape)}."
         )
-    vector = x.dim() == 1
-    rows = apply(matrix.program, matrix.tensors, x if vector else x.transpose(-1, -2))
-    result = rows if vector else rows.transpose(-1, -2)
-    if out is None:
-        return result
-    if out.shape != result.shape:
-        raise ShapeError(f"out has shape {tuple(out.shape)}; the result has shape {tuple(result.shape)}.")
-    return out.copy_(result)
+    shape = x.shape[: max(0, x.dim() - 2)] + matrix.shape[:1] + (x.shape[-1:] if x.dim() > 1 else ())
+    if out is not None and out.shape != shape:
+        raise ShapeError(f"out has shape {tuple(out.shape)}; the result has shape {tuple(shape)}.")
+    if x.dim() > 1:
+        return apply_columns(matrix.program, matrix.tensors, x, out=out)
+    result = apply(matrix.program, matrix.tensors, x)
+    return result if out is None else out.copy_(result)
 
 
 def draw(

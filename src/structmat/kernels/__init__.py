@@ -21,7 +21,7 @@ from structmat.kernels.choice import (
 )
 from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import Native, native
-from structmat.kernels.operator import arguments, run
+from structmat.kernels.operator import arguments, is_by_features, is_by_rows, run, run_into, takes
 from structmat.kernels.quick import quick
 from structmat.kernels.text import Text
 from structmat.program import Program, reference
@@ -31,6 +31,7 @@ __all__ = [
     "Native",
     "affine",
     "apply",
+    "apply_columns",
     "backend",
     "native",
     "native_text",
@@ -54,6 +55,38 @@ def apply(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return _multiply(program, text, tensors, x, None)
 
 
+def apply_columns(
+    program: Program, tensors: Mapping[str, Tensor], x: Tensor, *, out: Tensor | None = None
+) -> Tensor:
+    """Multiply columns: ``x`` (..., in_features, k) to (..., out_features, k), as ``torch.matmul``.
+
+    Args:
+        program: what to multiply by.
+        tensors: what it reads.
+        x: the columns, with any strides.
+        out: where to write the outcome, of its exact shape. The native backend needs no copy if it has the dtype of
+            ``x`` and is a contiguous matrix, or the transpose of one.
+
+    Raises:
+        ShapeError: the last axis but one of ``x`` is not ``in_features``.
+    """
+    rows = x.transpose(-1, -2)
+    text = native_text(program, tensors, rows, None)
+    if text is None or x.dim() != 2 or wants_gradient(x, tensors.values(), None):
+        result = apply(program, tensors, rows).transpose(-1, -2)
+        return result if out is None else out.copy_(result)
+    reference.check_rows(program, rows)
+    if out is None:
+        out = x.new_empty(program.out_features, x.shape[1])
+    if not is_by_rows(rows) and not is_by_features(rows):
+        rows = rows.contiguous()
+    given = arguments(text, tensors, None)
+    if takes(out.T, rows):
+        run_into(rows, given, text.plain, out.T)
+        return out
+    return out.copy_(run(rows, given, text.plain).T)
+
+
 def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor) -> Tensor:
     """``apply(program, tensors, x) + bias``, with ``bias`` (out_features,)."""
     text = native_text(program, tensors, x, bias)
@@ -65,7 +98,9 @@ def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Ten
 
 def _multiply(program: Program, text: Text, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     recorded = wants_gradient(x, tensors.values(), bias)
-    x, given = arguments(text, tensors, x, bias)
+    given = arguments(text, tensors, bias)
+    if not is_by_rows(x) and (recorded or not is_by_features(x)):
+        x = x.contiguous()
     if recorded:
         return run_recorded(program, text, bias is not None, x, given)
     return run(x, given, text.plain if bias is None else text.biased)

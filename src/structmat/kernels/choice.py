@@ -16,14 +16,10 @@ from torch.autograd import forward_ad
 from structmat.errors import StructureError
 from structmat.kernels import tuning
 from structmat.kernels.library import native
+from structmat.kernels.operator import FEW_ROWS
 from structmat.kernels.text import Text, text_of
 from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, Writing, stages
 from structmat.program.stages import Chain, Contraction, Interpolation, Sparse, Stage
-
-_FEW_ROWS = 8
-"""Fewer rows than this leave most of a tile empty. In float32 and float64 they run vector by vector instead (the
-library decides with the same number), which is faster than PyTorch's products at any size; in half precision they stay
-there unless blocks are small."""
 
 _BY_VECTORS = (torch.float32, torch.float64)
 
@@ -120,7 +116,7 @@ def writing_for(program: Program, tensors: Mapping[str, Tensor], rows: int | Non
     """What to put together ahead of time for what will run a program on so many rows (many by default)."""
     if not runs_native(program, tensors, rows):
         return FOR_REFERENCE
-    return FOR_NATIVE if rows is None or rows >= _FEW_ROWS else FOR_FEW_ROWS
+    return FOR_NATIVE if rows is None or rows >= FEW_ROWS else FOR_FEW_ROWS
 
 
 def runs_native(
@@ -233,14 +229,14 @@ def _native_rows(program: Program, dtype: torch.dtype) -> range:
     if plain := plain_products(program):
         if dtype not in _BY_VECTORS:
             return range(0)
-        return range(1, max(_FEW_ROWS, _LARGE_PLAIN // sum(stage.b * stage.c for stage in plain) + 1))
+        return range(1, max(FEW_ROWS, _LARGE_PLAIN // sum(stage.b * stage.c for stage in plain) + 1))
     if any(isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts):
         return range(0)
     largest = max((_block(s) for s in parts), default=1)
     is_sparse = any(isinstance(s, Sparse) for s in parts)
     if dtype is torch.bfloat16 and largest >= _LARGE_BLOCK and not is_sparse and has_bfloat16():
         return range(0)
-    return range(1 if largest <= _SMALL_BLOCK or dtype in _BY_VECTORS else _FEW_ROWS, sys.maxsize)
+    return range(1 if largest <= _SMALL_BLOCK or dtype in _BY_VECTORS else FEW_ROWS, sys.maxsize)
 
 
 def _block(stage: Stage) -> int:
@@ -264,4 +260,4 @@ def _recorded_rows(program: Program, dtype: torch.dtype) -> range:
         isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts
     ):
         return range(0)
-    return range(_FEW_ROWS, sys.maxsize)
+    return range(FEW_ROWS, sys.maxsize)

@@ -1,4 +1,4 @@
-"""The operators ``structmat::multiply`` and ``structmat::multiply_backward`` as PyTorch sees them."""
+"""The operators ``structmat::multiply``, ``multiply_into`` and ``multiply_backward`` as PyTorch sees them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from torch import Tensor
 
 from structmat.kernels.text import Text
 
+FEW_ROWS = 8
+"""Fewer rows than this leave most of a tile empty. In float32 and float64 they run vector by vector instead (the library
+decides with the same number), which is faster than PyTorch's products at any size; in half precision they stay there
+unless blocks are small."""
+
 
 def define_fakes() -> None:
     """What the operators do for tensors without data (meta, tracing)."""
@@ -17,35 +22,74 @@ def define_fakes() -> None:
     def outcome(x: Tensor, tensors: list[Tensor], program: str) -> Tensor:
         return x.new_empty(*x.shape[:-1], int(program.split(maxsplit=2)[1]))
 
+    def filled(x: Tensor, tensors: list[Tensor], y: Tensor, program: str) -> None:
+        return None
+
     def nothing(
         x: Tensor, grad: Tensor, tensors: list[Tensor], grad_x: Tensor, grads: list[Tensor], program: str
     ) -> None:
         return None
 
     torch.library.register_fake("structmat::multiply")(outcome)
+    torch.library.register_fake("structmat::multiply_into")(filled)
     torch.library.register_fake("structmat::multiply_backward")(nothing)
 
 
-def arguments(text: Text, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """The input and the tensors as the operators take them."""
+def arguments(text: Text, tensors: Mapping[str, Tensor], bias: Tensor | None) -> list[Tensor]:
+    """The tensors as the operators take them."""
     given = [tensors[name].contiguous() for name in text.names]
     if bias is not None:
         given.append(bias.contiguous())
-    if x.dim() != 2 or x.stride(-1) != 1:
-        x = x.contiguous()
-    return x, given
+    return given
+
+
+def is_by_rows(x: Tensor) -> bool:
+    """Whether these are two axes, with contiguous rows at equal distances that don't overlap."""
+    return x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+
+
+def is_by_features(x: Tensor) -> bool:
+    """The same of columns, as in the transpose of a matrix; of many rows, since few are read vector by vector."""
+    return x.dim() == 2 and x.stride(0) == 1 and x.stride(1) >= x.shape[0] and x.shape[0] >= FEW_ROWS
+
+
+def takes(y: Tensor, x: Tensor) -> bool:
+    """Whether :func:`run_into` can write its outcome for ``x`` into ``y``."""
+    plain = type(y) is Tensor and y.is_cpu and y.dtype is x.dtype and not y.requires_grad and not y.is_neg()
+    return (
+        plain
+        and x.dim() == 2
+        and x.shape[0] >= FEW_ROWS
+        and (is_by_rows(y) or is_by_features(y))
+        and y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    )
 
 
 def run(x: Tensor, given: list[Tensor], words: str) -> Tensor:
-    """Rows (..., in_features) to (..., out_features) in one pass over the batch. No gradient is recorded.
+    """Rows (..., in_features) to (..., out_features), contiguous, in one pass over the batch. No gradient is recorded.
 
     Args:
-        x: the input, its rows at equal distances.
+        x: the input, contiguous, by rows or by features.
         given: the tensors in the order of the text, contiguous.
         words: the text, with or without a bias.
     """
-    result: Tensor = _multiply()(x, given, words)
-    return result
+    if not is_by_features(x):
+        result: Tensor = _multiply()(x, given, words)
+        return result
+    y = x.new_empty(x.shape[0], int(words.split(maxsplit=2)[1]))
+    run_into(x, given, words, y)
+    return y
+
+
+def run_into(x: Tensor, given: list[Tensor], words: str, y: Tensor) -> None:
+    """The same into existing memory, see :func:`takes`.
+
+    Args:
+        x, given, words: as :func:`run` takes them.
+        y: what is written (rows, out_features).
+    """
+    _multiply_into()(x, given, y, words)
+    torch.autograd.graph.increment_version(y)  # so that a gradient that needs what was there fails
 
 
 def run_backward(x: Tensor, grad: Tensor, given: list[Tensor], grad_x: Tensor, grads: list[Tensor], words: str) -> None:
@@ -63,6 +107,12 @@ def run_backward(x: Tensor, grad: Tensor, given: list[Tensor], grad_x: Tensor, g
 @cache
 def _multiply() -> Callable[..., Tensor]:
     found: Callable[..., Tensor] = torch.ops.structmat.multiply.default
+    return found
+
+
+@cache
+def _multiply_into() -> Callable[..., None]:
+    found: Callable[..., None] = torch.ops.structmat.multiply_into.default
     return found
 
 
