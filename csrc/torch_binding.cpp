@@ -295,6 +295,7 @@ void multiply_into(Tensor x, List list, Tensor y, Text text) {
   batch.x_by_features = from.by_features(), batch.y_by_features = to.by_features();
   batch.x_stride = batch.x_by_features ? from.feature_stride(plan.in_features) : from.row_stride(plan.in_features);
   batch.y_stride = batch.y_by_features ? to.feature_stride(plan.out_features) : to.row_stride(plan.out_features);
+  structmat::use_large_pages(batch.y, to.count * structmat::bytes_of(batch.storage));
   structmat::execute(plan, batch, arrays.data(), in_parallel, thread_count());
 }
 
