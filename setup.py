@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent
 SOURCES = (
     "plan.cpp",
     "execute.cpp",
+    "execute_pairs.cpp",
     "execute_vectors.cpp",
     "backward_plan.cpp",
     "backward.cpp",
@@ -35,12 +36,13 @@ INSTRUCTION_SETS = {
     "isa_avx2": ("-mavx2", "-mfma"),
     "isa_avx512": AVX512,
 }
+BFLOAT16 = (*AVX512, "-mavx512bf16")
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def instruction_sets() -> dict[str, tuple[str, ...]]:
     """What is compiled for this machine: the others have the portable kernels alone."""
-    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return INSTRUCTION_SETS if on_x86 else {"isa_base": ()}
+    return INSTRUCTION_SETS if ON_X86 else {"isa_base": ()}
 
 
 class BuildNative(build_ext):
@@ -66,6 +68,8 @@ class BuildNative(build_ext):
         for name, flags in instruction_sets().items():
             own = ("-O3", "-ffp-contract=fast", f"-DSTRUCTMAT_ISA={name}", *flags)
             objects.append(self._compile(compiler, "kernels.cpp", folder, own, name))
+        pairs = BFLOAT16 if ON_X86 and self._knows(compiler, "-mavx512bf16") else ()
+        objects.append(self._compile(compiler, "bfloat16.cpp", folder, ("-O3", *pairs)))
         # Linked under another name and renamed: a process that has the old library loaded keeps it.
         draft = target.with_suffix(".partial")
         self._run([compiler, "-shared", "-s", "-o", str(draft), *map(str, objects), "-ldl"])
@@ -75,6 +79,10 @@ class BuildNative(build_ext):
         made = folder / f"{name or Path(source).stem}.o"
         self._run([compiler, *COMMON, *flags, "-c", str(ROOT / "csrc" / source), "-o", str(made)])
         return made
+
+    def _knows(self, compiler: str, flag: str) -> bool:
+        command = [compiler, flag, "-x", "c++", "-E", "-", "-o", os.devnull]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
     def _run(self, command: list[str]) -> None:
         outcome = subprocess.run(command, capture_output=True, text=True)

@@ -20,9 +20,11 @@ const InstructionSet& instruction_set(int number) {
 #if defined(__x86_64__)
       {"avx2", isa_avx2::single(), isa_avx2::wide()},
       {"avx512", isa_avx512::single(), isa_avx512::wide()},
+      {"avx512_bf16", isa_avx512::single(), isa_avx512::wide(), pair_kernels()},
 #else
       {"avx2", isa_base::single(), isa_base::wide()},
       {"avx512", isa_base::single(), isa_base::wide()},
+      {"avx512_bf16", isa_base::single(), isa_base::wide()},
 #endif
   };
   return all[number];
@@ -31,9 +33,10 @@ const InstructionSet& instruction_set(int number) {
 bool supported(int number) {
 #if defined(__x86_64__)
   if (number == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (number == 2)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (number == 2) return has_avx512;
+  if (number == 3) return has_avx512 && pair_kernels() && __builtin_cpu_supports("avx512bf16");
 #endif
   return number == 0;
 }

@@ -91,6 +91,7 @@ const InstructionSet& chosen() {
 
 void execute(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads) {
   if (batch.rows == 0) return;
+  if (runs_by_pairs(plan, batch)) return execute_pairs(plan, batch, tensors, parallel, threads);
   if (batch.storage == Storage::f64)
     execute_as<double>(plan, batch, tensors, *chosen().wide, parallel, threads);
   else

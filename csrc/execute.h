@@ -29,7 +29,7 @@ struct Batch {
   bool x_by_features = false, y_by_features = false;
 };
 
-// Which instruction set runs: the widest that the machine has, or less by STRUCTMAT_ISA (base, avx2, avx512).
+// Which instruction set runs: the widest that the machine has, or less by STRUCTMAT_ISA (base, avx2, avx512, avx512_bf16).
 const InstructionSet& chosen();
 
 // Learned tensors in the storage of the batch, indices as int64. Throws std::invalid_argument for an index that is out
@@ -42,6 +42,10 @@ constexpr int64_t few_rows = 8;
 inline bool runs_by_vectors(int64_t rows, Storage storage) {
   return rows < few_rows && (storage == Storage::f32 || storage == Storage::f64);
 }
+
+// Whether a plan runs on tiles of bfloat16 numbers on this machine, and the same for one that does.
+bool runs_by_pairs(const Plan& plan, const Batch& batch);
+void execute_pairs(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads);
 
 // The same for a plan that was made for vectors.
 void execute_vectors(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads);

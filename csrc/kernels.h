@@ -133,14 +133,43 @@ struct Kernels {
   int64_t lanes;  // numbers in one vector register
 };
 
+// Tiles of bfloat16 numbers, for processors that multiply pairs of them and sum in float32 (bfloat16.cpp). All that a stage
+// puts out is rounded to bfloat16, as by PyTorch's own products.
+constexpr int64_t pair_columns = 32;         // the columns of a tile are a multiple of this
+constexpr int64_t pair_panel_rows = 8;       // rows b of a panel
+constexpr int64_t pack_pairs_together = 32;  // matrices of neighbouring d that are packed at a time
+constexpr int64_t fewest_for_pairs = 16;     // rows of a batch: fewer leave most of a tile empty
+
+struct PairKernels {
+  void (*load)(const uint16_t* x, int64_t stride, int64_t count, int64_t features, uint16_t* tile, int64_t columns);
+  void (*store)(const uint16_t* tile, int64_t columns, const uint16_t* bias, uint16_t* y, int64_t stride, int64_t count,
+                int64_t features);
+  void (*load_by_features)(const uint16_t* x, int64_t stride, int64_t count, int64_t features, uint16_t* tile,
+                           int64_t columns);
+  void (*store_by_features)(const uint16_t* tile, int64_t columns, const uint16_t* bias, uint16_t* y, int64_t stride,
+                            int64_t count, int64_t features);
+  // Units begin .. end of the weights as panels, of a * ceil(d / pack_pairs_together) units (1 where an axis is shared);
+  // the last pair of an odd c is filled up with zeros.
+  void (*pack)(const Contract& stage, const uint16_t* weight, uint16_t* panels, int64_t begin, int64_t end);
+  // From panels, or from the tensor itself where pairs of columns lie side by side and d is shared; `scratch`, on a
+  // line of the cache, has room for `pair_columns` columns of c rows.
+  void (*contract)(const Contract& stage, const uint16_t* weight, bool packed, const uint16_t* x, uint16_t* y,
+                   uint16_t* scratch, int64_t columns, bool add);
+  void (*copy)(const uint16_t* x, uint16_t* y, int64_t rows, int64_t columns, bool add);
+};
+
+// Null where the compiler knew no such instructions.
+const PairKernels* pair_kernels();
+
 struct InstructionSet {
   const char* name;
   const Kernels<float>* single;
   const Kernels<double>* wide;
+  const PairKernels* pairs = nullptr;
 };
 
 // What this build holds, from the plainest to the widest; `supported` asks the machine.
-constexpr int instruction_sets = 3;
+constexpr int instruction_sets = 4;
 const InstructionSet& instruction_set(int number);
 bool supported(int number);
 

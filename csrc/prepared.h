@@ -167,32 +167,63 @@ Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, 
   return p;
 }
 
+// Weights that are to be brought into panels, shared between threads by units of a kernel's own.
+template <class Number>
+class Packing {
+ public:
+  typedef void (*Kernel)(const Contract& stage, const Number* weight, Number* panels, int64_t begin, int64_t end);
+  explicit Packing(Kernel kernel) : kernel_(kernel) {}
+
+  // `panels` is set to where so many numbers will lie.
+  void add(const Contract& stage, const Number* weight, const Number** panels, int64_t units, int64_t numbers) {
+    jobs_.push_back({&stage, weight, panels, numbers_, units_, units_ + units});
+    numbers_ += numbers, units_ += units;
+  }
+
+  void run(Scratch& scratch, Parallel parallel) {
+    if (jobs_.empty()) return;
+    memory_ = static_cast<Number*>(scratch.reserve(numbers_ * int64_t(sizeof(Number))));
+    for (const Job& job : jobs_) *job.panels = memory_ + job.place;
+    const auto body = [](int64_t begin, int64_t end, void* opaque) {
+      const Packing& p = *static_cast<const Packing*>(opaque);
+      for (const Job& job : p.jobs_) {
+        const int64_t first = std::max(begin, job.first) - job.first, last = std::min(end, job.last) - job.first;
+        if (first < last) p.kernel_(*job.stage, job.weight, p.memory_ + job.place, first, last);
+      }
+    };
+    if (numbers_ < pack_alone)
+      body(0, units_, this);
+    else
+      parallel(units_, body, this);
+  }
+
+ private:
+  struct Job {
+    const Contract* stage;
+    const Number* weight;
+    const Number** panels;
+    int64_t place, first, last;  // where the panels begin; units
+  };
+  Kernel kernel_;
+  std::vector<Job> jobs_;
+  int64_t numbers_ = 0, units_ = 0;
+  Number* memory_ = nullptr;
+};
+
 // Weights as panels, in `scratch`: of all instructions that can't do without, and if `many` columns share the work, of
 // all that are faster with them.
 template <class Real>
 void pack_weights(Prepared<Real>& p, const Plan& plan, const Kernels<Real>& kernels, Scratch& scratch, bool many,
                   Parallel parallel) {
-  struct Job {
-    const Contract* stage;
-    const Real* weight;
-    const Real** panels;
-    int64_t place, first, last;  // where the panels begin; units
-  };
-  struct Work {
-    const Kernels<Real>& kernels;
-    std::vector<Job> jobs;
-    Real* memory = nullptr;
-  } work{kernels, {}};
-  int64_t numbers = 0, units = 0;
+  Packing<Real> packing(kernels.pack);
   const auto note = [&](const Contract& stage, int tensor, const Real** panels) {
     if (stage.d == 1) {
       *panels = p.learned[tensor];
       return;
     }
-    const int64_t a = stage.stride_a ? stage.a : 1, first = units;
-    units += a * ((stage.d + pack_together - 1) / pack_together);
-    work.jobs.push_back({&stage, p.learned[tensor], panels, numbers, first, units});
-    numbers += a * stage.b * stage.c * stage.d;
+    const int64_t a = stage.stride_a ? stage.a : 1;
+    packing.add(stage, p.learned[tensor], panels, a * ((stage.d + pack_together - 1) / pack_together),
+                a * stage.b * stage.c * stage.d);
   };
   for (size_t i = 0; i < plan.instructions.size(); ++i) {
     const Instruction& s = plan.instructions[i];
@@ -201,20 +232,7 @@ void pack_weights(Prepared<Real>& p, const Plan& plan, const Kernels<Real>& kern
       for (int k = 0; k < s.quads_of.count; ++k)
         note(s.quads_of.contraction[k], s.quads_of.weight[k], &p.panels[i][k]);
   }
-  if (work.jobs.empty()) return;
-  work.memory = static_cast<Real*>(scratch.reserve(numbers * int64_t(sizeof(Real))));
-  for (const Job& job : work.jobs) *job.panels = work.memory + job.place;
-  const auto body = [](int64_t begin, int64_t end, void* opaque) {
-    const Work& w = *static_cast<const Work*>(opaque);
-    for (const Job& job : w.jobs) {
-      const int64_t first = std::max(begin, job.first) - job.first, last = std::min(end, job.last) - job.first;
-      if (first < last) w.kernels.pack(*job.stage, job.weight, w.memory + job.place, first, last);
-    }
-  };
-  if (numbers < pack_alone)
-    body(0, units, &work);
-  else
-    parallel(units, body, &work);
+  packing.run(scratch, parallel);
 }
 
 // Runs one instruction, `number` in the plan, on rows of a tile.

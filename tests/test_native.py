@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -21,8 +22,8 @@ from torch.autograd import forward_ad
 
 import structmat as sm
 from structmat.errors import StructureError
-from structmat.kernels import apply, native, operator
-from structmat.kernels.choice import has_bfloat16, native_text, prefers_native
+from structmat.kernels import apply, choice, native, operator
+from structmat.kernels.choice import native_text, prefers_native
 from structmat.kernels.text import Text, text_of
 from structmat.matrix import draw
 from structmat.program import (
@@ -30,12 +31,16 @@ from structmat.program import (
     Complex,
     Contraction,
     Diagonal,
+    Pad,
+    Permute,
     Program,
     Real,
+    Shuffle,
     Sparse,
     Sum,
     build,
     reference,
+    rename,
     simplify,
     stages,
     transpose,
@@ -76,7 +81,8 @@ def assert_equal(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bia
             for source in (x, columns):
                 operator.run_into(source, given, words, y.fill_(torch.nan))
                 assert torch.equal(y, found)
-            assert into[0].isnan().all() and into[:, len(x) :].isnan().all()
+            assert into[0].isnan().all()
+            assert into[:, len(x) :].isnan().all()
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
     wanted = reference.apply(program, wide, x.double())
     if bias is not None:
@@ -193,7 +199,28 @@ def test_few_rows_run_vector_by_vector(
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("rows", [16, 31, 64, 200])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shared", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("a", "b", "c", "d"),
+    [(1, 70, 300, 1), (6, 5, 33, 1), (2, 8, 6, 64), (2, 9, 40, 37), (1, 64, 64, 64), (5, 4, 4, 4), (1, 24, 7, 96)],
+)
+def test_bfloat16_by_pairs(
+    a: int, b: int, c: int, d: int, shared: tuple[bool, bool], transposed: bool, rows: int
+) -> None:
+    first = Contraction("w", a, b, c, d, *shared, transposed)
+    others = [Contraction("l", 1, 3, c * a * d, 1), Shuffle((3, 1), (1, 0)), Contraction("r", 1, a * b * d, 3, 1)]
+    program = Chain((Permute("p", a * c * d), Sum((first, Chain(tuple(others)))), Pad(a * b * d, a * b * d + 5, 2)))
+    assert choice.runs_by_pairs(program) is (here.instruction_set == "avx512_bf16")
+    tensors = tensors_of(program, torch.bfloat16, 0)
+    x = torch.randn(rows, program.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert_equal(program, tensors, x)
+    assert_equal(program, tensors, x, torch.randn(program.out_features).bfloat16())
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["base", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_of_this_machine(name: str) -> None:
     if name not in here.supported:
         pytest.skip(f"this machine has no {name}")
@@ -324,9 +351,14 @@ def test_transforms_and_compiled_graphs_run_on_the_reference() -> None:
 
 
 @needs_native
-def test_large_plain_products_stay_with_pytorch_and_half_precision_of_few_rows_and_large_blocks_too() -> None:
+def test_what_pytorch_does_as_well_stays_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Decided as on a processor with AVX2.
+    monkeypatch.setattr(choice, "native", lambda: replace(here, instruction_set="avx2"))
+    monkeypatch.setattr(choice, "has_bfloat16", lambda: False)
+
     def chosen(structure: sm.Structure, rows: int, dtype: torch.dtype = torch.float32) -> bool:
-        return prefers_native(build(resolve(structure, (256, 256)), (256, 256)), rows, dtype)
+        program = rename(build(resolve(structure, (256, 256)), (256, 256)), lambda name: name)  # not decided yet
+        return prefers_native(program, rows, dtype)
 
     assert chosen(sm.LowRank(8), 1)
     assert chosen(sm.LowRank(8), 1000)
@@ -343,8 +375,26 @@ def test_large_plain_products_stay_with_pytorch_and_half_precision_of_few_rows_a
     assert not chosen(sm.BlockDiagonal(2), 1, torch.bfloat16)
     assert chosen(sm.BlockDiagonal(2), 8, torch.float16)
     assert chosen(sm.BlockDiagonal(2), 8, torch.bfloat16)
-    large = build(resolve(sm.BlockDiagonal(2), (1024, 1024)), (1024, 1024))
-    assert prefers_native(large, 8, torch.bfloat16) is not has_bfloat16()
+
+
+@needs_native
+def test_what_runs_natively_depends_on_the_instructions_for_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(structure: sm.Structure, rows: int) -> bool:
+        program = rename(build(resolve(structure, (2048, 2048)), (2048, 2048)), lambda name: name)  # not decided yet
+        return prefers_native(program, rows, torch.bfloat16)
+
+    large, small, mixed = sm.BlockDiagonal(2), sm.Monarch(32), sm.Sum(sm.BlockDiagonal(2), sm.Diagonal())
+    for name, has_instructions, has_tiles, wanted in (
+        ("avx2", False, False, (True, True, True)),  # PyTorch has nothing better
+        ("avx512", True, False, (False, False, False)),
+        ("avx512_bf16", True, False, (False, True, False)),  # tiles of bfloat16 know no diagonal
+        ("avx512_bf16", True, True, (False, False, False)),
+    ):
+        monkeypatch.setattr(choice, "native", lambda name=name: replace(here, instruction_set=name))
+        monkeypatch.setattr(choice, "has_bfloat16", lambda has=has_instructions: has)
+        monkeypatch.setattr(choice, "_has_tiles", lambda has=has_tiles: has)
+        assert (chosen(large, 16), chosen(large, 256), chosen(mixed, 256)) == wanted
+        assert chosen(small, 16)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

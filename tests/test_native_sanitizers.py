@@ -57,13 +57,16 @@ def build(folder: Path, compiler: str, flags: list[str]) -> Path:
     sets = FLAGS if on_x86 else {"isa_base": FLAGS["isa_base"]}
     common = [compiler, "-std=c++17", "-g", "-O1", *flags]
     objects = []
-    for source in ("plan", "execute", "execute_vectors", "backward_plan", "backward", "cpu", "driver"):
+    for source in ("plan", "execute", "execute_pairs", "execute_vectors", "backward_plan", "backward", "cpu", "driver"):
         objects.append(str(folder / f"{source}.o"))
         subprocess.run([*common, "-c", str(SOURCES / f"{source}.cpp"), "-o", objects[-1]], check=True)
     for name, own in sets.items():
         objects.append(str(folder / f"{name}.o"))
         command = [*common, *own, f"-DSTRUCTMAT_ISA={name}", "-c", str(SOURCES / "kernels.cpp"), "-o", objects[-1]]
         subprocess.run(command, check=True)
+    objects.append(str(folder / "bfloat16.o"))
+    own = [*FLAGS["isa_avx512"], "-mavx512bf16"] if on_x86 else []
+    subprocess.run([*common, *own, "-c", str(SOURCES / "bfloat16.cpp"), "-o", objects[-1]], check=True)
     subprocess.run([*common, *objects, "-o", str(folder / "driver")], check=True)
     return folder / "driver"
 
@@ -98,7 +101,7 @@ def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
 
     collect()
     assert len(cases) >= 400
-    for name in ("base", "avx2", "avx512"):
+    for name in ("base", "avx2", "avx512", "avx512_bf16"):
         done = run(driver, cases, name)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.startswith(f"{len(cases)} cases")

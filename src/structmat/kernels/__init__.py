@@ -55,9 +55,7 @@ def apply(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return _multiply(program, text, tensors, x, None)
 
 
-def apply_columns(
-    program: Program, tensors: Mapping[str, Tensor], x: Tensor, *, out: Tensor | None = None
-) -> Tensor:
+def apply_columns(program: Program, tensors: Mapping[str, Tensor], x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Multiply columns: ``x`` (..., in_features, k) to (..., out_features, k), as ``torch.matmul``.
 
     Args:

@@ -19,7 +19,7 @@ from structmat.kernels.library import native
 from structmat.kernels.operator import FEW_ROWS
 from structmat.kernels.text import Text, text_of
 from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, Writing, stages
-from structmat.program.stages import Chain, Contraction, Interpolation, Sparse, Stage
+from structmat.program.stages import Chain, Contraction, Crop, Interpolation, Pad, Permute, Shuffle, Sparse, Stage
 
 _BY_VECTORS = (torch.float32, torch.float64)
 
@@ -30,7 +30,12 @@ _LARGE_BLOCK = 256 * 256
 """Blocks from this size on are multiplied faster in bfloat16 by instructions for it; those of 64 x 128 are not yet."""
 
 _LARGE_PLAIN = 1 << 22
-"""Multiply-adds of plain products from which PyTorch's are as fast, and faster where there are matrix units."""
+"""Multiply-adds of plain products from which PyTorch's are faster, unless ours use registers of 512 bits and keep what
+lies between two of them in the cache."""
+
+_FEWEST_PAIRED = 128
+"""Rows from which bfloat16 with large blocks is native where pairs are multiplied: fewer leave one of the threads idle,
+or share the packing of large weights."""
 
 MANY_ROWS = 64
 """What is assumed where nothing is known of the batch."""
@@ -186,10 +191,10 @@ def native_rows(program: Program, dtype: torch.dtype) -> Rows:
     """For how many rows one pass over tiles beats PyTorch's operations: as measured by :func:`structmat.tune`, else by
     what either has to do.
 
-    Chains of plain matrix products (low rank, dense) run in one pass while calls cost as much as the work, and for a
-    few rows; large ones, and those in half precision, stay with PyTorch. Everything else gains from one pass, unless
-    half precision fills only a small part of a tile and reads its weights as large blocks. In bfloat16 all programs
-    with large blocks stay with PyTorch where the processor has instructions for it.
+    Chains of plain matrix products (low rank, dense) run in one pass with registers of 512 bits; with others while
+    calls cost as much as the work, and for a few rows; in half precision they stay with PyTorch. Everything else gains
+    from one pass, unless half precision fills only a small part of a tile and reads its weights as large blocks. In
+    bfloat16 programs with large blocks stay with PyTorch where it has instructions that ours lack.
     """
     assumed = _kept(program, dtype, _native_rows)
     kept: dict[torch.dtype, tuple[int, Rows]] = program.__dict__.setdefault(_TUNED, {})
@@ -229,13 +234,15 @@ def _native_rows(program: Program, dtype: torch.dtype) -> range:
     if plain := plain_products(program):
         if dtype not in _BY_VECTORS:
             return range(0)
+        if len(plain) > 1 and _has_wide_registers():
+            return range(1, sys.maxsize)
         return range(1, max(FEW_ROWS, _LARGE_PLAIN // sum(stage.b * stage.c for stage in plain) + 1))
     if any(isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts):
         return range(0)
     largest = max((_block(s) for s in parts), default=1)
     is_sparse = any(isinstance(s, Sparse) for s in parts)
     if dtype is torch.bfloat16 and largest >= _LARGE_BLOCK and not is_sparse and has_bfloat16():
-        return range(0)
+        return range(_FEWEST_PAIRED, sys.maxsize) if runs_by_pairs(program) and not _has_tiles() else range(0)
     return range(1 if largest <= _SMALL_BLOCK or dtype in _BY_VECTORS else FEW_ROWS, sys.maxsize)
 
 
@@ -244,6 +251,29 @@ def _block(stage: Stage) -> int:
     if isinstance(stage, Interpolation):
         return stage.rank * (stage.size - stage.rank)
     return stage.b * stage.c if isinstance(stage, Contraction) else 1
+
+
+def runs_by_pairs(program: Program) -> bool:
+    """Whether the native backend multiplies pairs of bfloat16 numbers here: tiles of them know no other stages."""
+    if native().instruction_set != "avx512_bf16":
+        return False
+    moves = (Shuffle, Permute, Pad, Crop)
+    return all(
+        (isinstance(s, Contraction) and (s.b != 2 or s.c != 2))
+        or (isinstance(s, moves) and not (isinstance(s, Permute) and s.inverse))
+        for s in stages(program)
+    )
+
+
+def _has_wide_registers() -> bool:
+    return native().instruction_set.startswith("avx512") and not _has_tiles()
+
+
+@cache
+def _has_tiles() -> bool:
+    """Whether the processor multiplies small matrices (AMX), which PyTorch uses and the native backend does not."""
+    known: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return known is not None and known()
 
 
 @cache

@@ -11,9 +11,9 @@ from torch import Tensor
 from structmat.kernels.text import Text
 
 FEW_ROWS = 8
-"""Fewer rows than this leave most of a tile empty. In float32 and float64 they run vector by vector instead (the library
-decides with the same number), which is faster than PyTorch's products at any size; in half precision they stay there
-unless blocks are small."""
+"""Fewer rows than this leave most of a tile empty. In float32 and float64 they run vector by vector instead (the
+library decides with the same number), which is faster than PyTorch's products at any size; in half precision they stay
+there unless blocks are small."""
 
 
 def define_fakes() -> None:
