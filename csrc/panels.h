@@ -12,6 +12,8 @@
 namespace structmat {
 namespace STRUCTMAT_ISA {
 
+constexpr int64_t near_bytes = 16 << 10;  // of what is copied into the L1 cache at a time
+
 // One register of a panel for each of as many neighbouring d as it has lanes: `tall` rows of some columns.
 template <class Real, int tall>
 inline void pack_block(const Real* from, int64_t down, int64_t across, Real* to, int64_t matrix) {
@@ -56,24 +58,30 @@ void pack(const Contract& s, const Real* weight, Real* panels, int64_t begin, in
   }
 }
 
+// Rows with neighbouring c lie d rows apart, often a power of two: a part of them is copied into the L1 cache, where all
+// panels of a matrix find it.
 template <class Real, int vectors>
 void packed_columns(const Contract& s, const Real* panels, const Real* x, Real* y, int64_t columns, bool add) {
   constexpr int n = Vector<Real>::lanes;
   constexpr int rows = registers == 32 ? int(panel_rows) / vectors : 8 / vectors;
+  constexpr int64_t wide = vectors * n, most = near_bytes / (wide * int64_t(sizeof(Real)));
+  alignas(register_bytes) Real near[most * wide];
   const int64_t pitch = s.d * columns, stride = s.stride_a ? s.d * s.b * s.c : 0;
   for (int64_t a = 0; a < s.a; ++a)
     for (int64_t d = 0; d < s.d; ++d)
-      for (int64_t k = 0; k < s.c; k += inner) {
-        const int64_t depth = s.c - k < inner ? s.c - k : inner;
-        const Real* xk = x + (a * s.c + k) * pitch + d * columns;
-        for (int64_t b = 0; b < s.b; b += panel_rows) {
-          const int64_t height = s.b - b < panel_rows ? s.b - b : panel_rows;
-          const Real* w = panels + a * stride + (d * s.b + b) * s.c + k * height;
-          Real* yb = y + (a * s.b + b) * pitch + d * columns;
-          for (int64_t p = 0; p < columns; p += vectors * n)
-            rest<Real, rows, vectors>(height, w, 1, height, xk + p, pitch, yb + p, pitch, depth, add || k > 0);
+      for (int64_t p = d * columns; p < (d + 1) * columns; p += wide)
+        for (int64_t k = 0; k < s.c; k += most) {
+          const int64_t depth = s.c - k < most ? s.c - k : most;
+          const Real* from = x + (a * s.c + k) * pitch + p;
+          for (int64_t j = 0; j < depth; ++j)
+            for (int64_t v = 0; v < wide; v += n) put(near + j * wide + v, at(from + j * pitch + v));
+          for (int64_t b = 0; b < s.b; b += panel_rows) {
+            const int64_t height = s.b - b < panel_rows ? s.b - b : panel_rows;
+            const Real* w = panels + a * stride + (d * s.b + b) * s.c + k * height;
+            rest<Real, rows, vectors>(height, w, 1, height, near, wide, y + (a * s.b + b) * pitch + p, pitch, depth,
+                                      add || k > 0);
+          }
         }
-      }
 }
 
 template <class Real>

@@ -18,7 +18,7 @@ namespace structmat {
 constexpr int64_t alignment = 64;
 constexpr int64_t near_cache = 96 << 10;  // bytes of what is read in no order: beyond the L1 cache, since wide tiles pay
 constexpr int64_t pack_alone = 1 << 15;   // numbers that one thread packs sooner than several
-constexpr int64_t far_cache = 768 << 10;  // bytes of a tile's memory: of an L2 cache of 1 MB
+constexpr int64_t far_cache = 1 << 20;   // bytes of a tile's memory: an L2 cache
 
 // Memory that is kept from call to call, one of each thread: fresh pages cost more than the work of a small layer.
 class Scratch {

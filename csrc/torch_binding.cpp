@@ -114,7 +114,7 @@ void in_parallel(int64_t count, structmat::Body body, void* context) {
   require(torch.parallel_for(0, count, 1, body, context));
 }
 
-// Plans by what they are made from: made once.
+// Plans by what they are made from: made once. Each type of `Make` has plans of its own.
 template <class Made, class Make>
 const Made& kept(const std::string& key, const Make& make) {
   static std::mutex mutex;
@@ -131,7 +131,7 @@ const Plan& plan_of(const std::string& text) {
 }
 
 const Plan& vector_plan_of(const std::string& text) {
-  return kept<Plan>("vectors " + text, [&] { return structmat::make_plan(text, structmat::Use::vectors); });
+  return kept<Plan>(text, [&] { return structmat::make_plan(text, structmat::Use::vectors); });
 }
 
 const BackwardPlan& backward_plan_of(const std::string& text, const structmat::Wanted& wanted) {

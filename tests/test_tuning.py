@@ -83,8 +83,8 @@ def test_a_layer_really_takes_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
     layer, x = net()[0], torch.randn(32, 64)
     calls: list[int] = []
-    run = quick.run
-    monkeypatch.setattr(quick, "run", lambda *given: calls.append(1) or run(*given))
+    run = quick.run_rows
+    monkeypatch.setattr(quick, "run_rows", lambda *given: calls.append(1) or run(*given))
     for faster, expected in (("reference", 0), ("native", 1)):
         times_of(monkeypatch, *((1e-6, 2e-6) if faster == "reference" else (2e-6, 1e-6)))
         sm.tune(layer, [32], again=True)
@@ -100,8 +100,8 @@ def test_every_way_is_really_run_while_it_is_timed(monkeypatch: pytest.MonkeyPat
 
     layer = sm.freeze(net())[0]
     calls: list[int] = []
-    run = quick.run
-    monkeypatch.setattr(quick, "run", lambda *given: calls.append(1) or run(*given))
+    run = quick.run_rows
+    monkeypatch.setattr(quick, "run_rows", lambda *given: calls.append(1) or run(*given))
     counts = []
 
     def found(*ways: Callable[[], object], seconds: float) -> list[list[float]]:

@@ -74,11 +74,16 @@ def run(x: Tensor, given: list[Tensor], words: str) -> Tensor:
         words: the text, with or without a bias.
     """
     if not is_by_features(x):
-        result: Tensor = _multiply()(x, given, words)
-        return result
+        return run_rows(x, given, words)
     y = x.new_empty(x.shape[0], int(words.split(maxsplit=2)[1]))
     run_into(x, given, words, y)
     return y
+
+
+def run_rows(x: Tensor, given: list[Tensor], words: str) -> Tensor:
+    """The same of an input that is contiguous or by rows."""
+    result: Tensor = _multiply()(x, given, words)
+    return result
 
 
 def run_into(x: Tensor, given: list[Tensor], words: str, y: Tensor) -> None:

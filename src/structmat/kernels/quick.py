@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from structmat.kernels import tuning
 from structmat.kernels.choice import Rows, is_usual, native_rows, plain_products, recorded_rows
 from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import native
-from structmat.kernels.operator import run
+from structmat.kernels.operator import run_rows
 from structmat.kernels.text import Text, text_of
 from structmat.program import Program
 
@@ -28,33 +28,33 @@ class Quick:
 
     Args:
         program: what the layer multiplies by.
-        biased: whether it adds a vector named ``"bias"``.
     """
 
-    def __init__(self, program: Program, biased: bool) -> None:
+    def __init__(self, program: Program) -> None:
         self.program = program
         self.in_features = program.in_features
-        self.biased = biased
         plain = plain_products(program)
         self.plain = [(s.weight, s.b, s.c) for s in plain] if not any(s.transposed for s in plain) else []
         text = text_of(program)
+        self.text = text if isinstance(text, Text) else None
         self.rows: dict[torch.dtype, tuple[Rows, Rows]] = {}
         self.generation = -1
-        self.text: Text | None = None
-        if isinstance(text, Text):
-            self.text = text
-            self.words = text.biased if biased else text.plain
-            self.names = (*text.names, "bias") if biased else text.names
-            self.indices = text.indices
 
-    def __call__(self, x: Tensor, *held: Held) -> Tensor | None:
+    def __deepcopy__(self, memo: object) -> Quick:
+        return self  # it holds no tensors, and is one for all layers of a program
+
+    def __reduce__(self) -> tuple[Callable[[Program], Quick], tuple[Program]]:
+        return quick, (self.program,)
+
+    def __call__(self, x: Tensor, own: Held, *held: Held) -> Tensor | None:
         """Rows (..., in_features) to (..., out_features), or None where :func:`apply` is to decide.
 
         Args:
             x: the input.
-            held: the layer's own dictionaries, in which its tensors are looked up.
+            own: the layer's own dictionary that has the key ``"bias"``.
+            held: others in which its tensors are looked up.
         """
-        if type(x) is not Tensor or not x.is_cpu or not x.is_contiguous():
+        if type(x) is not Tensor or not x.is_cpu or not x.is_contiguous() or "bias" not in own:
             return None
         shape = x.shape
         if not shape or shape[-1] != self.in_features or not is_usual():
@@ -67,37 +67,47 @@ class Quick:
         if ranges is None:
             ranges = self.rows[dtype] = native_rows(self.program, dtype), recorded_rows(self.program, dtype)
         if self.text is not None and (rows in ranges[0] or rows in ranges[1]) and native().available:
-            found = self._native(x, self.text, rows, ranges, held)
+            found = self._native(x, self.text, rows, ranges, own, held)
             if found is not None:
                 return found
-        return self._linear(x, held) if self.plain else None
+        return self._linear(x, own, held) if self.plain else None
 
     def _native(
-        self, x: Tensor, text: Text, rows: int, ranges: tuple[Rows, Rows], held: tuple[Held, ...]
+        self, x: Tensor, text: Text, rows: int, ranges: tuple[Rows, Rows], own: Held, held: tuple[Held, ...]
     ) -> Tensor | None:
         recorded, dtype = x.requires_grad, x.dtype
         given = []
-        for name in self.names:
-            tensor = _find(name, held)
+        for name in text.names:
+            tensor = own.get(name)
+            if tensor is None:
+                tensor = _find(name, held)
             if tensor is None or not tensor.is_contiguous():
                 return None
-            if tensor.dtype is not dtype and (name not in self.indices or tensor.dtype is not torch.int64):
+            if tensor.dtype is not dtype and (name not in text.indices or tensor.dtype is not torch.int64):
                 return None
             recorded = recorded or tensor.requires_grad
             given.append(tensor)
+        bias = own["bias"]
+        words = text.plain
+        if bias is not None:
+            if bias.dtype is not dtype or not bias.is_contiguous():
+                return None
+            recorded = recorded or bias.requires_grad
+            given.append(bias)
+            words = text.biased
         recorded = recorded and torch.is_grad_enabled()
         if rows not in ranges[recorded]:
             return None
-        return run_recorded(self.program, text, self.biased, x, given) if recorded else run(x, given, self.words)
+        return run_recorded(self.program, text, bias is not None, x, given) if recorded else run_rows(x, given, words)
 
-    def _linear(self, x: Tensor, held: tuple[Held, ...]) -> Tensor | None:
+    def _linear(self, x: Tensor, own: Held, held: tuple[Held, ...]) -> Tensor | None:
         """A chain of plain products, each of which PyTorch does in one call; differentiable."""
-        bias = _find("bias", held) if self.biased else None
-        if self.biased and (bias is None or bias.dtype is not x.dtype):
+        bias = own["bias"]
+        if bias is not None and bias.dtype is not x.dtype:
             return None
         last = len(self.plain) - 1
         for number, (name, height, width) in enumerate(self.plain):
-            weight = _find(name, held)
+            weight = _find(name, (own, *held))
             if weight is None or weight.dtype is not x.dtype:
                 return None
             x = F.linear(x, weight.reshape(height, width), bias if number == last else None)
@@ -116,9 +126,9 @@ def _find(name: str, held: tuple[Held, ...]) -> Tensor | None:
 _KEPT = "_quick"
 
 
-def quick(program: Program, biased: bool) -> Quick:
+def quick(program: Program) -> Quick:
     """The short way of a program; kept with it."""
-    kept: dict[bool, Quick] = program.__dict__.setdefault(_KEPT, {})
-    if biased not in kept:
-        kept[biased] = Quick(program, biased)
-    return kept[biased]
+    kept: Quick | None = program.__dict__.get(_KEPT)
+    if kept is None:
+        kept = program.__dict__[_KEPT] = Quick(program)
+    return kept

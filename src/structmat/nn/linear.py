@@ -65,6 +65,7 @@ class StructuredLinear(nn.Module):
         shape = (out_features, in_features)
         self.structure = resolve(structure, shape)
         self._program = build(self.structure, shape)
+        self._quick = quick(self._program)
         dtype = dtype or torch.get_default_dtype()
         self._complex = dtype.is_complex
         self._names = tuple(specs(self.structure, shape))
@@ -103,7 +104,7 @@ class StructuredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
         if not self._complex and not torch.compiler.is_compiling():
-            found = quick(self._program, self.bias is not None)(x, self._parameters, self._buffers)
+            found = self._quick(x, self._parameters, self._buffers)
             if found is not None:
                 return found
         bias = None if self.bias is None else self._loaded(self.bias)
@@ -214,6 +215,7 @@ class FrozenLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = program.in_features, program.out_features
         self.program = program
+        self._quick = quick(program)
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -238,7 +240,7 @@ class FrozenLinear(nn.Module):
         if self._holds_dense and self._is_denser(x):
             return functional.linear(x, cast(Tensor, self.dense), self.bias)
         if not torch.compiler.is_compiling():
-            found = quick(self.program, self.bias is not None)(x, self._buffers)
+            found = self._quick(x, self._buffers)
             if found is not None:
                 return found
         return _multiply(self.program, {name: getattr(self, name) for name in self._names}, x, self.bias)
