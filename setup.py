@@ -26,6 +26,8 @@ SOURCES = (
     "backward_plan.cpp",
     "backward.cpp",
     "cpu.cpp",
+    "kept_plans.cpp",
+    "plain_binding.cpp",
     "torch_binding.cpp",
 )
 COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
@@ -72,7 +74,7 @@ class BuildNative(build_ext):
         objects.append(self._compile(compiler, "bfloat16.cpp", folder, ("-O3", *pairs)))
         # Linked under another name and renamed: a process that has the old library loaded keeps it.
         draft = target.with_suffix(".partial")
-        self._run([compiler, "-shared", "-s", "-o", str(draft), *map(str, objects), "-ldl"])
+        self._run([compiler, "-shared", "-s", "-o", str(draft), *map(str, objects), "-ldl", "-pthread"])
         os.replace(draft, target)
 
     def _compile(self, compiler: str, source: str, folder: Path, flags: tuple[str, ...], name: str = "") -> Path:

@@ -4,21 +4,19 @@
 
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "backward.h"
 #include "execute.h"
+#include "kept_plans.h"
 #include "pages.h"
 
 namespace {
 
 using structmat::Array;
 using structmat::BackwardBatch;
-using structmat::BackwardPlan;
 using structmat::Batch;
 using structmat::Plan;
 using structmat::Storage;
@@ -112,32 +110,6 @@ typedef std::unique_ptr<void, Delete> Owned;  // a tensor that is released at th
 
 void in_parallel(int64_t count, structmat::Body body, void* context) {
   require(torch.parallel_for(0, count, 1, body, context));
-}
-
-// Plans by what they are made from: made once. Each type of `Make` has plans of its own.
-template <class Made, class Make>
-const Made& kept(const std::string& key, const Make& make) {
-  static std::mutex mutex;
-  static std::unordered_map<std::string, std::unique_ptr<Made>> plans;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = plans.find(key);
-  if (found != plans.end()) return *found->second;
-  auto made = std::make_unique<Made>(make());
-  return *plans.emplace(key, std::move(made)).first->second;
-}
-
-const Plan& plan_of(const std::string& text) {
-  return kept<Plan>(text, [&] { return structmat::make_plan(text); });
-}
-
-const Plan& vector_plan_of(const std::string& text) {
-  return kept<Plan>(text, [&] { return structmat::make_plan(text, structmat::Use::vectors); });
-}
-
-const BackwardPlan& backward_plan_of(const std::string& text, const structmat::Wanted& wanted) {
-  std::string key = wanted.input ? "x " : "- ";
-  for (char tensor : wanted.tensors) key += tensor ? 'x' : '-';
-  return kept<BackwardPlan>(key + " " + text, [&] { return structmat::make_backward_plan(text, wanted); });
 }
 
 Storage storage_of(int32_t dtype) {
@@ -265,7 +237,8 @@ Tensor multiply(Tensor x, List list, Text text) {
   const Shape shape(x);
   const Storage storage = storage_of(shape.dtype);
   const bool by_vectors = structmat::runs_by_vectors(shape.rows(), storage);
-  const Plan& plan = by_vectors ? vector_plan_of(words) : plan_of(words);
+  const auto held = by_vectors ? structmat::vector_plan_of(words) : structmat::plan_of(words);
+  const Plan& plan = *held;
   const int64_t x_stride = shape.row_stride(plan.in_features);
   std::vector<int64_t> sizes(shape.sizes, shape.sizes + shape.dim), dense(shape.dim, 1);
   sizes.back() = plan.out_features;
@@ -285,7 +258,8 @@ Tensor multiply(Tensor x, List list, Text text) {
 //
 // Both x and y are of two axes, one of which is contiguous.
 void multiply_into(Tensor x, List list, Tensor y, Text text) {
-  const Plan& plan = plan_of(read(text));
+  const auto held = structmat::plan_of(read(text));
+  const Plan& plan = *held;
   const Shape from(x), to(y);
   if (to.dim != 2 || from.dim != 2 || to.rows() != from.rows() || to.dtype != from.dtype)
     throw std::invalid_argument("structmat: the outcome has another number of rows, or another dtype, than the input");
@@ -304,7 +278,8 @@ void multiply_into(Tensor x, List list, Tensor y, Text text) {
 // Gradients have the number of entries of what they belong to, and are contiguous; one without entries is not wanted.
 void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List grads, Text text) {
   const std::string words = read(text);
-  const Plan& plan = plan_of(words);
+  const auto held = structmat::plan_of(words);
+  const Plan& plan = *held;
   const Shape shape(x), upper(grad), lower(grad_x);
   BackwardBatch batch{};
   batch.storage = storage_of(shape.dtype), batch.rows = shape.rows();
@@ -330,7 +305,7 @@ void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List gra
     places.push_back(outcome(outcomes[i].get(), Shape(outcomes[i].get()), plan.sizes[i]));
     wanted.tensors.push_back(places.back() != nullptr);
   }
-  structmat::execute_backward(backward_plan_of(words, wanted), batch, arrays.data(), places.data(), in_parallel);
+  structmat::execute_backward(*structmat::backward_plan_of(words, wanted), batch, arrays.data(), places.data(), in_parallel);
 }
 
 // Takes what the dispatcher hands over, in the order of the schema.
@@ -410,13 +385,5 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
     problem = error.what();
     return problem.c_str();
   }
-}
-
-__attribute__((visibility("default"))) const char* structmat_instruction_set() { return structmat::chosen().name; }
-
-__attribute__((visibility("default"))) int structmat_supported(int number, const char** name) {
-  if (number < 0 || number >= structmat::instruction_sets) return -1;
-  *name = structmat::instruction_set(number).name;
-  return structmat::supported(number) ? 1 : 0;
 }
 }

@@ -255,6 +255,47 @@ def test_every_instruction_set_of_this_machine(name: str) -> None:
 
 
 @needs_native
+def test_without_operators_it_is_called_by_address() -> None:
+    code = (
+        "import torch, structmat as sm\n"
+        "from structmat.kernels import native\n"
+        "assert not hasattr(torch.ops.structmat, 'multiply')\n"
+        "assert native().by_address and 'STRUCTMAT_OPERATORS' in native().reason\n"
+        "torch.set_num_threads(3)\n"
+        "for structure in (sm.Monarch(4, rank=2), sm.Sparse(density=0.2), sm.BLAST(4, rank=8)):\n"
+        "    for dtype in (torch.float32, torch.float64, torch.bfloat16):\n"
+        "        layer = sm.nn.StructuredLinear(64, 96, structure=structure, dtype=dtype)\n"
+        "        for shape in ((75, 64), (3, 64), (2, 40, 64), (0, 64)):\n"
+        "            found, wanted = [], []\n"
+        "            for name, into in (('native', found), ('reference', wanted)):\n"
+        "                x = torch.linspace(-1, 1, 64, dtype=dtype).expand(shape).clone().requires_grad_()\n"
+        "                layer.zero_grad()\n"
+        "                with sm.backend(name):\n"
+        "                    y = layer(x)\n"
+        "                    y.square().sum().backward()\n"
+        "                into += [y.detach(), x.grad, *(p.grad for p in layer.parameters())]\n"
+        "            for one, other in zip(found, wanted, strict=True):\n"
+        "                size = float(other.abs().max()) if other.numel() else 0.0\n"
+        "                torch.testing.assert_close(one, other, rtol=0, atol=30 * size * torch.finfo(dtype).eps)\n"
+        "        S, x = layer.matrix, torch.randn(64, 40).to(dtype)\n"
+        "        out = torch.empty(96, 40, dtype=dtype)\n"
+        "        with torch.no_grad(), sm.backend('native'):\n"
+        "            assert torch.equal(sm.matmul(S, x, out=out), S @ x)\n"
+        "try:\n"
+        "    native().by_address.multiply(torch.ones(4, 8), [], 'rows 8 diagonal 8 0')\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "STRUCTMAT_OPERATORS": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "structmat: the number of tensors is wrong", done.stderr
+
+
+@needs_native
 def test_results_do_not_depend_on_threads_or_on_the_rest_of_the_batch() -> None:
     S = sm.StructuredMatrix.random(sm.Monarch(8, rank=2), (128, 96), generator=torch.Generator().manual_seed(0))
     x = torch.randn(96, 203)

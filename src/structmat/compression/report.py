@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from structmat.compression.workfolder import write_json
+
+if TYPE_CHECKING:
+    from structmat.kernels import Native
 
 VERSION = 1
 """Of the report's format."""
@@ -137,6 +140,12 @@ class Report:
         write_json(path, self.to_json())
 
 
+def _backend(kernels: Native) -> str:
+    if not kernels.available:
+        return f"no: {kernels.reason}"
+    return f"{kernels.instruction_set}, by address ({kernels.reason})" if kernels.reason else kernels.instruction_set
+
+
 def environment() -> dict[str, Any]:
     """Versions and the machine: figures without them mean little."""
     from structmat import __version__
@@ -150,7 +159,7 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
-        "native": kernels.instruction_set if kernels.available else f"no: {kernels.reason}",
+        "native": _backend(kernels),
     }
 
 

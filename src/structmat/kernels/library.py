@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from structmat.kernels.by_address import ByAddress
 from structmat.kernels.operator import define_fakes
 
 FILE = Path(__file__).resolve().parent.parent / "_native.so"
@@ -23,15 +25,17 @@ class Native:
 
     Args:
         available: whether programs can run on it.
-        reason: why not, if not.
+        reason: why not, if not; or why it is called by address instead of by operators of PyTorch.
         instruction_set: which of the compiled ones runs here; the environment variable ``STRUCTMAT_ISA`` caps it.
         supported: all that were compiled and that the machine has.
+        by_address: how it is called where the loaded PyTorch did not take its operators.
     """
 
     available: bool
     reason: str = ""
     instruction_set: str = ""
     supported: tuple[str, ...] = ()
+    by_address: ByAddress | None = None
 
 
 @cache
@@ -43,15 +47,23 @@ def native() -> Native:
         library = ctypes.CDLL(str(FILE))
     except OSError as error:
         return Native(False, f"it can't be loaded: {error}")
+    problem = _register(library)
+    if not problem:
+        define_fakes()
+    library.structmat_instruction_set.restype = ctypes.c_char_p
+    chosen, supported = library.structmat_instruction_set().decode(), tuple(_supported(library))
+    return Native(True, problem, chosen, supported, ByAddress.of(library) if problem else None)
+
+
+def _register(library: ctypes.CDLL) -> str:
+    """Make the library's operators known to PyTorch; why that failed, or nothing."""
+    if os.environ.get("STRUCTMAT_OPERATORS") == "0":
+        return "STRUCTMAT_OPERATORS=0"
     library.structmat_register.restype = ctypes.c_char_p
     library.structmat_register.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
     libtorch = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    problem = library.structmat_register(str(libtorch).encode(), _STABLE_INTERFACE)
-    if problem:
-        return Native(False, f"PyTorch {torch.__version__} did not take it: {problem.decode()}")
-    define_fakes()
-    library.structmat_instruction_set.restype = ctypes.c_char_p
-    return Native(True, "", library.structmat_instruction_set().decode(), tuple(_supported(library)))
+    problem: bytes | None = library.structmat_register(str(libtorch).encode(), _STABLE_INTERFACE)
+    return f"PyTorch {torch.__version__} did not take its operators: {problem.decode()}" if problem else ""
 
 
 def _supported(library: ctypes.CDLL) -> list[str]:

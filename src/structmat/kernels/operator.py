@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,17 +112,23 @@ def run_backward(x: Tensor, grad: Tensor, given: list[Tensor], grad_x: Tensor, g
 
 @cache
 def _multiply() -> Callable[..., Tensor]:
-    found: Callable[..., Tensor] = torch.ops.structmat.multiply.default
-    return found
+    return _called("multiply")
 
 
 @cache
 def _multiply_into() -> Callable[..., None]:
-    found: Callable[..., None] = torch.ops.structmat.multiply_into.default
-    return found
+    return _called("multiply_into")
 
 
 @cache
 def _multiply_backward() -> Callable[..., None]:
-    found: Callable[..., None] = torch.ops.structmat.multiply_backward.default
-    return found
+    return _called("multiply_backward")
+
+
+def _called(name: str) -> Callable[..., Any]:
+    """The operator as PyTorch calls it, or the same by address where the loaded PyTorch did not take it."""
+    from structmat.kernels.library import native  # which loads what is defined above
+
+    by_address = native().by_address
+    found: Callable[..., Any] = getattr(by_address or torch.ops.structmat, name)
+    return found if by_address else found.default  # type: ignore[attr-defined]
