@@ -10,20 +10,18 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from structmat.kernels.by_parts import is_complex, multiply_complex, parts_form, runs_native, writing_for
 from structmat.kernels.choice import (
     Backend,
     backend,
     native_text,
     prefers_native,
-    runs_native,
     wants_gradient,
-    writing_for,
 )
-from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import Native, native
+from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import arguments, is_by_features, is_by_rows, run, run_into, takes
 from structmat.kernels.quick import quick
-from structmat.kernels.text import Text
 from structmat.program import Program, reference
 
 __all__ = [
@@ -35,6 +33,7 @@ __all__ = [
     "backend",
     "native",
     "native_text",
+    "parts_form",
     "prefers_native",
     "quick",
     "runs_native",
@@ -48,11 +47,13 @@ def apply(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Raises:
         ShapeError: the last axis of ``x`` is not ``in_features``.
     """
+    if is_complex(program, x):
+        return multiply_complex(program, tensors, x, None)
     text = native_text(program, tensors, x, None)
     if text is None:
         return reference.apply(program, tensors, x)
     reference.check_rows(program, x)
-    return _multiply(program, text, tensors, x, None)
+    return multiply(program, text, tensors, x, None)
 
 
 def apply_columns(program: Program, tensors: Mapping[str, Tensor], x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -69,7 +70,7 @@ def apply_columns(program: Program, tensors: Mapping[str, Tensor], x: Tensor, *,
         ShapeError: the last axis but one of ``x`` is not ``in_features``.
     """
     rows = x.transpose(-1, -2)
-    text = native_text(program, tensors, rows, None)
+    text = None if is_complex(program, x) else native_text(program, tensors, rows, None)
     if text is None or x.dim() != 2 or wants_gradient(x, tensors.values(), None):
         result = apply(program, tensors, rows).transpose(-1, -2)
         return result if out is None else out.copy_(result)
@@ -87,18 +88,10 @@ def apply_columns(program: Program, tensors: Mapping[str, Tensor], x: Tensor, *,
 
 def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor) -> Tensor:
     """``apply(program, tensors, x) + bias``, with ``bias`` (out_features,)."""
+    if is_complex(program, x):
+        return multiply_complex(program, tensors, x, bias)
     text = native_text(program, tensors, x, bias)
     if text is None:
         return reference.affine(program, tensors, x, bias)
     reference.check_rows(program, x)
-    return _multiply(program, text, tensors, x, bias)
-
-
-def _multiply(program: Program, text: Text, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-    recorded = wants_gradient(x, tensors.values(), bias)
-    given = arguments(text, tensors, bias)
-    if not is_by_rows(x) and (recorded or not is_by_features(x)):
-        x = x.contiguous()
-    if recorded:
-        return run_recorded(program, text, bias is not None, x, given)
-    return run(x, given, text.plain if bias is None else text.biased)
+    return multiply(program, text, tensors, x, bias)

@@ -18,7 +18,7 @@ from structmat.kernels import tuning
 from structmat.kernels.library import native
 from structmat.kernels.operator import FEW_ROWS
 from structmat.kernels.text import Text, text_of
-from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, Writing, stages
+from structmat.program import FOR_NATIVE, Program, stages
 from structmat.program.stages import Chain, Contraction, Crop, Interpolation, Pad, Permute, Shuffle, Sparse, Stage
 
 _BY_VECTORS = (torch.float32, torch.float64)
@@ -117,13 +117,6 @@ def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def writing_for(program: Program, tensors: Mapping[str, Tensor], rows: int | None = None) -> Writing:
-    """What to put together ahead of time for what will run a program on so many rows (many by default)."""
-    if not runs_native(program, tensors, rows):
-        return FOR_REFERENCE
-    return FOR_NATIVE if rows is None or rows >= FEW_ROWS else FOR_FEW_ROWS
-
-
 def runs_native(
     program: Program, tensors: Mapping[str, Tensor], rows: int | None = None, recorded: bool = False
 ) -> bool:
@@ -143,13 +136,13 @@ def _obstacle(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: 
     """Why the native backend can't run a program on these tensors, or None."""
     if type(x) is not Tensor or x.device.type != "cpu":
         return f"its input is a {type(x).__name__} on {x.device}"
+    text = text_of(program)
+    if isinstance(text, str):
+        return text
     if x.dtype not in NATIVE_DTYPES:
         return f"its input is {x.dtype}"
     if not is_quiet():
         return "it runs under a transform of torch.func, or is differentiated forwards"
-    text = text_of(program)
-    if isinstance(text, str):
-        return text
     learned = [tensors[name] for name in text.names if name not in text.indices]
     if bias is not None:
         learned.append(bias)

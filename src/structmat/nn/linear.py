@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from structmat.errors import StructureError
-from structmat.kernels import affine, apply, quick, runs_native, tuning, writing_for
+from structmat.kernels import affine, apply, parts_form, quick, runs_native, tuning, writing_for
 from structmat.matrix import StructuredMatrix, draw
 from structmat.program import (
     Contraction,
@@ -176,6 +176,11 @@ class StructuredLinear(nn.Module):
             tensors = self.tensors()
             program, made = fuse(self._program, tensors, writing_for(self._program, tensors, rows))
             bias = None if self.bias is None else self._loaded(self.bias).detach().clone()
+            form = parts_form(program, made, complex_in=True) if self._complex else None
+            if form is not None and form.complex_out and runs_native(program, made, rows):
+                parts = {name: t.detach().clone() for name, t in form.tensors(made).items()}
+                shift = None if bias is None else torch.view_as_real(bias).flatten()
+                return FrozenLinear(form.program, parts, shift, on_parts=True)
         return FrozenLinear(program, {name: t.detach().clone() for name, t in made.items()}, bias)
 
     def explain(self, batch: int = 1) -> str:
@@ -206,14 +211,25 @@ class StructuredLinear(nn.Module):
 
 
 class FrozenLinear(nn.Module):
-    """A fused program with fixed tensors: what :meth:`StructuredLinear.freeze` returns. Rows as ``nn.Linear``."""
+    """A fused program with fixed tensors: what :meth:`StructuredLinear.freeze` returns. Rows as ``nn.Linear``.
+
+    Args:
+        program: what is multiplied by.
+        tensors: what it reads.
+        bias: added to each row, or None.
+        on_parts: whether the program and the bias are real, and take complex numbers for pairs ``(re, im)``.
+    """
 
     bias: Tensor | None
     dense: Tensor | None
 
-    def __init__(self, program: Program, tensors: dict[str, Tensor], bias: Tensor | None) -> None:
+    def __init__(
+        self, program: Program, tensors: dict[str, Tensor], bias: Tensor | None, *, on_parts: bool = False
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = program.in_features, program.out_features
+        parts = 2 if on_parts else 1
+        self.in_features, self.out_features = program.in_features // parts, program.out_features // parts
+        self._on_parts = on_parts
         self.program = program
         self._quick = quick(program)
         self._names = tuple(tensors)
@@ -231,12 +247,19 @@ class FrozenLinear(nn.Module):
             tensors = {name: getattr(self, name) for name in self._names}
             like = next((t for t in tensors.values() if t.dtype != torch.int64), torch.empty(0))
             with torch.no_grad():
-                unit = torch.eye(self.in_features, dtype=like.dtype, device=like.device)
+                unit = torch.eye(self.program.in_features, dtype=like.dtype, device=like.device)
                 self.dense = apply(self.program, tensors, unit).T.contiguous()
         self._holds_dense = hold
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
+        if not self._on_parts:
+            return self._product(x)
+        wide = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
+        parts = self._product(torch.view_as_real(wide.resolve_conj()).flatten(-2))
+        return torch.view_as_complex(parts.unflatten(-1, (-1, 2)))
+
+    def _product(self, x: Tensor) -> Tensor:
         if self._holds_dense and self._is_denser(x):
             return functional.linear(x, cast(Tensor, self.dense), self.bias)
         if not torch.compiler.is_compiling():
@@ -249,7 +272,7 @@ class FrozenLinear(nn.Module):
         """Whether the dense matrix is there and was measured to be the fastest way for so many rows."""
         if torch.compiler.is_compiling() or self.dense is None or x.dtype != self.dense.dtype:
             return False
-        if not x.is_cpu or x.dim() == 0 or x.shape[-1] != self.in_features:
+        if not x.is_cpu or x.dim() == 0 or x.shape[-1] != self.program.in_features:
             return False
         name = tuning.name_of(self.program, x.dtype)
         return tuning.best(name, x.numel() // self.in_features, tuple(tuning.Way)) is tuning.Way.DENSE

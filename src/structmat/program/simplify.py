@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+from math import prod
+from operator import mul
+
 from structmat.program.stages import Chain, Complex, Crop, Fourier, Pad, Permute, Program, Real, Shuffle, Stage, Sum
 
 
 def simplify(program: Program) -> Program:
     """An equal program with fewer stages: nested chains and sums flattened, neighbours that cancel or merge removed.
 
-    Rules: a permutation next to its inverse, two shuffles (merged into one where the sizes agree), a Fourier transform
-    next to its inverse, ``Pad`` after ``Pad``, ``Crop`` after ``Crop``, ``Crop`` after ``Pad``, a real part taken right
-    after values became complex, and every stage that is the identity. Idempotent; never adds work.
+    Rules: a permutation next to its inverse, two shuffles (one for both where their axes have common pieces), a Fourier
+    transform next to its inverse, ``Pad`` after ``Pad``, ``Crop`` after ``Crop``, ``Crop`` after ``Pad``, a real part
+    taken right after values became complex, and every stage that is the identity. Idempotent; never adds work.
     """
     if isinstance(program, Stage):
         return program
@@ -76,7 +80,49 @@ def _merge(first: Program, second: Program) -> tuple[Program, ...] | None:
 
 
 def _merge_shuffles(first: Shuffle, second: Shuffle) -> tuple[Program, ...] | None:
+    """One shuffle for two, if the axes between them can be cut into the same pieces."""
     between = tuple(first.sizes[axis] for axis in first.axes)
-    if between != second.sizes:
+    cuts = sorted({*accumulate(between, mul), *accumulate(second.sizes, mul)} - {1})
+    if any(high % low for low, high in pairwise(cuts)):
         return None
-    return (Shuffle(first.sizes, tuple(first.axes[axis] for axis in second.axes)),)
+    pieces = tuple(high // low for low, high in zip([1, *cuts], cuts, strict=False))
+    cut_second, order = _cut(second.sizes, pieces)
+    after = [piece for axis in second.axes for piece in order[axis]]
+    cut_first, groups = _cut(between, pieces)
+    if cut_first is None or cut_second is None:
+        return None
+    # The pieces in the order in which the first shuffle reads them: those of its axis 0 first, and so on.
+    reads = [piece for axis in range(len(first.sizes)) for piece in groups[first.axes.index(axis)]]
+    axes = tuple(reads.index(piece) for piece in after)
+    return _joined(tuple(pieces[piece] for piece in reads), axes)
+
+
+def _cut(sizes: tuple[int, ...], pieces: tuple[int, ...]) -> tuple[bool | None, list[list[int]]]:
+    """Which of the pieces, in order, each axis is made of; None where they do not fit."""
+    groups: list[list[int]] = []
+    used = 0
+    for size in sizes:
+        group, held = [], 1
+        while held < size:
+            held *= pieces[used]
+            group.append(used)
+            used += 1
+        if held != size:
+            return None, []
+        groups.append(group)
+    return True, groups
+
+
+def _joined(sizes: tuple[int, ...], axes: tuple[int, ...]) -> tuple[Program, ...]:
+    """The same shuffle with axes that stay neighbours as one."""
+    runs: list[list[int]] = []
+    for axis in axes:
+        if runs and axis == runs[-1][-1] + 1:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    order = sorted(range(len(runs)), key=lambda run: runs[run][0])
+    joined = tuple(prod(sizes[axis] for axis in runs[run]) for run in order)
+    if not joined:
+        return ()
+    return (Shuffle(joined, tuple(order.index(run) for run in range(len(runs)))),)
