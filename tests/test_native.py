@@ -31,6 +31,7 @@ from structmat.program import (
     Complex,
     Contraction,
     Diagonal,
+    Fourier,
     Pad,
     Permute,
     Program,
@@ -368,9 +369,9 @@ def test_forcing_the_native_backend_says_why_it_can_not() -> None:
     net = layer()
     with sm.backend("native"), pytest.raises(StructureError, match="differentiated forwards"), forward_ad.dual_level():
         net(torch.randn(3, 64))
-    complex_chain = Chain((Complex(8), Real(8)))
+    transforms = Chain((Complex(8), Fourier(8), Real(8)))
     with sm.backend("native"), pytest.raises(StructureError, match="no native kernel"):
-        apply(complex_chain, {}, torch.randn(3, 8))
+        apply(transforms, {}, torch.randn(3, 8))
     with sm.backend("native"), torch.no_grad(), pytest.raises(StructureError, match="other dtypes"):
         net(torch.randn(3, 64, dtype=torch.float64))
 

@@ -37,13 +37,14 @@ from structmat.program.real_form import RealForm, real_form
 needs_native = pytest.mark.skipif(not native().available, reason="no native library")
 
 STRUCTURES = [sm.Monarch(4), sm.Butterfly(), sm.Monarch(3, rank=2), sm.BLAST(4, rank=3), sm.Sparse(density=.2),
-              sm.Kronecker(terms=2), sm.LowRank(3), sm.Diagonal(), sm.SparsePlusLowRank(rank=2, density=.1)]  # fmt: skip
+              sm.Kronecker(terms=2), sm.LowRank(3), sm.Diagonal(), sm.SparsePlusLowRank(rank=2,
+              density=.1)]  # fmt: skip
 
 
 def run(form: RealForm, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
     """The reference on parts, which is exact to rounding."""
     parts = torch.view_as_real(x).flatten(-2) if x.is_complex() else x
-    found = reference.apply(form.program, form.tensors(tensors), parts)
+    found = reference.apply(form.program, form.tensors(tensors), parts).contiguous()
     return torch.view_as_complex(found.unflatten(-1, (-1, 2))) if form.complex_out else found
 
 

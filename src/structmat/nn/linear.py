@@ -256,7 +256,7 @@ class FrozenLinear(nn.Module):
         if not self._on_parts:
             return self._product(x)
         wide = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
-        parts = self._product(torch.view_as_real(wide.resolve_conj()).flatten(-2))
+        parts = self._product(torch.view_as_real(wide.resolve_conj()).flatten(-2)).contiguous()
         return torch.view_as_complex(parts.unflatten(-1, (-1, 2)))
 
     def _product(self, x: Tensor) -> Tensor:
