@@ -76,7 +76,7 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
     case Instruction::clear: break;
     case Instruction::sparse: {
       const Rows& r = p.rows[step.number];
-      const Compressed matrix{r.start.data(), r.column.data()};
+      const Compressed matrix{r.start, r.column};
       k.sparse_back(matrix, p.values[step.number], x, gy, gx, step.weighs ? sums + step.sums[0] : nullptr, s.rows,
                     columns);
       break;
@@ -285,7 +285,8 @@ int64_t tile_columns(const BackwardPlan& plan, int64_t rows, int64_t lanes) {
 template <class Real>
 void execute_as(const BackwardPlan& plan, const BackwardBatch& batch, const Array* tensors, void* const* gradients,
                 const Kernels<Real>& kernels, Parallel parallel) {
-  const Prepared<Real> prepared = prepare<Real>(plan.plan, batch.storage, tensors, kernels);
+  static thread_local Scratch compressed;
+  const Prepared<Real> prepared = prepare<Real>(plan.plan, batch.storage, tensors, kernels, compressed, parallel);
   const int64_t columns = tile_columns<Real>(plan, batch.rows, kernels.lanes);
   const int64_t fitting = most_bytes / std::max<int64_t>(1, plan.total * int64_t(sizeof(Real)));
   const int64_t parts = std::max<int64_t>(1, std::min({batch.rows / part_rows, most_parts, fitting}));

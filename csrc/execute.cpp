@@ -31,7 +31,8 @@ int64_t tile_columns(const Plan& plan, int64_t rows, int64_t lanes, int threads)
 template <class Real>
 void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, const Kernels<Real>& kernels,
                 Parallel parallel, int threads) {
-  Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels);
+  static thread_local Scratch compressed;
+  Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels, compressed, parallel);
   const int64_t columns = tile_columns<Real>(plan, batch.rows, kernels.lanes, threads);
   static thread_local Scratch panels;
   pack_weights<Real>(prepared, plan, kernels, panels, batch.rows >= 2 * columns, parallel);

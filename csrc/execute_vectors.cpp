@@ -39,6 +39,24 @@ void contract(const Task<Real>& task, Parallel parallel, int threads) {
 }
 
 template <class Real>
+void sparse(const Task<Real>& task, const Compressed& matrix, Parallel parallel, int threads) {
+  struct Both {
+    const Task<Real>& task;
+    const Compressed& matrix;
+  } both{task, matrix};
+  const auto body = [](int64_t begin, int64_t end, void* opaque) {
+    const Both& b = *static_cast<const Both*>(opaque);
+    const Task<Real>& t = b.task;
+    t.kernels.sparse_vectors(b.matrix, t.weight, t.v.memory + t.s.from, t.v.memory + t.s.to, t.v.pitch, t.v.count,
+                             t.s.add, begin, end);
+  };
+  if (threads > 1 && task.s.entries > alone)
+    parallel(task.s.rows, body, &both);
+  else
+    body(0, task.s.rows, &both);
+}
+
+template <class Real>
 inline void set(Real& to, Real value, bool add) {
   to = add ? to + value : value;
 }
@@ -93,8 +111,8 @@ void run_one(const Instruction& s, size_t number, const Prepared<Real>& p, const
 template <class Real>
 void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, const Kernels<Real>& kernels,
                 Parallel parallel, int threads) {
-  const Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels);
-  static thread_local Scratch scratch;
+  static thread_local Scratch compressed, scratch;
+  const Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels, compressed, parallel);
   Vectors<Real> v;
   // An odd number of cache lines: neighbouring vectors do not share their places in the cache.
   v.pitch = ((plan.rows * int64_t(sizeof(Real)) / alignment + 1) | 1) * alignment / int64_t(sizeof(Real));
@@ -108,9 +126,8 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
     if (s.kind == Instruction::contract) {
       contract<Real>({kernels, s, prepared.learned[s.tensor], v}, parallel, threads);
     } else if (s.kind == Instruction::sparse) {
-      const Compressed matrix{prepared.rows[k].start.data(), prepared.rows[k].column.data()};
-      kernels.sparse_vectors(matrix, prepared.values[k], v.memory + s.from, v.memory + s.to, s.rows, v.pitch, v.count,
-                             s.add);
+      const Rows& r = prepared.rows[k];
+      sparse<Real>({kernels, s, prepared.values[k], v}, {r.start, r.column}, parallel, threads);
     } else {
       for (int64_t i = 0; i < v.count; ++i)
         run_one<Real>(s, k, prepared, plan, v.memory + i * v.pitch + s.from, v.memory + i * v.pitch + s.to);

@@ -99,11 +99,11 @@ struct Kernels {
                    int64_t width, int64_t length, const Real* x, Real* y, int64_t columns);
 
   // A few vectors, each contiguous, `pitch` numbers apart (vector_kernels.h). Units begin .. end of the outcome, of
-  // a * ceil(b / unit_lines).
+  // a * ceil(b / unit_lines); rows begin .. end of it.
   void (*contract_vectors)(const Contract& stage, const Real* weight, const Real* x, Real* y, int64_t pitch,
                            int64_t vectors, bool add, int64_t begin, int64_t end);
-  void (*sparse_vectors)(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t rows,
-                         int64_t pitch, int64_t vectors, bool add);
+  void (*sparse_vectors)(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t pitch,
+                         int64_t vectors, bool add, int64_t begin, int64_t end);
 
   // What follows goes backwards: from the gradient of a stage's outcome to that of its input (where `gx` is not null,
   // added to it or not), and to the sums over all columns that are the gradients of its weights (where they are not

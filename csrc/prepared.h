@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -43,53 +44,71 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// A sparse matrix as rows of entries. Entries that are sorted by place (as they are made) need no copy of the values.
+// A sparse matrix as rows of entries, in memory that the caller holds. Entries that are sorted by place (as they are
+// made) need no copy of the values.
 struct Rows {
-  std::vector<int32_t> start, column;
+  int32_t *start = nullptr, *column = nullptr;
   std::vector<int64_t> order;  // of the values; empty where they are in order
+
+  static int64_t numbers(const Instruction& s) { return s.rows + 1 + s.entries; }  // that `start` and `column` hold
+  int32_t length(int64_t row) const { return start[row + 1] - start[row]; }
 };
 
-inline Rows compress(const Instruction& s, const int64_t* places) {
-  Rows r;
-  const int64_t rows = s.transposed ? s.width : s.height, width = s.width, size = s.height * s.width;
-  const int64_t entries = s.entries;
-  r.start.assign(rows + 1, 0);
-  r.column.resize(entries);
-  // Plain loops without exits, which compilers turn into vector code: this is done at every call.
-  int64_t backwards = 0;
-  for (int64_t k = 1; k < entries; ++k) backwards |= places[k] - places[k - 1];
-  const bool ascending = backwards >= 0;
-  int64_t least = entries ? places[0] : 0, most = entries ? places[entries - 1] : 0;
-  if (!ascending)
-    for (int64_t k = 0; k < entries; ++k) least = std::min(least, places[k]), most = std::max(most, places[k]);
-  if (least < 0 || (entries && most >= size))
-    throw std::invalid_argument("structmat: a place of a sparse matrix is out of range");
-  if (ascending && !s.transposed) {
-    const int64_t* at = places;
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t* next = std::lower_bound(at, std::min(at + width, places + entries), (i + 1) * width);
-      next = next == at + width ? std::lower_bound(at, places + entries, (i + 1) * width) : next;
-      for (int64_t k = at - places; k < next - places; ++k) r.column[k] = int32_t(places[k] - i * width);
+// Sorted places, row by row: threads take ranges of rows. False if they are not sorted, or out of range.
+inline bool compress_sorted(const Instruction& s, const int64_t* places, Rows& r, Parallel parallel) {
+  struct Work {
+    const int64_t *places, *end;
+    Rows& rows;
+    int64_t height, width;
+    std::atomic<bool> failed{false};
+  } work{places, places + s.entries, r, s.height, s.width};
+  if (s.entries && (places[0] < 0 || work.end[-1] >= s.height * s.width)) return false;
+  const auto body = [](int64_t begin, int64_t end, void* opaque) {
+    Work& w = *static_cast<Work*>(opaque);
+    const int64_t *at = std::lower_bound(w.places, w.end, begin * w.width), *first = at;
+    for (int64_t i = begin; i < end; ++i) {
+      w.rows.start[i] = int32_t(at - w.places);
+      const int64_t* near = w.end - at < w.width ? w.end : at + w.width;
+      const int64_t* next = std::lower_bound(at, near, (i + 1) * w.width);
+      int32_t* column = w.rows.column + (at - w.places);
+      for (int64_t k = 0; k < next - at; ++k) column[k] = int32_t(at[k] - i * w.width);
       at = next;
-      r.start[i + 1] = int32_t(at - places);
     }
-    return r;
-  }
+    // What was found in this way is right if all of it is sorted, up to where the next range begins.
+    int64_t backwards = at == std::lower_bound(w.places, w.end, end * w.width) ? 0 : -1;
+    for (const int64_t* k = first == w.places ? first + 1 : first; k < at; ++k) backwards |= k[0] - k[-1];
+    if (backwards < 0) w.failed = true;
+  };
+  if (s.entries < pack_alone)
+    body(0, s.height, &work);
+  else
+    parallel(s.height, body, &work);
+  r.start[s.height] = int32_t(s.entries);
+  return !work.failed && std::lower_bound(places, work.end, int64_t(0)) == places &&
+         std::lower_bound(places, work.end, s.height * s.width) == work.end;
+}
+
+inline void compress(const Instruction& s, const int64_t* places, Rows& r, Parallel parallel) {
+  if (!s.transposed && compress_sorted(s, places, r, parallel)) return;
+  const int64_t size = s.height * s.width, entries = s.entries;
+  for (int64_t k = 0; k < entries; ++k)
+    if (places[k] < 0 || places[k] >= size)
+      throw std::invalid_argument("structmat: a place of a sparse matrix is out of range");
+  std::fill_n(r.start, s.rows + 1, 0);
   std::vector<int32_t> own(entries), other(entries);
   for (int64_t k = 0; k < entries; ++k) {
-    const int64_t row = places[k] / width, column = places[k] - row * width;
+    const int64_t row = places[k] / s.width, column = places[k] - row * s.width;
     own[k] = int32_t(s.transposed ? column : row), other[k] = int32_t(s.transposed ? row : column);
     ++r.start[own[k] + 1];
   }
-  for (int64_t i = 0; i < rows; ++i) r.start[i + 1] += r.start[i];
-  std::vector<int32_t> next(r.start.begin(), r.start.end() - 1);
+  for (int64_t i = 0; i < s.rows; ++i) r.start[i + 1] += r.start[i];
+  std::vector<int32_t> next(r.start, r.start + s.rows);
   r.order.resize(entries);
   for (int64_t k = 0; k < entries; ++k) {
     const int32_t at = next[own[k]]++;
     r.column[at] = other[k];
     r.order[at] = k;
   }
-  return r;
 }
 
 // What all tiles of a call share: tensors as the kernels read them.
@@ -127,8 +146,10 @@ inline std::vector<int64_t> window_offsets(const Instruction& s, const int64_t* 
   return offsets;
 }
 
+// Sparse matrices are compressed into memory that is used again at the next call.
 template <class Real>
-Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, const Kernels<Real>& kernels) {
+Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, const Kernels<Real>& kernels,
+                       Scratch& compressed, Parallel parallel) {
   Prepared<Real> p;
   const size_t count = plan.sizes.size();
   p.learned.assign(count, nullptr), p.indices.assign(count, nullptr);
@@ -150,13 +171,20 @@ Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, 
   const size_t instructions = plan.instructions.size();
   p.rows.resize(instructions), p.offsets.resize(instructions), p.values.assign(instructions, nullptr);
   p.panels.resize(instructions, {});
+  int64_t numbers = 0;
+  for (const Instruction& s : plan.instructions)
+    if (s.kind == Instruction::sparse) numbers += Rows::numbers(s);
+  int32_t* memory = numbers ? static_cast<int32_t*>(compressed.reserve(numbers * int64_t(sizeof(int32_t)))) : nullptr;
   for (size_t i = 0; i < instructions; ++i) {
     const Instruction& s = plan.instructions[i];
     if (s.kind == Instruction::gather && s.index >= 0) check_index(p.indices[s.index], s.rows, s.rows);
     if (s.kind == Instruction::scatter_add) check_index(p.indices[s.index], s.rows, s.rows);
     if (s.kind == Instruction::windowed) p.offsets[i] = window_offsets(s, p.indices[s.index]);
     if (s.kind != Instruction::sparse) continue;
-    const Rows& r = p.rows[i] = compress(s, p.indices[s.index]);
+    Rows& r = p.rows[i];
+    r.start = memory, r.column = memory + s.rows + 1;
+    memory += Rows::numbers(s);
+    compress(s, p.indices[s.index], r, parallel);
     p.values[i] = p.learned[s.tensor];
     if (r.order.empty()) continue;
     std::vector<Real> values(s.entries);
@@ -258,7 +286,7 @@ inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, co
     case Instruction::copy: k.copy(x, y, s.rows, columns, s.add); break;
     case Instruction::clear: std::memset(y, 0, size_t(s.rows) * columns * sizeof(Real)); break;
     case Instruction::sparse: {
-      const Compressed matrix{p.rows[number].start.data(), p.rows[number].column.data()};
+      const Compressed matrix{p.rows[number].start, p.rows[number].column};
       k.sparse(matrix, p.values[number], x, y, s.rows, columns, s.add);
       break;
     }

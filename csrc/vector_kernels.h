@@ -8,6 +8,10 @@
 #include "kernels.h"
 #include "vectors.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace structmat {
 namespace STRUCTMAT_ISA {
 
@@ -205,14 +209,45 @@ void contract_vectors(const Contract& s, const Real* weight, const Real* x, Real
   if (vectors) contract_few<Real, 1>(s, weight, x, y, pitch, add, begin, end);
 }
 
+// Numbers of x at places that are held in a register.
 template <class Real>
-void sparse_vectors(const Compressed& m, const Real* values, const Real* x, Real* y, int64_t rows, int64_t pitch,
-                    int64_t vectors, bool add) {
-  for (int64_t i = 0; i < rows; ++i)
+inline V<Real> gathered(const Real* x, const int32_t* place) {
+  constexpr int n = Vector<Real>::lanes;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4)
+    return V<Real>(_mm512_i32gather_ps(_mm512_loadu_si512(place), x, 4));
+  else
+    return V<Real>(_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(place)), x, 8));
+#else
+  V<Real> r;
+  for (int l = 0; l < n; ++l) r[l] = x[place[l]];
+  return r;
+#endif
+}
+
+template <class Real>
+inline Real sum_of(V<Real> v) {
+  Real sum = 0;
+  for (int l = 0; l < Vector<Real>::lanes; ++l) sum += v[l];
+  return sum;
+}
+
+template <class Real>
+void sparse_vectors(const Compressed& m, const Real* values, const Real* x, Real* y, int64_t pitch, int64_t vectors,
+                    bool add, int64_t begin, int64_t end) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t i = begin; i < end; ++i)
     for (int64_t v = 0; v < vectors; ++v) {
       const Real* from = x + v * pitch;
-      Real sum = 0;
-      for (int32_t k = m.start[i]; k < m.start[i + 1]; ++k) sum += values[k] * from[m.column[k]];
+      int32_t k = m.start[i];
+      const int32_t last = m.start[i + 1];
+      V<Real> one = {}, two = {};
+      for (; k + 2 * n <= last; k += 2 * n) {
+        one += at(values + k) * gathered(from, m.column + k);
+        two += at(values + k + n) * gathered(from, m.column + k + n);
+      }
+      Real sum = sum_of<Real>(one + two);
+      for (; k < last; ++k) sum += values[k] * from[m.column[k]];
       Real* to = y + v * pitch + i;
       *to = sum + (add ? *to : Real(0));
     }

@@ -577,3 +577,40 @@ def test_no_memory_grows() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2048, f"{done.stdout} KB more"
+
+
+@needs_native
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(0, 1599), max_size=120), st.booleans(), st.booleans()
+)
+def test_places_in_any_order_and_more_than_once(
+    height: int, width: int, drawn: list[int], in_order: bool, transposed: bool
+) -> None:
+    """Sorted ones are read in one pass, others are sorted first: also where only one pair is the wrong way round."""
+    places = torch.tensor([p % (height * width) for p in (sorted(drawn) if in_order else drawn)], dtype=torch.int64)
+    values = torch.randn(len(places), dtype=torch.float64)
+    program = Sparse("v", "p", height, width, len(places), transposed)
+    if not len(places):
+        return
+    x = torch.randn(9, program.in_features, dtype=torch.float64)
+    for order in (places, places.roll(1)):
+        assert_equal(program, {"v": values, "p": order}, x)
+        assert_equal(program, {"v": values, "p": order}, x[:2])
+
+
+@needs_native
+def test_many_places_are_shared_between_threads() -> None:
+    program = Sparse("v", "p", 300, 700, 60000)
+    places = torch.randperm(300 * 700, generator=torch.Generator().manual_seed(0))[:60000].sort().values
+    values = torch.randn(60000, dtype=torch.float64)
+    x = torch.randn(9, 700, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for order in (places, places.flip(0), torch.cat([places[30000:], places[:30000]])):
+                assert_equal(program, {"v": values, "p": order}, x)
+                assert_equal(program, {"v": values, "p": order}, x[:1])
+    finally:
+        torch.set_num_threads(threads)

@@ -94,7 +94,7 @@ FOR_NATIVE = Writing(growth=1.0, sparse_from=0.4, interpolations=False, block_wo
 sparse stage run at a bit less than half of the speed of dense ones (float32, large batches, AVX-512)."""
 
 
-FOR_FEW_ROWS = Writing(growth=1.0, sparse_from=1.0 / 16.0, interpolations=True)
+FOR_FEW_ROWS = Writing(growth=1.0, sparse_from=0.09, interpolations=True)
 """With a row or two a product takes as long as reading its weights: a dense matrix is read faster than places are."""
 
 
