@@ -70,6 +70,7 @@ inline bool compress_sorted(const Instruction& s, const int64_t* places, Rows& r
       w.rows.start[i] = int32_t(at - w.places);
       const int64_t* near = w.end - at < w.width ? w.end : at + w.width;
       const int64_t* next = std::lower_bound(at, near, (i + 1) * w.width);
+      if (next == near) next = std::lower_bound(near, w.end, (i + 1) * w.width);  // places may stand more than once
       int32_t* column = w.rows.column + (at - w.places);
       for (int64_t k = 0; k < next - at; ++k) column[k] = int32_t(at[k] - i * w.width);
       at = next;

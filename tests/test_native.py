@@ -600,6 +600,16 @@ def test_places_in_any_order_and_more_than_once(
 
 
 @needs_native
+@pytest.mark.parametrize("row", [0, 1, 4])
+def test_a_row_may_hold_more_entries_than_columns(row: int) -> None:
+    program = Sparse("v", "p", 5, 3, 14)
+    places = torch.tensor([0, 1, 4, 13, *[3 * row + column for column in (0, 0, 1, 1, 1, 2, 2, 2, 2, 2)]]).sort().values
+    tensors = {"v": torch.randn(14, dtype=torch.float64), "p": places}
+    assert_equal(program, tensors, torch.randn(9, 3, dtype=torch.float64))
+    assert_equal(program, tensors, torch.randn(2, 3, dtype=torch.float64))
+
+
+@needs_native
 def test_many_places_are_shared_between_threads() -> None:
     program = Sparse("v", "p", 300, 700, 60000)
     places = torch.randperm(300 * 700, generator=torch.Generator().manual_seed(0))[:60000].sort().values
