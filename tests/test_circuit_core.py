@@ -327,7 +327,29 @@ def test_wrong_operands_are_refused_by_the_builder() -> None:
         Builder(-1)
 
 
+def test_what_is_no_integer_or_no_number_is_refused() -> None:
+    """Floats would be cut to nodes without a word."""
+    builder = Builder(2)
+    for call, message in (
+        (lambda: builder.sum([0.5, 1]), "Operands are integers; got an array of float64"),
+        (lambda: builder.sum([0, 1], parameters=[0.5, 0]), "Parameters are integers"),
+        (lambda: builder.sum([0], ["a"]), "Numbers are needed; got an array of <U1"),
+        (lambda: builder.sum([-1, 0]), "node -1, but there are 2 nodes so far"),
+        (lambda: builder.build([0.0]), "Outputs are integers"),
+        (lambda: Circuit.from_gates(1, [0.0], [0], 1, 1, [1]), "Operands are integers"),
+        (lambda: Circuit.from_edges([0, 2], [1.0], [0], [1]), "Targets are integers"),
+        (lambda: replace(hadamard(1), outputs=np.zeros(2)), "entries of 'outputs' are integers"),
+    ):
+        with pytest.raises(CircuitError, match=message):
+            call()
+
+
 def test_wrong_inputs_are_refused() -> None:
+    with pytest.raises(CircuitError, match="0 parameters; got 1 values"):
+        hadamard(1).with_values([1.0])
+    for field in ("float", PrimeField):
+        with pytest.raises(CircuitError, match="is an instance of Field"):
+            hadamard(1).evaluate([1, 2], field)  # type: ignore[arg-type]
     circuit = hadamard(1)
     with pytest.raises(CircuitError, match=r"2 inputs; got values of shape \(3,\)"):
         circuit.evaluate([1, 2, 3])

@@ -202,6 +202,15 @@ def test_gradients_of_modules_are_the_gradient_circuit(seed: int) -> None:
     assert np.concatenate(actual) == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
+@pytest.mark.parametrize("outputs", [0, 2])
+@pytest.mark.parametrize("inputs", [0, 1, 3])
+def test_modules_of_circuits_without_gates(inputs: int, outputs: int) -> None:
+    builder = Builder(inputs)
+    layer = builder.build([builder.sum([])] * outputs).module()
+    for batch in ((), (2,), (0,), (2, 0)):
+        assert layer(torch.ones(*batch, inputs)).shape == (*batch, outputs)
+
+
 def test_modules_keep_names_shapes_and_types() -> None:
     builder = Builder(2)
     w = builder.parameter("0.w", [[1.0, 2.0]])

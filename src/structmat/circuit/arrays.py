@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from structmat.errors import CircuitError
+
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Numbers = NDArray[Any]
@@ -75,9 +77,27 @@ def exact_product(first: Numbers, second: Numbers) -> Numbers:
     return np.asarray(first * second)
 
 
-def numbers(values: object) -> Numbers:
-    """Anything that NumPy takes as an array of numbers; booleans become integers, small floats and integers wide."""
+def indices(values: object, what: str) -> Ints:
+    """Anything that NumPy takes as an array of integers.
+
+    Raises:
+        CircuitError: it is something else, such as floats, which would be cut to integers without a word.
+    """
     array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise CircuitError(f"{what} are integers; got an array of {array.dtype}.")
+    return np.asarray(array, dtype=np.int64)
+
+
+def numbers(values: object) -> Numbers:
+    """Anything that NumPy takes as an array of numbers; booleans become integers, small floats and integers wide.
+
+    Raises:
+        CircuitError: it is no array of numbers.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "buifcO":
+        raise CircuitError(f"Numbers are needed; got an array of {array.dtype}.")
     if array.dtype.kind in "bui":
         return array.astype(np.int64)
     if array.dtype.kind == "f":

@@ -142,6 +142,8 @@ def evaluate(
             f"({circuit.in_features},), or (batch, {circuit.in_features})."
         )
     circuit = _with_parameters(circuit, parameters)
+    if field is not None and not isinstance(field, Field):
+        raise CircuitError(f"An arithmetic is an instance of Field, such as Floats() or PrimeField(); got {field!r}.")
     if field is None:
         field = natural_field(rows, circuit.weight, circuit.values, precision=given.dtype)
     batch = np.atleast_2d(rows)
@@ -205,10 +207,7 @@ def _compute(step: Step, field: Field, buffer: Numbers, weights: Numbers) -> Num
 def _with_parameters(circuit: Circuit, parameters: ArrayLike | None) -> Circuit:
     if parameters is None:
         return circuit
-    values = numbers(parameters).ravel()
-    if len(values) != circuit.parameters:
-        raise CircuitError(f"The circuit has {circuit.parameters} parameters; got {len(values)} values.")
-    return _reusing_plan(circuit, circuit.with_values(values))
+    return _reusing_plan(circuit, circuit.with_values(np.asarray(parameters)))
 
 
 def _reusing_plan(old: Circuit, new: Circuit) -> Circuit:

@@ -72,7 +72,8 @@ def _values(c: Circuit, at: ArrayLike | None, field: Field | None) -> tuple[Numb
         return values_of_nodes(c, point, field), field
     except CircuitError as error:
         if "divides by zero" in str(error):
-            raise CircuitError(f"There is no expansion at this point: {error} Choose another one: at=...") from None
+            fact = str(error).partition(".")[0]
+            raise CircuitError(f"There is no expansion at this point: {fact}. Choose another one: at=...") from None
         raise
 
 

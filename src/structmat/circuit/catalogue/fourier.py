@@ -7,6 +7,7 @@ transforms, exact in :class:`~structmat.circuit.fields.PrimeField`.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,7 +42,7 @@ def fourier(
     Raises:
         CircuitError: the radices do not multiply to the size, or the prime has no root of this order.
     """
-    factors = tuple(prime_factors(size) if radices is None else radices)
+    factors = tuple(prime_factors(operator.index(size)) if radices is None else radices)
     if size < 1 or math.prod(factors) != size or min(factors, default=2) < 2:
         raise CircuitError(
             f"Radices of a Fourier transform of size {size} multiply to it and are at least 2; got {factors}."
