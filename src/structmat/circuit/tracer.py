@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -113,6 +114,11 @@ class Tracer:
             np.where(inside, parameter, -1),
         )
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise CircuitError(
+            "A traced array can't be changed in place. Put the result together with np.stack or np.concatenate."
+        )
+
     def __getitem__(self, index: Any) -> Tracer:
         return self.move(lambda a: np.asarray(a[index]))
 
@@ -187,6 +193,15 @@ class Tracer:
         shape = tuple(1 if a in axes else n for a, n in enumerate(self.shape) if keepdims or a not in axes)
         return _row_sums(rows).reshape(shape)
 
+    def prod(self, axis: int | None = None) -> Tracer:
+        """The product over an axis, or of all entries: one gate for each pair, in a tree."""
+        factors = self.ravel() if axis is None else self.move(np.moveaxis, axis, 0)
+        while len(factors) > 1:
+            half = len(factors) // 2
+            parts: Any = [factors[:half] * factors[half : 2 * half], factors[2 * half :]]
+            factors = cast(Tracer, np.concatenate(parts))
+        return factors[0] if len(factors) else self.lift(np.ones(factors.shape[1:], np.int64))
+
     def mean(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tracer:
         """The mean over axes."""
         total = self.sum(axis, keepdims)
@@ -234,14 +249,33 @@ class Tracer:
             return by_matrix(self, lambda array: function(array, *args[1:], **kwargs), f"np.{function.__name__}")
         raise not_polynomial(f"np.{function.__name__}")
 
+    def __getattr__(self, name: str) -> Any:
+        # Other methods of arrays are the functions of NumPy of the same name, which say what they can't do.
+        if callable(getattr(np.ndarray, name, None)) and callable(getattr(np, name, None)):
+            return partial(getattr(np, name), self)
+        raise AttributeError(f"A traced array has no attribute {name!r}.")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise CircuitError(
+            f"{getattr(function, '__name__', 'A function')} is a function of PyTorch, but the traced array is one of "
+            "NumPy. Use trace_torch."
+        )
+
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        raise CircuitError("A traced value has no number yet. Use NumPy functions of the array itself.")
+        raise CircuitError(
+            "A traced value has no number yet. Use NumPy functions of the array itself; give linear ones of other "
+            "libraries by their matrix, and put arrays together with np.stack."
+        )
 
     def __bool__(self) -> bool:
         raise CircuitError("A traced function can't branch on the values of its inputs: it would be no circuit.")
 
     def __float__(self) -> float:
-        raise CircuitError("A traced value has no number yet, so it can't become a float.")
+        raise CircuitError(
+            "A traced value has no number yet, so it can't become a float, nor an entry of an array of floats. Put "
+            "arrays together with np.stack or np.concatenate."
+        )
 
     def _compare(self, other: Any) -> bool:
         raise CircuitError("A traced function can't compare the values of its inputs: it would be no circuit.")
@@ -415,8 +449,20 @@ def by_matrix(x: Tracer, function: Callable[[Any], Any], name: str) -> Tracer:
             raise CircuitError(
                 f"{name} is not linear, and not polynomial in a way that is known here: it has no circuit."
             )
-    flat = _matmul(x.lift(matrix), x.ravel())
+    flat = _times(x.ravel(), matrix)
     return (flat + np.ravel(offset) if np.any(offset) else flat).reshape(offset.shape)
+
+
+def _times(x: Tracer, matrix: Numbers) -> Tracer:
+    """A matrix times a vector of entries; a row with few numbers that are not zero takes only their room."""
+    row, column = np.nonzero(matrix)
+    counts = np.bincount(row, minlength=len(matrix))
+    place = np.full((len(matrix), int(counts.max(initial=0))), -1)
+    slot = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place[row, slot] = column
+    weight = np.zeros(place.shape, dtype=matrix.dtype)
+    weight[row, slot] = matrix[row, column]
+    return (x.take(place) * weight).sum(axis=-1)
 
 
 def as_tracer(builder: Builder, nodes: ArrayLike) -> Tracer:
