@@ -31,6 +31,7 @@ from structmat.circuit.kaleidoscope import (
     total,
 )
 from structmat.circuit.kaleidoscope.stage import bit_reversal
+from structmat.circuit.simplify import prune
 from structmat.errors import CircuitError
 
 seeds = st.integers(0, 100_000)
@@ -311,12 +312,16 @@ def test_circuits_K4_other_layers_are_not_recognized(start: list[int], column: l
 
 
 def long_circuit(inputs: int, gates: int, reach: int, seed: int) -> Circuit:
-    """A random circuit each of whose gates reads two of the last ``reach`` nodes."""
+    """A random circuit without dead gates: each replaces one of ``inputs`` values by a sum of it and a recent node."""
     rng = np.random.default_rng(seed)
     node = inputs + np.arange(gates)
-    i, j = rng.integers(np.maximum(0, node - reach), node), rng.integers(np.maximum(0, node - reach), node)
-    weights = rng.integers(1, 4, (2, gates))
-    return Circuit.from_gates(inputs, i, j, *weights, np.arange(gates, inputs + gates))
+    place = np.concatenate([np.arange(inputs), rng.integers(0, inputs, gates)])
+    order = np.argsort(place, kind="stable")
+    before = np.empty(len(order), dtype=np.int64)
+    before[order[1:]] = order[:-1]
+    other = rng.integers(np.maximum(0, node - reach), node)
+    last = np.concatenate([order[:-1][place[order[1:]] != place[order[:-1]]], order[-1:]])
+    return Circuit.from_gates(inputs, before[inputs:], other, *rng.integers(1, 4, (2, gates)), last)
 
 
 def assert_large(circuit: Circuit, seconds: float) -> None:
@@ -325,6 +330,7 @@ def assert_large(circuit: Circuit, seconds: float) -> None:
     assert time.process_time() - begin < seconds
     x = np.random.default_rng(0).integers(0, 1000, circuit.in_features)
     assert np.array_equal(matrix.multiply(x, P), circuit.evaluate(x, P))
+    assert prune(circuit).gates == circuit.gates
     assert matrix.width <= 3 * circuit.depth + 1
     assert matrix.size <= 2 * (1 << (circuit.size - 1).bit_length())
 
