@@ -1,13 +1,13 @@
-"""What circuits cost on the clock: a Fourier circuit of a million gates, and the kaleidoscope compiler.
+"""What circuits cost on the clock: one of a million gates, one as deep as large, and the kaleidoscope compilers.
 
     python -m benchmarks.circuits
     python -m benchmarks.circuits table
 
 The Fourier circuit of 65,536 inputs (1,048,576 complex gates) is built, transposed, differentiated and evaluated on 64
-complex vectors. The compiler gets circuits of 100,000 gates, with the recognition of known patterns on and off: random
-ones, each of whose gates adds one of the last nodes to a value, and a Hadamard and a Fourier circuit of 8,192 inputs.
-What it makes is compared with the circuit at a random vector: modulo a prime, or in floating point where constants are
-complex.
+complex vectors, and so is a chain of 100,000 gates on real ones. The compilers get circuits of 100,000 gates, with the
+recognition of known patterns on and off: random ones, each of whose gates adds one of the last nodes to a value, and a
+Hadamard and a Fourier circuit of 8,192 inputs. What they make is compared with the circuit at a random vector: modulo a
+prime, or in floating point where constants are complex.
 
 Each figure is seconds on the clock, in brackets the processor's; one run each.
 """
@@ -58,21 +58,31 @@ def random_circuit(inputs: int, reach: int, seed: int) -> Circuit:
     return Circuit.from_gates(inputs, before[inputs:], other, *rng.integers(1, 4, (2, GATES)), last)
 
 
-def transform(_: int) -> dict[str, Any]:
-    """The Fourier circuit."""
+def chain() -> Circuit:
+    """Prefix sums one after the other: as deep as it has gates."""
+    gate = GATES + 1 + np.arange(GATES)
+    return Circuit.from_gates(GATES + 1, np.append(0, gate[:-1]), np.arange(1, GATES + 1), 1, 1, gate)
+
+
+def passes(make: Callable[[], Circuit], expected: Callable[[Any], Any]) -> dict[str, Any]:
+    """A circuit built, transposed, differentiated, evaluated and simplified; its error on the vectors."""
     watch = Watch()
-    circuit = watch.step("build", lambda: fourier(SIZE))
+    circuit = watch.step("build", make)
     transposed = watch.step("transpose", circuit.transpose)
     gradient = watch.step("differentiate", circuit.vjp)
-    x = np.random.default_rng(0).standard_normal((VECTORS, SIZE)) + 0j
+    x = np.random.default_rng(0).standard_normal((VECTORS, circuit.in_features))
+    x = x + 0j if circuit.weight.dtype.kind == "c" else x
     values = watch.step("evaluate", lambda: circuit.evaluate(x))
     again = watch.step("evaluate again", lambda: circuit.evaluate(x))
     watch.step("simplify", circuit.simplify)
-    expected = np.fft.fft(x)
-    both = np.concatenate([x[:1], x[:1]], axis=1)
-    results = (values, again, transposed.evaluate(x[:1]), gradient.evaluate(both))
-    error = max(float(np.abs(r - expected[: len(r)]).max() / np.abs(expected).max()) for r in results)
-    return {"steps": watch.seconds, "gates": circuit.gates, "error": error}
+    wanted = expected(x)
+    error = max(float(np.abs(r - wanted).max() / np.abs(wanted).max()) for r in (values, again))
+    # The transpose and the gradient of a linear circuit are one matrix: <y, W x> = <W^T y, x>.
+    y = np.random.default_rng(1).standard_normal((1, circuit.out_features))
+    left = (y * wanted[:1]).sum()
+    for back in (transposed.evaluate(y), gradient.evaluate(np.concatenate([x[:1], y], axis=1))):
+        error = max(error, float(abs((back * x[:1]).sum() - left) / np.linalg.norm(y) / np.linalg.norm(wanted[:1])))
+    return {"steps": watch.seconds, "gates": circuit.gates, "depth": circuit.depth, "error": error}
 
 
 def compiled(circuit: Circuit) -> dict[str, Any]:
@@ -105,7 +115,12 @@ def compiled(circuit: Circuit) -> dict[str, Any]:
     }
 
 
-FOURIER = Cell("Fourier circuit", transform)
+PASSES = {
+    f"Fourier circuit of {SIZE:,} inputs": Cell("Fourier circuit", lambda _: passes(lambda: fourier(SIZE), np.fft.fft)),
+    f"Serial prefix sums of {GATES + 1:,} inputs": Cell(
+        "serial prefix sums", lambda _: passes(chain, lambda x: np.cumsum(x, axis=1)[:, 1:])
+    ),
+}
 COMPILED = [
     *(
         Cell(
@@ -119,21 +134,23 @@ COMPILED = [
 ]
 
 TOGETHER = ("build", "transpose", "differentiate", "evaluate")
-"""The steps that shall take less than ten seconds together."""
+"""The steps that shall take less than ten seconds together for the Fourier circuit."""
 
 
 def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     """Both tables, of the cells that are there."""
     lines = []
-    if FOURIER.key in done:
-        found = done[FOURIER.key]
-        steps = {name: tuple(pair) for name, pair in found["steps"].items()}
-        total = tuple(sum(steps[name][k] for name in TOGETHER) for k in range(2))
-        rows = [(name, _seconds(pair)) for name, pair in steps.items()]
+    for name, cell in PASSES.items():
+        if cell.key not in done:
+            continue
+        found = done[cell.key]
+        steps = {step: tuple(pair) for step, pair in found["steps"].items()}
+        total = tuple(sum(steps[step][k] for step in TOGETHER) for k in range(2))
+        rows = [(step, _seconds(pair)) for step, pair in steps.items()]
         rows.insert(len(TOGETHER), (f"**{', '.join(TOGETHER)} together**", _seconds(total)))
         lines += [
-            f"Fourier circuit of {SIZE:,} inputs, {found['gates']:,} complex gates, evaluated on {VECTORS} vectors; "
-            f"relative error {found['error']:.0e}.",
+            f"{name}: {found['gates']:,} gates, depth {found['depth']:,}, evaluated on {VECTORS} vectors; relative "
+            f"error {found['error']:.0e}.",
             "",
             *markdown(("step", "seconds (processor)"), rows),
             "",
@@ -158,7 +175,7 @@ def _seconds(pair: Any) -> str:
     return f"{clock:.2f} ({processor:.2f})"
 
 
-STUDY = Study("circuits", "Circuits on the clock", [FOURIER, *COMPILED], tables)
+STUDY = Study("circuits", "Circuits on the clock", [*PASSES.values(), *COMPILED], tables)
 
 if __name__ == "__main__":
     STUDY.main()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.sparse import csgraph
 
 from structmat.errors import CircuitError
 
@@ -46,6 +47,26 @@ def consumers(start: Ints, operand: Ints) -> tuple[Ints, Ints]:
     # One row that holds all edges, transposed: SciPy's counting sort.
     matrix = sparse.csr_array((edges, columns, np.array([0, len(edges)])), shape=(1, nodes)).tocsc()
     return matrix.indptr.astype(np.int64), matrix.data
+
+
+def reachable(start: Ints, neighbor: Ints, sources: Ints) -> Bools:
+    """The sources, and all nodes that paths along the edges lead to. Linear time, whatever the length of the paths.
+
+    Args:
+        start: (nodes + 1,) segments of the edges that leave each node.
+        neighbor: the node that each edge leads to, or -1 for none.
+        sources: nodes, which may repeat.
+    """
+    nodes = len(start) - 1
+    real = neighbor >= 0
+    begin = start if real.all() else np.append(0, np.cumsum(real))[start]
+    # One node more, from which edges lead to all sources.
+    columns = np.concatenate([neighbor[real], sources])
+    rows = np.append(begin, len(columns))
+    graph = sparse.csr_array((np.ones(len(columns)), columns, rows), shape=(nodes + 1, nodes + 1))
+    found = np.zeros(nodes + 1, dtype=np.bool_)
+    found[csgraph.breadth_first_order(graph, nodes, directed=True, return_predecessors=False)] = True
+    return found[:-1]
 
 
 def is_unit(weight: Numbers) -> Bools:

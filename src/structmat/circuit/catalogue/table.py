@@ -87,7 +87,7 @@ def entries(size: int) -> list[Entry]:
     made: list[tuple[str, Callable[[], Circuit], Published | None]] = [
         ("Fourier, radix 2", partial(fourier, n, folded=False), published_fourier(n)),
         ("Fourier, split radix", partial(split_radix, n), published_fourier(n)),
-        ("Fourier, 3 n / 4 points", partial(fourier, 3 * n // 4), published_mixed_radix(3 * n // 4)),
+        ("Fourier, 3 n / 4 points", partial(fourier, 3 * n // 4, folded=False), published_mixed_radix(3 * n // 4)),
         *((f"cosine, type {k}", partial(cosine, n, k), published_cosine(n, k)) for k in (2, 3, 4)),
         *((f"sine, type {k}", partial(sine, n, k), published_cosine(n, k)) for k in (2, 3, 4)),
         ("cosine, type 1", partial(cosine, n + 1, 1), None),
