@@ -41,6 +41,8 @@ def linear_part(circuit: Circuit, at: ArrayLike | None = None, field: Field | No
         A linear circuit of the same inputs and outputs. Weights of sums keep their parameters; what stems from products
         and quotients is computed with the parameters' current values.
 
+    Cost: one evaluation at the point.
+
     Raises:
         CircuitError: a division by zero at the point.
     """

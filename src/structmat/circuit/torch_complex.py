@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from structmat.circuit.torch_trees import leaves, mapped
-from structmat.circuit.tracer import Tracer, by_matrix, stacked
+from structmat.circuit.tracer import Tracer, stacked
+from structmat.circuit.tracer_matrix import by_matrix
 from structmat.errors import CircuitError
 
 

@@ -24,7 +24,8 @@ from structmat.circuit.linear_part import linear_circuit
 from structmat.circuit.torch_complex import Pair, called, is_complex, needs_pairs
 from structmat.circuit.torch_trees import leaves, mapped
 from structmat.circuit.trace import output_nodes
-from structmat.circuit.tracer import Tracer, as_tracer, by_matrix, parameter_tracer
+from structmat.circuit.tracer import Tracer, as_tracer, parameter_tracer
+from structmat.circuit.tracer_matrix import by_matrix
 from structmat.circuit.tracer_numpy import transformed
 from structmat.errors import CircuitError
 

@@ -69,10 +69,10 @@ def interpolation(points: ArrayLike, *, prime: int | None = None) -> Circuit:
     a = ring.values
     require_power_of_two(len(a), "Interpolation at many points")
     slopes = ring.one * np.ones(len(a), dtype=a.dtype)
-    for place in range(len(a)):
-        for other in range(len(a)):
-            if place != other:
-                slopes[place] = ring.reduced(slopes[place] * (a[place] - a[other]))
+    for other in range(len(a)):
+        differences = a - a[other]
+        differences[other] = ring.one
+        slopes = ring.reduced(slopes * differences)
     if np.any(slopes == 0):
         raise CircuitError("Interpolation needs different points; at least two of the given ones are equal.")
     builder = Builder(len(a))
