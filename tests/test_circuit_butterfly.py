@@ -118,6 +118,9 @@ def test_circuits_B1_inverse_and_real_relatives_of_the_fourier_transform(size: i
     first = sine_2.stages[0].columns_scaled((signs * shift)[reversal])
     sine_2 = ButterflyProduct(size, (first, *sine_2.stages[1:]))
     np.testing.assert_allclose(sine_2.multiply(x[:, folded], COMPLEX).real, fft.dst(x), atol=1e-12 * size)
+    # With the exponent k, as printed in the appendix of arXiv 1903.05895, it is another matrix.
+    misprint = scaled_last(sine_2, np.exp(0.5j * np.pi / size)).multiply(np.eye(size)[:, folded], COMPLEX).real
+    assert np.abs(misprint - fft.dst(np.eye(size))).max() > 1 / size
 
 
 @pytest.mark.parametrize("size", [2, 8, 64])

@@ -29,7 +29,7 @@ def test_the_summary_states_both_conventions() -> None:
     total = builder.sum([0, 1, 2, 3], [1, 2, 1, 1], parameters=[w[0], -1, -1, -1])
     circuit = builder.build([builder.sum([total, builder.constant(1)])])
     assert str(circuit).splitlines() == [
-        "General circuit of 4 inputs and 1 outputs",
+        "General circuit of 4 inputs and 1 output",
         "                              binary    unbounded fan-in",
         "  gates                            4                   2",
         "  size, with inputs                8                   6",
