@@ -219,6 +219,14 @@ def test_bulk_and_single_gates_agree() -> None:
     assert equal(one.build(np.arange(12)), many.build(np.arange(12)))
 
 
+def test_gates_of_one_call_may_read_each_other() -> None:
+    builder = Builder(2)
+    chain = builder.sums([[0, 1], [2, 1], [3, 2]])
+    assert builder.build(chain).to_dense(EXACT).tolist() == [[1, 1], [1, 2], [2, 3]]
+    with pytest.raises(CircuitError, match="An operand is node 6, but there are 5 nodes"):
+        builder.sums([[0, 1], [6, 1]])
+
+
 def test_copies_of_a_circuit_inside_another() -> None:
     builder = Builder(8)
     once = builder.apply(hadamard(2), builder.inputs.reshape(2, 4))

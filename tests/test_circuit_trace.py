@@ -34,6 +34,7 @@ LINEAR: dict[str, tuple[Callable[[Any], Any], int | tuple[int, ...]]] = {
     "pad": (lambda x: [np.pad(x, 2), np.pad(x, 2, mode="wrap")], 3),
     "einsum": (lambda x: [np.einsum("ij,kj->ik", A, x), np.einsum("ii", x[:2, :2]), np.einsum("ij->j", x)], (2, 4)),
     "differences": (lambda x: [np.diff(x, 2), np.cumsum(x), np.cumsum(x.reshape(2, 2), axis=1)], 4),
+    "running sums": (lambda x: [np.cumsum(2 * x, axis=1), np.cumsum(x[::-1] * A, axis=0), x.cumsum()], (3, 4)),
     "products": (lambda x: [np.kron(A, x), np.outer(A[0], x[0]), np.inner(A, x), np.dot(x, A.T)], (2, 4)),
     "vectors": (lambda x: [np.vdot(A[0], x), np.dot(3, x), np.dot(x, A[0])], 4),
     "split": (lambda x: np.split(x, 2)[1] + np.trace(A[:3, :3]) * np.split(x, 2)[0], 4),

@@ -17,7 +17,8 @@ class Builder:
     """Collects gates, each after its operands, and makes a circuit of them.
 
     Nodes are integers, and arrays of integers: every method takes and gives NumPy arrays of nodes in any shape, so
-    that a whole level of an algorithm is one call. A gate at a time works too.
+    that a whole level of an algorithm is one call. A gate at a time works too, and so do gates of one call that read
+    each other: they are numbered from :attr:`nodes` on, in their order.
 
     Example: the butterfly of two inputs.
 
@@ -207,16 +208,18 @@ class Builder:
         self, kind: Kind | NDArray[np.uint8], operands: Ints, weights: Numbers, parameters: Ints, counts: Ints
     ) -> Ints:
         """Append gates of ``counts`` operands each: their nodes."""
+        nodes = np.arange(self._nodes, self._nodes + len(counts))
         if len(operands) and isinstance(kind, Kind) and kind is not Kind.CONSTANT:
-            wrong = operands.max() if operands.max() >= self._nodes else operands.min()
-            if not 0 <= wrong < self._nodes:
+            # Gates of one call may read each other, in their order.
+            gate = np.repeat(nodes, counts) if operands.max() >= self._nodes else self._nodes
+            wrong = operands[(operands < 0) | (operands >= gate)]
+            if len(wrong):
                 raise CircuitError(
-                    f"An operand is node {wrong}, but there are {self._nodes} nodes so far, from 0 on. A gate reads "
+                    f"An operand is node {wrong[0]}, but there are {self._nodes} nodes so far, from 0 on. A gate reads "
                     "earlier nodes only."
                 )
         if len(parameters) and parameters.max() >= self._trained:
             raise CircuitError(f"A weight reads parameter {parameters.max()}; there are {self._trained} so far.")
-        nodes = np.arange(self._nodes, self._nodes + len(counts))
         self._nodes += len(counts)
         self._kinds.append(np.full(len(counts), kind, np.uint8) if isinstance(kind, Kind) else kind)
         self._counts.append(counts)

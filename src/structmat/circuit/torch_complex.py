@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from structmat.circuit.torch_trees import leaves, mapped
-from structmat.circuit.tracer import Tracer, stacked
+from structmat.circuit.tracer import Tracer, concatenated, stacked
 from structmat.circuit.tracer_matrix import by_matrix
 from structmat.errors import CircuitError
 
@@ -57,8 +57,7 @@ def called(x: Tracer, node: torch.fx.Node, target: Any, name: str, args: Any, kw
     product = _PRODUCTS.get(name)
     if product is not None and len(traced) == 2:
         return _multiplied(x, product, *args[:2])
-    parts: Any = [_real(leaf).ravel() for leaf in traced]
-    flat = cast(Tracer, np.concatenate(parts))
+    flat = concatenated([_real(leaf).ravel() for leaf in traced])
 
     def function(array: np.ndarray) -> np.ndarray:
         rest = torch.from_numpy(np.ascontiguousarray(array))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from structmat.circuit.linear_part import linear_circuit
 from structmat.circuit.torch_complex import Pair, called, is_complex, needs_pairs
 from structmat.circuit.torch_trees import leaves, mapped
 from structmat.circuit.trace import output_nodes
-from structmat.circuit.tracer import Tracer, as_tracer, parameter_tracer
+from structmat.circuit.tracer import Tracer, as_tracer, concatenated, parameter_tracer
 from structmat.circuit.tracer_matrix import by_matrix
 from structmat.circuit.tracer_numpy import transformed
 from structmat.errors import CircuitError
@@ -163,8 +163,7 @@ def _moved(x: Tracer, target: Any, args: Any, kwargs: Any) -> Any:
         return numbered
 
     moved = target(*mapped(args, places), **mapped(kwargs, places))
-    joined: Any = parts
-    everything = cast(Tracer, np.concatenate(joined))
+    everything = concatenated(parts)
     return mapped(moved, lambda leaf: everything.take(leaf.numpy() - 1) if isinstance(leaf, Tensor) else leaf)
 
 

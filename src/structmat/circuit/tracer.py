@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -192,8 +192,7 @@ class Tracer:
         factors = self.ravel() if axis is None else self.move(np.moveaxis, axis, 0)
         while len(factors) > 1:
             half = len(factors) // 2
-            parts: Any = [factors[:half] * factors[half : 2 * half], factors[2 * half :]]
-            factors = cast(Tracer, np.concatenate(parts))
+            factors = concatenated([factors[:half] * factors[half : 2 * half], factors[2 * half :]])
         return factors[0] if len(factors) else self.lift(np.ones(factors.shape[1:], np.int64))
 
     def mean(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tracer:
@@ -304,6 +303,17 @@ def stacked(builder: Builder, parts: Sequence[Tracer], axis: int = -1) -> Tracer
         np.stack([np.broadcast_to(p.node, shape) for p in parts], axis),
         np.stack([np.broadcast_to(p.scale, shape).astype(dtype) for p in parts], axis),
         np.stack([np.broadcast_to(p.parameter, shape) for p in parts], axis),
+    )
+
+
+def concatenated(parts: Sequence[Tracer]) -> Tracer:
+    """At least one tracer, of one circuit, joined along the first axis."""
+    dtype = common_type(*(p.scale for p in parts))
+    return Tracer(
+        parts[0].builder,
+        np.concatenate([p.node for p in parts]),
+        np.concatenate([p.scale.astype(dtype) for p in parts]),
+        np.concatenate([p.parameter for p in parts]),
     )
 
 

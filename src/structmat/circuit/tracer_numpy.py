@@ -9,7 +9,7 @@ import numpy as np
 
 from structmat.circuit.arrays import common_type, starts
 from structmat.circuit.builder import Builder
-from structmat.circuit.tracer import Tracer, as_tracer, stacked
+from structmat.circuit.tracer import Tracer, as_tracer, concatenated, stacked
 from structmat.errors import CircuitError
 
 
@@ -73,11 +73,26 @@ def _pad(x: Tracer, array: Tracer, width: Any, mode: str = "constant", **kwargs:
 
 def _cumsum(x: Tracer, array: Tracer, axis: int | None = None) -> Tracer:
     """One after the other, as NumPy does."""
-    return _accumulated(x, array, axis, Tracer.__add__)
+    values = _first_axis(array, axis)
+    if len(values) < 2 or np.any((values.node < 0) | np.asarray(values.scale == 0, dtype=bool)):
+        return _accumulated(x, array, axis, Tracer.__add__)
+    # All at once: each sum reads the one before it, whose number is known.
+    width = values[0].size
+    made = x.builder.nodes + np.arange(values.size - width).reshape(values[1:].shape)
+    first = Tracer(x.builder, made[:-1], np.ones(made[:-1].shape, np.int64), np.full(made[:-1].shape, -1))
+    before = concatenated([values[:1], first])
+    terms = stacked(x.builder, [before, values[1:]])
+    sums = as_tracer(x.builder, x.builder.sums(terms.node, terms.scale, parameters=terms.parameter))
+    return concatenated([values[:1], sums]).move(np.moveaxis, 0, 0 if axis is None else axis)
+
+
+def _first_axis(array: Tracer, axis: int | None) -> Tracer:
+    """The axis moved to the front, or all entries."""
+    return array.ravel() if axis is None else array.move(np.moveaxis, axis, 0)
 
 
 def _accumulated(x: Tracer, array: Tracer, axis: int | None, step: Callable[[Tracer, Tracer], Tracer]) -> Tracer:
-    values = (array.ravel() if axis is None else array).move(np.moveaxis, 0 if axis is None else axis, 0)
+    values = _first_axis(array, axis)
     rows = [values[0]]
     for row in range(1, len(values)):
         rows.append(step(rows[-1], values[row]))
