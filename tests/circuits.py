@@ -77,3 +77,8 @@ def fft(levels: int) -> Circuit:
         weights[0, :, 1], weights[1, :, 1] = twiddle, -twiddle
         x = builder.sums(np.concatenate([both, both], axis=1), weights).ravel()
     return builder.build(x)
+
+
+def up(size: int) -> tuple[int, ...]:
+    """The strides of a butterfly matrix: 1, 2, .., size / 2."""
+    return tuple(1 << level for level in range(size.bit_length() - 1))

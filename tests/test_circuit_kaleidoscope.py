@@ -10,9 +10,8 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from circuits import random_linear
+from circuits import random_linear, up
 from hypothesis import given
-from scipy import fft, linalg
 
 from structmat.circuit import Builder, Circuit, Floats, PrimeField, Rationals, layers
 from structmat.circuit.catalogue import cosine, fourier, haar, hadamard, prefix_sums, toeplitz
@@ -32,16 +31,12 @@ from structmat.circuit.kaleidoscope import (
     total,
 )
 from structmat.circuit.kaleidoscope.stage import bit_reversal
+from structmat.circuit.simplify import prune
 from structmat.errors import CircuitError
 
 seeds = st.integers(0, 100_000)
 EXACT = Rationals()
 P = PrimeField()
-COMPLEX = Floats(complex)
-
-
-def up(size: int) -> tuple[int, ...]:
-    return tuple(1 << level for level in range(size.bit_length() - 1))
 
 
 def random_matrix(size: int, width: int, seed: int) -> Kaleidoscope:
@@ -61,222 +56,7 @@ def dense_stage(stage: Stage) -> Any:
     return matrix
 
 
-def decimation_in_time(size: int) -> ButterflyProduct:
-    """B with F = B R: twiddles [[1, w], [1, -w]]."""
-    stages = []
-    for s in up(size):
-        w = np.exp(-1j * np.pi * np.arange(s) / s)
-        block = np.stack([np.stack([np.ones(s), w]), np.stack([np.ones(s), -w])])
-        stages.append(Stage.of(np.broadcast_to(block, (size // (2 * s), 2, 2, s))))
-    return ButterflyProduct(size, tuple(stages))
-
-
 # ------------------------------------------------------------------------------------------------------ the checks
-
-
-@pytest.mark.parametrize("size", [2, 4, 16, 64, 512, 1024])
-def test_circuits_B1_transforms_are_butterfly_matrices(size: int) -> None:
-    rng = np.random.default_rng(size)
-    reversal = bit_reversal(size)
-    butterfly = decimation_in_time(size)
-    assert butterfly.strides == up(size)
-    x = rng.standard_normal((3, size))
-    np.testing.assert_allclose(butterfly.multiply(x[:, reversal], COMPLEX), np.fft.fft(x), atol=1e-12 * size)
-    # By transposition F = R B^T, with B^T in B*.
-    np.testing.assert_allclose(butterfly.T.multiply(x, COMPLEX)[:, reversal], np.fft.fft(x), atol=1e-12 * size)
-    # A circulant matrix is in B B* without a permutation.
-    column = rng.standard_normal(size)
-    eigenvalues = np.fft.fft(column)[reversal] / size
-    conjugate = ButterflyProduct(size, tuple(Stage.of(s.weight.conj()) for s in butterfly.stages))
-    first = (conjugate.stages[0].columns_scaled(eigenvalues), *conjugate.stages[1:])
-    circulant = Kaleidoscope(ButterflyProduct(size, butterfly.T.stages + first), size, size)
-    assert circulant.width == 1
-    expected = np.fft.ifft(np.fft.fft(x) * np.fft.fft(column))
-    np.testing.assert_allclose(circulant.multiply(x, COMPLEX), expected, atol=1e-12 * size)
-
-
-def test_circuits_B1_hadamard_needs_no_permutation() -> None:
-    twiddle = np.array([[1, 1], [1, -1]])[None, :, :, None]
-    stages = [Stage.of(np.broadcast_to(twiddle, (32 // (2 * s), 2, 2, s))) for s in up(32)]
-    assert np.array_equal(ButterflyProduct(32, tuple(stages)).to_dense(EXACT), hadamard(32).to_dense(EXACT))
-    assert np.array_equal(ButterflyProduct(32, tuple(stages[::-1])).to_dense(EXACT), hadamard(32).to_dense(EXACT))
-
-
-def scaled_last(product: ButterflyProduct, scale: Any) -> ButterflyProduct:
-    """The product with a diagonal matrix on the left: the last stage takes it in."""
-    last = product.stages[-1].transpose().columns_scaled(np.broadcast_to(scale, product.size)).transpose()
-    return ButterflyProduct(product.size, (*product.stages[:-1], last))
-
-
-def circulant(column: Any) -> ButterflyProduct:
-    """``conj(B) diag(eigenvalues / n, in bit-reversed order) B^T``: no permutation is needed."""
-    size = len(column)
-    butterfly = decimation_in_time(size)
-    conjugate = ButterflyProduct(size, tuple(Stage.of(stage.weight.conj()) for stage in butterfly.stages))
-    eigenvalues = np.fft.fft(column)[bit_reversal(size)] / size
-    first = (conjugate.stages[0].columns_scaled(eigenvalues), *conjugate.stages[1:])
-    return ButterflyProduct(size, butterfly.T.stages + first)
-
-
-def rotation(vector: Any) -> ButterflyProduct:
-    """An orthogonal member of B* that takes a vector to its norm times the first unit vector."""
-    size = len(vector)
-    stages, rest = [], np.array(vector, dtype=float)
-    for stride in up(size)[::-1]:
-        weight = Stage.identity(size, stride).weight.astype(float)
-        upper, lower = rest[:stride], rest[stride : 2 * stride]
-        norm = np.hypot(upper, lower)
-        safe = np.where(norm > 0, norm, 1)
-        c, s = np.where(norm > 0, upper / safe, 1), lower / safe
-        weight[0] = np.stack([np.stack([c, s]), np.stack([-s, c])])
-        stages.append(Stage.of(weight))
-        rest = norm
-    return ButterflyProduct(size, tuple(stages))
-
-
-@pytest.mark.parametrize("size", [2, 4, 16, 64, 512])
-def test_circuits_B1_inverse_and_real_relatives_of_the_fourier_transform(size: int) -> None:
-    x = np.random.default_rng(size).standard_normal((2, size))
-    k = np.arange(size)
-    reversal = bit_reversal(size)
-    butterfly = decimation_in_time(size)
-    halved = ButterflyProduct(size, tuple(Stage.of(stage.weight.conj() / 2) for stage in butterfly.stages))
-    np.testing.assert_allclose(halved.multiply(x[:, reversal], COMPLEX), np.fft.ifft(x), atol=1e-14 * size)
-    hartley = scaled_last(butterfly, 1 + 1j).multiply(x[:, reversal], COMPLEX).real
-    angle = 2 * np.pi * np.outer(k, k) / size
-    np.testing.assert_allclose(hartley, x @ (np.cos(angle) + np.sin(angle)), atol=1e-12 * size)
-    # Cosine and sine transforms: the evens ascending, then the odds descending, in bit-reversed order.
-    folded = np.concatenate([k[::2], k[1::2][::-1]])[reversal]
-    cosine_2 = scaled_last(butterfly, 2 * np.exp(-0.5j * np.pi * k / size))
-    np.testing.assert_allclose(cosine_2.multiply(x[:, folded], COMPLEX).real, fft.dct(x), atol=1e-12 * size)
-    unfolded = np.empty(size, dtype=np.int64)
-    unfolded[folded] = k
-    transposed = cosine_2.T.multiply(x, COMPLEX).real[:, unfolded]
-    doubled = x + np.where(k == 0, x, 0)  # SciPy takes the zeroth term once, the transpose twice
-    np.testing.assert_allclose(transposed, fft.dct(doubled, type=3), atol=1e-12 * size)
-    signs = np.where(k < size // 2 + size % 2, 1, -1)
-    shift = np.exp(-2j * np.pi * k / size)  # moves every frequency by one: the exponent k + 1 afterwards
-    sine_2 = scaled_last(butterfly, 2j * np.exp(-0.5j * np.pi * (k + 1) / size))
-    first = sine_2.stages[0].columns_scaled((signs * shift)[reversal])
-    sine_2 = ButterflyProduct(size, (first, *sine_2.stages[1:]))
-    np.testing.assert_allclose(sine_2.multiply(x[:, folded], COMPLEX).real, fft.dst(x), atol=1e-12 * size)
-
-
-@pytest.mark.parametrize("size", [2, 8, 64])
-def test_circuits_B1_kronecker_products_and_wavelets_are_butterfly_matrices(size: int) -> None:
-    rng = np.random.default_rng(size)
-    blocks = rng.integers(-3, 4, (len(up(size)), 2, 2))
-    tied = [
-        Stage.of(np.broadcast_to(block[None, :, :, None], (size // (2 * s), 2, 2, s)))
-        for s, block in zip(up(size), blocks, strict=True)
-    ]
-    expected = np.ones((1, 1), dtype=np.int64)
-    for block in blocks:
-        expected = np.kron(block, expected)
-    assert np.array_equal(ButterflyProduct(size, tuple(tied)).to_dense(EXACT), expected)
-    # The Haar wavelet in place: at stride s only pairs of multiples of s are mixed.
-    stages = []
-    for s in up(size):
-        weight = Stage.identity(size, s).weight.astype(float)
-        weight[:, :, :, 0] = np.array([[1, 1], [1, -1]]) / math.sqrt(2)
-        stages.append(Stage.of(weight))
-    in_place = ButterflyProduct(size, tuple(stages)).to_dense()
-    k = np.arange(size)
-    level = np.array([size if i == 0 else i & -i for i in range(size)])
-    coarse_first = np.lexsort((k, -level))
-    np.testing.assert_allclose(in_place[coarse_first], haar(size).to_dense(), atol=1e-14)
-
-
-@pytest.mark.parametrize("size", [2, 8, 64])
-@pytest.mark.parametrize("factor", [1, -1, 0.5])
-def test_circuits_B1_circulant_relatives_are_in_one_pair(size: int, factor: float) -> None:
-    """f-circulant matrices: the wrapped entries times f; a cyclic shift is one of them."""
-    rng = np.random.default_rng(size)
-    for column in (rng.standard_normal(size), np.eye(size)[1]):
-        eta = np.power(complex(factor), np.arange(size) / size)
-        inner = circulant(column * eta)
-        first = inner.stages[0].columns_scaled(eta)
-        product = ButterflyProduct(size, (first, *inner.stages[1:]))
-        matrix = scaled_last(product, 1 / eta)
-        i, j = np.indices((size, size))
-        expected = np.where(i >= j, column[(i - j) % size], factor * column[(i - j) % size])
-        assert Kaleidoscope(matrix, size, size).width == 1
-        np.testing.assert_allclose(matrix.to_dense(COMPLEX), expected, atol=1e-12 * size)
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 5), (3, 9), (12, 7), (30, 33)])
-def test_circuits_B1_toeplitz_matrices_of_any_size_are_corners_of_one_pair(rows: int, columns: int) -> None:
-    rng = np.random.default_rng(rows)
-    first_column, first_row = rng.standard_normal(rows), rng.standard_normal(columns)
-    first_row[0] = first_column[0]
-    size = max(2, 1 << (rows + columns - 2).bit_length())
-    padding = np.zeros(size - rows - columns + 1)
-    embedded = circulant(np.concatenate([first_column, padding, first_row[:0:-1]]))
-    matrix = Kaleidoscope(embedded, columns, rows)
-    assert matrix.width == 1
-    np.testing.assert_allclose(matrix.to_dense(COMPLEX), linalg.toeplitz(first_column, first_row), atol=1e-12)
-    # So is a circulant matrix of any size.
-    size = max(2, 1 << (2 * rows - 2).bit_length())
-    padding = np.zeros(size - 2 * rows + 1)
-    corner = Kaleidoscope(circulant(np.concatenate([first_column, padding, first_column[1:]])), rows, rows)
-    np.testing.assert_allclose(corner.to_dense(COMPLEX), linalg.circulant(first_column), atol=1e-12)
-
-
-@pytest.mark.parametrize("size", [2, 4, 32])
-def test_circuits_B1_rank_one_and_householder_matrices_are_in_one_pair(size: int) -> None:
-    rng = np.random.default_rng(size)
-    u, v = rng.standard_normal((2, size))
-    into, back = rotation(v), rotation(u).T
-    first = back.stages[0].columns_scaled(np.linalg.norm(u) * np.linalg.norm(v) * np.eye(size)[0])
-    outer = Kaleidoscope(ButterflyProduct(size, (*into.stages, first, *back.stages[1:])), size, size)
-    assert outer.width == 1
-    np.testing.assert_allclose(outer.to_dense(), np.outer(u, v), atol=1e-12)
-    for alpha in (-2 / (v @ v), 0.7):
-        back = into.T
-        scale = np.ones(size)
-        scale[0] += alpha * (v @ v)
-        first = back.stages[0].columns_scaled(scale)
-        reflected = Kaleidoscope(ButterflyProduct(size, (*into.stages, first, *back.stages[1:])), size, size)
-        assert reflected.width == 1
-        np.testing.assert_allclose(reflected.to_dense(), np.eye(size) + alpha * np.outer(v, v), atol=1e-12)
-    diagonal = Stage.identity(size, 1).columns_scaled(u)
-    assert np.array_equal(ButterflyProduct(size, (diagonal,)).to_dense(), np.diag(u))
-
-
-@pytest.mark.parametrize("size", [4, 8, 32])
-def test_circuits_B1_the_fourier_matrix_in_its_own_order_is_in_neither_class(size: int) -> None:
-    """Between two stages one coordinate joins certain rows and columns, whose block then has rank 1."""
-    far, near = np.array([0, size // 2]), np.array([0, 1])
-    transform = np.fft.fft(np.eye(size))
-    for strides, block in ((up(size), np.ix_(far, near)), (up(size)[::-1], np.ix_(near, far))):
-        rng = np.random.default_rng(size)
-        stages = [Stage.of(rng.integers(1, 9, (size // (2 * s), 2, 2, s))) for s in strides]
-        assert np.linalg.matrix_rank(ButterflyProduct(size, tuple(stages)).to_dense()[block]) == 1
-        assert np.linalg.matrix_rank(transform[block]) == 2
-
-
-@pytest.mark.parametrize("size", [4, 8])
-def test_circuits_B2_permutations_of_one_butterfly_matrix(size: int) -> None:
-    """Switch settings give different permutations, and those of B* are the modular-balanced ones."""
-    strides = up(size)[::-1]
-    pairs = len(strides) * size // 2
-    x = np.arange(size)
-    reached = set()
-    for bits in itertools.product([False, True], repeat=pairs):
-        crossed = np.array(bits).reshape(len(strides), -1)
-        y = x
-        for s, switch in zip(strides, crossed, strict=True):
-            pair = y.reshape(-1, 2, s)
-            y = np.where(switch.reshape(-1, 1, s), pair[:, ::-1], pair).ravel()
-        reached.add(tuple(y.tolist()))
-    assert len(reached) == 2**pairs == {4: 16, 8: 4096}[size]
-
-    def balanced(order: tuple[int, ...]) -> bool:
-        chunks = [np.array(order).reshape(-1, m) % m for m in up(2 * size)]
-        return all(len(set(chunk.tolist())) == len(chunk) for array in chunks for chunk in array)
-
-    everything = itertools.permutations(range(size))
-    assert reached == {order for order in everything if balanced(order)}
 
 
 def test_circuits_K1_every_permutation_of_four() -> None:
@@ -424,6 +204,38 @@ def test_circuits_K4_table_of_compiled_sizes() -> None:
     assert (kept.size, kept.width) == (128, 13)
 
 
+def test_circuits_K4_table_of_the_proof_as_it_stands() -> None:
+    """Every value kept, four pairs for each layer, one for the order of the outputs: width 4 d + 1."""
+    circuit = hadamard(16)
+    matrix = permutation_matrix(128)
+    for layer in reversed(layers(circuit, circuit.levels, keep_all=True)):
+        row = np.repeat(np.arange(layer.rows), np.diff(layer.start))
+        matrix = matrix @ sparse(row, layer.column, layer.weight, (128, 128), size=128)
+    assert (matrix.width, matrix.parameters) == (4 * circuit.depth + 1, 60_928)
+    assert np.array_equal(matrix.to_dense(P)[:16, :16], circuit.to_dense(P))
+
+
+def permutation_matrix(size: int) -> Kaleidoscope:
+    return Kaleidoscope(permutation(np.arange(size)), size, size)
+
+
+def test_circuits_K4_table_of_random_circuits() -> None:
+    """8 inputs, 20 gates that all matter, 8 outputs, depth 5: some take the size 32 of the table, others only 16."""
+    found = set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        builder = Builder(8)
+        ends = np.arange(8)
+        for _ in range(20):
+            place = rng.integers(8)
+            ends[place] = builder.sum([ends[place], rng.integers(builder.nodes)], rng.integers(1, 4, 2))
+        circuit = builder.build(ends)
+        if circuit.depth == 5:
+            matrix = kaleidoscope(circuit, recognize=False, full=True)
+            found.add((circuit.size, matrix.size, matrix.width, matrix.parameters))
+    assert found == {(28, 16, 16, 4_096), (28, 32, 16, 10_240)}
+
+
 @pytest.mark.parametrize(
     ("circuit", "size", "width"),
     [
@@ -500,12 +312,16 @@ def test_circuits_K4_other_layers_are_not_recognized(start: list[int], column: l
 
 
 def long_circuit(inputs: int, gates: int, reach: int, seed: int) -> Circuit:
-    """A random circuit each of whose gates reads two of the last ``reach`` nodes."""
+    """A random circuit without dead gates: each replaces one of ``inputs`` values by a sum of it and a recent node."""
     rng = np.random.default_rng(seed)
     node = inputs + np.arange(gates)
-    i, j = rng.integers(np.maximum(0, node - reach), node), rng.integers(np.maximum(0, node - reach), node)
-    weights = rng.integers(1, 4, (2, gates))
-    return Circuit.from_gates(inputs, i, j, *weights, np.arange(gates, inputs + gates))
+    place = np.concatenate([np.arange(inputs), rng.integers(0, inputs, gates)])
+    order = np.argsort(place, kind="stable")
+    before = np.empty(len(order), dtype=np.int64)
+    before[order[1:]] = order[:-1]
+    other = rng.integers(np.maximum(0, node - reach), node)
+    last = np.concatenate([order[:-1][place[order[1:]] != place[order[:-1]]], order[-1:]])
+    return Circuit.from_gates(inputs, before[inputs:], other, *rng.integers(1, 4, (2, gates)), last)
 
 
 def assert_large(circuit: Circuit, seconds: float) -> None:
@@ -514,6 +330,7 @@ def assert_large(circuit: Circuit, seconds: float) -> None:
     assert time.process_time() - begin < seconds
     x = np.random.default_rng(0).integers(0, 1000, circuit.in_features)
     assert np.array_equal(matrix.multiply(x, P), circuit.evaluate(x, P))
+    assert prune(circuit).gates == circuit.gates
     assert matrix.width <= 3 * circuit.depth + 1
     assert matrix.size <= 2 * (1 << (circuit.size - 1).bit_length())
 

@@ -29,7 +29,7 @@ def test_the_summary_states_both_conventions() -> None:
     total = builder.sum([0, 1, 2, 3], [1, 2, 1, 1], parameters=[w[0], -1, -1, -1])
     circuit = builder.build([builder.sum([total, builder.constant(1)])])
     assert str(circuit).splitlines() == [
-        "General circuit of 4 inputs and 1 outputs",
+        "General circuit of 4 inputs and 1 output",
         "                              binary    unbounded fan-in",
         "  gates                            4                   2",
         "  size, with inputs                8                   6",
@@ -200,6 +200,15 @@ def test_gradients_of_modules_are_the_gradient_circuit(seed: int) -> None:
     expected = circuit.gradient(parameters=True).evaluate(point)
     actual = [np.zeros(n) if g is None else g.numpy() for g, n in zip(grads, (circuit.in_features, 3), strict=True)]
     assert np.concatenate(actual) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("outputs", [0, 2])
+@pytest.mark.parametrize("inputs", [0, 1, 3])
+def test_modules_of_circuits_without_gates(inputs: int, outputs: int) -> None:
+    builder = Builder(inputs)
+    layer = builder.build([builder.sum([])] * outputs).module()
+    for batch in ((), (2,), (0,), (2, 0)):
+        assert layer(torch.ones(*batch, inputs)).shape == (*batch, outputs)
 
 
 def test_modules_keep_names_shapes_and_types() -> None:

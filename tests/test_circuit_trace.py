@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from scipy import linalg
 from torch import Tensor, nn
 
 from structmat.circuit import Builder, Rationals, Tracer, equal, trace
@@ -33,10 +34,15 @@ LINEAR: dict[str, tuple[Callable[[Any], Any], int | tuple[int, ...]]] = {
     "pad": (lambda x: [np.pad(x, 2), np.pad(x, 2, mode="wrap")], 3),
     "einsum": (lambda x: [np.einsum("ij,kj->ik", A, x), np.einsum("ii", x[:2, :2]), np.einsum("ij->j", x)], (2, 4)),
     "differences": (lambda x: [np.diff(x, 2), np.cumsum(x), np.cumsum(x.reshape(2, 2), axis=1)], 4),
+    "running sums": (lambda x: [np.cumsum(2 * x, axis=1), np.cumsum(x[::-1] * A, axis=0), x.cumsum()], (3, 4)),
     "products": (lambda x: [np.kron(A, x), np.outer(A[0], x[0]), np.inner(A, x), np.dot(x, A.T)], (2, 4)),
     "vectors": (lambda x: [np.vdot(A[0], x), np.dot(3, x), np.dot(x, A[0])], 4),
     "split": (lambda x: np.split(x, 2)[1] + np.trace(A[:3, :3]) * np.split(x, 2)[0], 4),
-    "unknown but linear": (lambda x: np.fft.fft(x), 5),
+    "unknown but linear": (lambda x: np.gradient(x), 5),
+    "fourier": (lambda x: [np.fft.fft(x, axis=0), np.fft.ifft(np.fft.fft(x) * A[0])], (3, 4)),
+    "methods": (lambda x: [x.copy(), x.repeat(2), x.cumsum(0), x.astype(float), x.squeeze()], 3),
+    "chosen": (lambda x: np.where(A[0] > -4, x, 2 * x[::-1]), 4),
+    "convolution": (lambda x: [np.convolve(x, [1, 2]), np.convolve([1, 2, 3, 4, 5], x)], 3),
     "in parts": (lambda x: [v * k for k, v in enumerate(x)], 3),
 }  # fmt: skip
 
@@ -73,6 +79,29 @@ def test_polynomials_are_exact(seed: int) -> None:
     circuit = trace(function, 3)
     x = rng.integers(-5, 6, 3)
     assert circuit.evaluate(x, EXACT).tolist() == [int(v) for r in function(x) for v in np.ravel(r)]
+
+
+def test_products_of_many_entries() -> None:
+    x = [2, 3, 5, 7, 11]
+    assert trace(lambda x: x.prod(), 5).evaluate(x, EXACT).tolist() == [2310]
+    assert trace(np.prod, 5).depth == 3, "a tree"
+    assert trace(np.cumprod, 5).evaluate(x, EXACT).tolist() == [2, 6, 30, 210, 2310]
+    assert trace(lambda x: np.prod(x, axis=1), (2, 2)).evaluate(x[:4], EXACT).tolist() == [6, 35]
+    assert trace(lambda x: np.convolve(x[:3], x[3:]), 5).evaluate(x, EXACT).tolist() == [14, 43, 68, 55]
+
+
+def test_a_traced_fourier_transform_is_fast() -> None:
+    for circuit in (trace(np.fft.fft, 64), trace_torch(torch.fft.fft, 64)):
+        assert (circuit.gates, circuit.depth) == (64 * 6, 6)
+
+
+def test_errors_of_the_function_itself_are_its_own() -> None:
+    with pytest.raises(IndexError, match="out of bounds"):
+        trace(lambda x: x[7], 3)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        trace(lambda x: x.reshape(5), 3)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        trace(lambda x: x.nothing, 3)
 
 
 def test_rational_functions_and_fractions() -> None:
@@ -135,8 +164,15 @@ def test_a_linear_map_written_with_products_becomes_linear() -> None:
         (lambda x: np.einsum("...i->...", x), "ellipsis"),
         (lambda x: np.pad(x, 1, constant_values=2), "with zeros only"),
         (lambda x: np.multiply.reduce(x), "np.multiply.reduce is not known"),
-        (lambda x: np.where(x, x, x), "np.where is not known"),
-        (lambda x: np.fft.fft(np.pad(x, 5000)), "more than 4096 are not replaced"),
+        (lambda x: np.where(x, x, x), "for a condition that is known"),
+        (lambda x: np.gradient(np.pad(x, 5000)), "more than 4096 are not replaced"),
+        (lambda x: np.fft.fft(x, norm="ortho"), "without n and norm"),
+        (lambda x: np.convolve(x, x, "same"), "in mode 'full'; got mode 'same'"),
+        (lambda x: x.max(), "np.max is not linear"),
+        (lambda x: torch.relu(x), "relu is a function of PyTorch.*Use trace_torch"),
+        (lambda x: linalg.norm(x), "other libraries by their matrix"),
+        (lambda x: np.zeros(3).__setitem__(0, x[0]), "nor an entry of an array of floats"),
+        (lambda x: x.__setitem__(0, 1), "can't be changed in place"),
         (lambda x: np.kron(x, A), "as many axes; got 1 and 2"),
     ],
 )
@@ -169,10 +205,17 @@ def written_in_place(x: Tensor) -> Tensor:
     return y
 
 
+SPECTRUM = torch.randn(5, 5, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+
 TORCH_LINEAR: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
     "moves": (lambda x: x.flip(0) + 2 * x.roll(1) - x[[2, 1, 0, 0, 4]], (5,)),
     "several": (lambda x: (x.cumsum(0), x.mean(), torch.stack([x, x * 0]), F.pad(x, (1, 2)), x.unbind()[1]), (4,)),
     "fourier": (lambda x: torch.fft.fft(x), (8,)),
+    "fourier of planes": (lambda x: torch.fft.fft2(x, norm="ortho"), (3, 4)),
+    "half of a fourier transform": (lambda x: torch.fft.rfft(x, norm="forward"), (3, 5)),
+    "circulant": (lambda x: torch.fft.irfft(torch.fft.rfft(x) * SPECTRUM[0], n=8), (8,)),
+    "circulant, complex": (lambda x: torch.fft.ifft(torch.fft.fft(x) @ SPECTRUM.T).imag, (2, 5)),
+    "parts": (lambda x: torch.view_as_real(torch.cat([torch.fft.fft(x), 1j * x]).conj().resolve_conj()), (4,)),
     "conv1d": (lambda x: F.conv1d(x[None, None], torch.tensor([[[1.0, 2, 3]]]).to(x), padding=1)[0, 0], (6,)),
     "conv2d": (nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False), (1, 2, 5, 5)),
     "transposed": (nn.ConvTranspose1d(2, 3, 3, stride=2, bias=False), (1, 2, 4)),
@@ -229,6 +272,17 @@ def test_parameters_of_modules(module: nn.Module, shape: tuple[int, ...]) -> Non
     assert np.abs(doubled - module(x).detach().numpy().ravel()).max() <= 1e-12
 
 
+def test_torch_products_of_complex_values() -> None:
+    """The autocorrelation by two transforms: a polynomial of degree 2."""
+    circuit = trace_torch(lambda x: (torch.fft.ifft(torch.fft.fft(x) * torch.fft.fft(x).conj())).real, 6)
+    x = np.arange(1.0, 7.0)
+    expected = [(x * np.roll(x, -k)).sum() for k in range(6)]
+    assert circuit.evaluate(x) == pytest.approx(expected)
+    scaled = trace_torch(lambda x: (x.to(torch.complex128) * torch.fft.fft(x) * x.prod()).imag, 4)
+    y = x[:4]
+    assert scaled.evaluate(y) == pytest.approx((y * np.fft.fft(y)).imag * 24)
+
+
 def test_torch_polynomials() -> None:
     circuit = trace_torch(lambda x: x[..., 0] * x[..., 1] / (1 + x[..., 0] ** 2), (4, 2))
     x = torch.randn(4, 2, dtype=torch.float64)
@@ -246,6 +300,8 @@ def test_torch_polynomials() -> None:
     ("function", "message"),
     [
         (torch.relu, "relu is not linear"),
+        (lambda x: torch.fft.fft(x).abs(), "abs is not linear"),
+        (lambda x: torch.linalg.eig(torch.complex(x, x)[None] * torch.ones(4, 1)).eigenvalues.real, "several results"),
         (torch.exp, "exp is not linear"),
         (torch.abs, "abs is not linear"),
         (lambda x: x.softmax(0), "_softmax is not linear"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import structmat as sm
+from structmat.circuit.catalogue import fourier
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "circuits"
 sys.path.insert(0, str(ROOT / "docs"))
 
 import gen_families  # noqa: E402
@@ -51,3 +54,23 @@ def test_the_table_of_wishes() -> None:
     assert answers["Butterfly"]["parameters"] == "128"
     # Each of the 4 levels has 32 products and 16 sums; backwards twice the products and 16 sums more for the inputs.
     assert answers["Butterfly"]["product"] == str(4 * 48)
+
+
+def test_the_picture_of_a_circuit_is_what_the_library_draws() -> None:
+    """Made by ``fourier(8).draw("docs/theory_circuit.svg")``."""
+    assert fourier(8).draw() == (ROOT / "docs" / "theory_circuit.svg").read_text(encoding="utf-8")
+
+
+def test_the_theory_names_the_figures_that_were_measured() -> None:
+    """What the page says of times stands in the results of the benchmark, rounded to a tenth."""
+    page = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8").partition("## On the clock")[2].partition("##")[0]
+    cells = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in RESULTS.glob("*.json")}
+    assert len(cells) == 8
+    steps = {name: step[0] for name, step in cells["Fourier_circuit_0"]["steps"].items()}
+    deep = cells["serial_prefix_sums_0"]["steps"]
+    random = [cell["steps"]["not recognized"][0] for name, cell in cells.items() if name.startswith("random")]
+    together = [steps[name] for name in ("build", "transpose", "differentiate", "evaluate")]
+    hadamard = cells["Hadamard__8_192_inputs_0"]["steps"]["not recognized"][0]
+    again = [deep["evaluate"][0], deep["evaluate again"][0]]
+    for seconds in (*together, sum(together), min(random), max(random), hadamard, *again):
+        assert f"{seconds:.1f}" in page, seconds

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
+from scipy.sparse import csgraph
+
+from structmat.errors import CircuitError
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -46,6 +49,26 @@ def consumers(start: Ints, operand: Ints) -> tuple[Ints, Ints]:
     return matrix.indptr.astype(np.int64), matrix.data
 
 
+def reachable(start: Ints, neighbor: Ints, sources: Ints) -> Bools:
+    """The sources, and all nodes that paths along the edges lead to. Linear time, whatever the length of the paths.
+
+    Args:
+        start: (nodes + 1,) segments of the edges that leave each node.
+        neighbor: the node that each edge leads to, or -1 for none.
+        sources: nodes, which may repeat.
+    """
+    nodes = len(start) - 1
+    real = neighbor >= 0
+    begin = start if real.all() else np.append(0, np.cumsum(real))[start]
+    # One node more, from which edges lead to all sources.
+    columns = np.concatenate([neighbor[real], sources])
+    rows = np.append(begin, len(columns))
+    graph = sparse.csr_array((np.ones(len(columns)), columns, rows), shape=(nodes + 1, nodes + 1))
+    found = np.zeros(nodes + 1, dtype=np.bool_)
+    found[csgraph.breadth_first_order(graph, nodes, directed=True, return_predecessors=False)] = True
+    return found[:-1]
+
+
 def is_unit(weight: Numbers) -> Bools:
     """Which numbers are 1 or -1: they cost no multiplication."""
     return np.asarray((weight == 1) | (weight == -1), dtype=np.bool_)
@@ -75,9 +98,27 @@ def exact_product(first: Numbers, second: Numbers) -> Numbers:
     return np.asarray(first * second)
 
 
-def numbers(values: object) -> Numbers:
-    """Anything that NumPy takes as an array of numbers; booleans become integers, small floats and integers wide."""
+def indices(values: object, what: str) -> Ints:
+    """Anything that NumPy takes as an array of integers.
+
+    Raises:
+        CircuitError: it is something else, such as floats, which would be cut to integers without a word.
+    """
     array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise CircuitError(f"{what} are integers; got an array of {array.dtype}.")
+    return np.asarray(array, dtype=np.int64)
+
+
+def numbers(values: object) -> Numbers:
+    """Anything that NumPy takes as an array of numbers; booleans become integers, small floats and integers wide.
+
+    Raises:
+        CircuitError: it is no array of numbers.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "buifcO":
+        raise CircuitError(f"Numbers are needed; got an array of {array.dtype}.")
     if array.dtype.kind in "bui":
         return array.astype(np.int64)
     if array.dtype.kind == "f":

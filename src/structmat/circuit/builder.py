@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from structmat.circuit.arrays import Ints, Numbers, joined, numbers, starts
+from structmat.circuit.arrays import Ints, Numbers, indices, joined, numbers, starts
 from structmat.circuit.circuit import Circuit, Group, Kind
 from structmat.errors import CircuitError
 
@@ -17,7 +17,8 @@ class Builder:
     """Collects gates, each after its operands, and makes a circuit of them.
 
     Nodes are integers, and arrays of integers: every method takes and gives NumPy arrays of nodes in any shape, so
-    that a whole level of an algorithm is one call. A gate at a time works too.
+    that a whole level of an algorithm is one call. A gate at a time works too, and so do gates of one call that read
+    each other: they are numbered from :attr:`nodes` on, in their order.
 
     Example: the butterfly of two inputs.
 
@@ -85,7 +86,7 @@ class Builder:
 
     def parameter_nodes(self, parameters: ArrayLike) -> Ints:
         """Constant nodes whose values are these parameters, in their shape."""
-        read = np.asarray(parameters, dtype=np.int64)
+        read = indices(parameters, "Parameters")
         ones = np.ones(read.size, np.int64)
         return self._add(Kind.CONSTANT, -ones, ones, read.ravel(), ones).reshape(read.shape)
 
@@ -93,7 +94,7 @@ class Builder:
 
     def sum(self, operands: ArrayLike, weights: ArrayLike = 1, *, parameters: ArrayLike = -1) -> int:
         """One gate ``sum over k of weights[k] * operands[k]``: its node. No operands: zero."""
-        return int(self.sums(np.asarray(operands, np.int64).ravel(), weights, parameters=parameters))
+        return int(self.sums(indices(operands, "Operands").ravel(), weights, parameters=parameters))
 
     def sums(self, operands: ArrayLike, weights: ArrayLike = 1, *, parameters: ArrayLike = -1) -> Ints:
         """A gate for each row of operands.
@@ -106,9 +107,9 @@ class Builder:
         Returns:
             (...) the gates' nodes.
         """
-        read = np.asarray(operands, dtype=np.int64)
+        read = indices(operands, "Operands")
         weight = self._fitting(numbers(weights), read, "weights")
-        trained = self._fitting(np.asarray(parameters, dtype=np.int64), read, "parameters")
+        trained = self._fitting(indices(parameters, "Parameters"), read, "parameters")
         gates = self._add(Kind.SUM, read.ravel(), weight.ravel(), trained.ravel(), _each(read))
         return gates.reshape(read.shape[:-1])
 
@@ -126,20 +127,20 @@ class Builder:
         Returns:
             (gates,) their nodes.
         """
-        read, terms = np.asarray(operands, dtype=np.int64), np.asarray(counts, dtype=np.int64)
+        read, terms = indices(operands, "Operands"), indices(counts, "Numbers of terms")
         weight = self._fitting(numbers(weights), read, "weights")
-        trained = self._fitting(np.asarray(parameters, dtype=np.int64), read, "parameters")
+        trained = self._fitting(indices(parameters, "Parameters"), read, "parameters")
         if terms.sum() != len(read):
             raise CircuitError(f"Gates of {terms.sum()} terms together got {len(read)} operands.")
         return self._add(Kind.SUM, read, weight, trained, terms)
 
     def product(self, operands: ArrayLike) -> int:
         """One gate that multiplies its operands: its node."""
-        return int(self.products(np.asarray(operands, np.int64).ravel()))
+        return int(self.products(indices(operands, "Operands").ravel()))
 
     def products(self, operands: ArrayLike) -> Ints:
         """A gate for each row of operands (..., factors): their nodes (...)."""
-        read = np.asarray(operands, dtype=np.int64)
+        read = indices(operands, "Operands")
         ones = np.ones(read.size, np.int64)
         return self._add(Kind.PRODUCT, read.ravel(), ones, -ones, _each(read)).reshape(read.shape[:-1])
 
@@ -149,7 +150,7 @@ class Builder:
 
     def quotients(self, dividends: ArrayLike, divisors: ArrayLike) -> Ints:
         """Gates that divide elementwise, in the common shape."""
-        both = np.stack(np.broadcast_arrays(np.asarray(dividends, np.int64), np.asarray(divisors, np.int64)), axis=-1)
+        both = np.stack(np.broadcast_arrays(indices(dividends, "Operands"), indices(divisors, "Operands")), axis=-1)
         ones = np.ones(both.size, np.int64)
         return self._add(Kind.QUOTIENT, both.ravel(), ones, -ones, _each(both)).reshape(both.shape[:-1])
 
@@ -163,7 +164,7 @@ class Builder:
         Returns:
             (..., m) the copies' outputs.
         """
-        read = np.asarray(operands, dtype=np.int64)
+        read = indices(operands, "Operands")
         if read.shape[-1:] != (circuit.in_features,):
             raise CircuitError(
                 f"A circuit of {circuit.in_features} inputs does not fit operands of shape {read.shape}."
@@ -198,7 +199,7 @@ class Builder:
             operand=_concatenated(self._operands),
             weight=joined(self._weights),
             parameter=_concatenated(self._parameters),
-            outputs=np.asarray(outputs, dtype=np.int64).ravel(),
+            outputs=indices(outputs, "Outputs").ravel(),
             values=joined(self._values),
             groups=tuple(self._groups),
         )
@@ -207,14 +208,18 @@ class Builder:
         self, kind: Kind | NDArray[np.uint8], operands: Ints, weights: Numbers, parameters: Ints, counts: Ints
     ) -> Ints:
         """Append gates of ``counts`` operands each: their nodes."""
-        if len(operands) and operands.max() >= self._nodes and isinstance(kind, Kind):
-            raise CircuitError(
-                f"An operand is node {operands.max()}, but there are {self._nodes} nodes so far. A gate reads earlier "
-                "nodes only."
-            )
+        nodes = np.arange(self._nodes, self._nodes + len(counts))
+        if len(operands) and isinstance(kind, Kind) and kind is not Kind.CONSTANT:
+            # Gates of one call may read each other, in their order.
+            gate = np.repeat(nodes, counts) if operands.max() >= self._nodes else self._nodes
+            wrong = operands[(operands < 0) | (operands >= gate)]
+            if len(wrong):
+                raise CircuitError(
+                    f"An operand is node {wrong[0]}, but there are {self._nodes} nodes so far, from 0 on. A gate reads "
+                    "earlier nodes only."
+                )
         if len(parameters) and parameters.max() >= self._trained:
             raise CircuitError(f"A weight reads parameter {parameters.max()}; there are {self._trained} so far.")
-        nodes = np.arange(self._nodes, self._nodes + len(counts))
         self._nodes += len(counts)
         self._kinds.append(np.full(len(counts), kind, np.uint8) if isinstance(kind, Kind) else kind)
         self._counts.append(counts)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from structmat.circuit.arrays import Ints, Numbers, joined, numbers, starts
+from structmat.circuit.arrays import Ints, Numbers, indices, joined, numbers, starts
 from structmat.errors import CircuitError
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ class Circuit:
     groups: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
-        dtypes = {"kind": np.uint8, "start": np.int64, "operand": np.int64, "parameter": np.int64, "outputs": np.int64}
-        for name, dtype in dtypes.items():
-            object.__setattr__(self, name, _frozen(np.asarray(getattr(self, name)), dtype))
+        object.__setattr__(self, "kind", _frozen(indices(self.kind, "The kinds of nodes"), np.uint8))
+        for name in ("start", "operand", "parameter", "outputs"):
+            object.__setattr__(self, name, _frozen(indices(getattr(self, name), f"The entries of {name!r}")))
         object.__setattr__(self, "weight", _frozen(numbers(self.weight)))
         object.__setattr__(self, "values", _frozen(numbers(self.values)))
         if not self.groups and self.values.size:
@@ -134,7 +134,7 @@ class Circuit:
         Raises:
             CircuitError: a gate reads itself or a later one, or an operand or output does not exist.
         """
-        first, second = np.asarray(i, np.int64).ravel(), np.asarray(j, np.int64).ravel()
+        first, second = indices(i, "Operands").ravel(), indices(j, "Operands").ravel()
         left, right = (np.broadcast_to(numbers(w), first.shape) for w in (alpha, beta))
         same = first == second
         left, right = np.where(same, left + right, left), np.where(same, 0 * right, right)
@@ -285,7 +285,10 @@ class Circuit:
     def with_values(self, values: ArrayLike | Mapping[str, ArrayLike]) -> Circuit:
         """The same circuit with other values of its parameters: all in one array, or arrays by group."""
         if not isinstance(values, Mapping):
-            return replace(self, values=numbers(values).ravel())
+            array = numbers(values).ravel()
+            if len(array) != self.parameters:
+                raise CircuitError(f"The circuit has {self.parameters} parameters; got {len(array)} values.")
+            return replace(self, values=array)
         unknown = set(values) - {group.name for group in self.groups}
         if unknown:
             self.group(min(unknown))

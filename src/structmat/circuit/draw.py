@@ -74,6 +74,8 @@ def draw(circuit: Circuit, path: str | Path | None = None, *, transposed: bool |
 def _header(circuit: Circuit, title: str) -> str:
     facts = f"{circuit.gates:,} gates, depth {circuit.depth:,}, {circuit.multiplications:,} mult., "
     facts += f"{circuit.additions:,} add."
+    if circuit.counts.divisions:
+        facts += f", {circuit.counts.divisions:,} div."
     if circuit.parameters:
         facts += f", {circuit.parameters:,} parameters"
     return (

@@ -36,6 +36,8 @@ def gradient(circuit: Circuit, *, parameters: bool = False, value: bool = False)
         A circuit of the same inputs. Outputs: the value if asked for, one derivative for each input, one for each
         parameter if asked for. With ``value`` its operations are at most 5 times those of the circuit.
 
+    Cost: linear in the edges, to build it.
+
     Source: Baur, Strassen, "The complexity of partial derivatives" (1983).
 
     Raises:
@@ -62,6 +64,8 @@ def vjp(circuit: Circuit, *, parameters: bool = False, value: bool = False) -> C
         A circuit of ``n + m`` inputs: ``x``, then ``g``. Outputs: the values if asked for, ``n`` derivatives, and one
         for each parameter if asked for. For a linear circuit the first part is its transpose, which does not read
         ``x``.
+
+    Cost: linear in the edges, to build it.
     """
     return prune(without_copies(_reversed_sweep(circuit, parameters, value, seeds_are_inputs=True)))
 

@@ -41,6 +41,8 @@ def linear_part(circuit: Circuit, at: ArrayLike | None = None, field: Field | No
         A linear circuit of the same inputs and outputs. Weights of sums keep their parameters; what stems from products
         and quotients is computed with the parameters' current values.
 
+    Cost: one evaluation at the point.
+
     Raises:
         CircuitError: a division by zero at the point.
     """
@@ -72,7 +74,8 @@ def _values(c: Circuit, at: ArrayLike | None, field: Field | None) -> tuple[Numb
         return values_of_nodes(c, point, field), field
     except CircuitError as error:
         if "divides by zero" in str(error):
-            raise CircuitError(f"There is no expansion at this point: {error} Choose another one: at=...") from None
+            fact = str(error).partition(".")[0]
+            raise CircuitError(f"There is no expansion at this point: {fact}. Choose another one: at=...") from None
         raise
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from structmat.circuit.arrays import Ints, Numbers, common_type, is_unit, spread, starts
+from structmat.circuit.arrays import Ints, Numbers, common_type, consumers, is_unit, owners, reachable, spread, starts
 from structmat.circuit.circuit import Circuit, Kind
 from structmat.circuit.sort import level_of_nodes
 
@@ -180,11 +180,8 @@ def depends_on_inputs(circuit: Circuit) -> NDArray[np.bool_]:
 
 def reached_from(circuit: Circuit, sources: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """The given nodes and all that read them, directly or through others."""
-    reached = np.array(sources)
-    for nodes in list(circuit.levels)[1:]:
-        begin, edges = level_edges(circuit, nodes)
-        reached[nodes] |= np.logical_or.reduceat(reached[circuit.operand[edges]], begin[:-1])
-    return reached
+    begin, edges = consumers(circuit.start, circuit.operand)
+    return reachable(begin, owners(circuit.start)[edges], np.flatnonzero(sources))
 
 
 def degrees(circuit: Circuit) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

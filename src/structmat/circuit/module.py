@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,12 +116,13 @@ class CircuitModule(nn.Module):
         batch = x.shape[:-1]
         weight = self._effective_weights()
         dtype = torch.promote_types(x.dtype, weight.dtype)
-        state = x.reshape(-1, circuit.in_features).T.to(dtype)
+        state = x.reshape(math.prod(batch), circuit.in_features).T.to(dtype)
         weight = weight.to(dtype)
         count, filled = self._constants
         if count:
             values = weight.new_zeros(count)
-            values = values.index_put((torch.tensor(filled, device=x.device),), weight[: len(filled)])
+            places = torch.tensor(filled, dtype=torch.int64, device=x.device)
+            values = values.index_put((places,), weight[: len(filled)])
             state = torch.cat([state, values[:, None].expand(-1, state.shape[1])])
         for level, groups in enumerate(self._levels, start=1):
             read = state.index_select(0, self.get_buffer(f"_reads{level}"))

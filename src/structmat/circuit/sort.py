@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from structmat.circuit.arrays import Ints, consumers, numbers, spread, starts
+from structmat.circuit.arrays import Ints, consumers, indices, numbers, spread, starts
 from structmat.circuit.circuit import Circuit, Group, Kind
 from structmat.errors import CircuitError
 
@@ -48,20 +48,20 @@ def sorted_circuit(
     groups: Sequence[Group],
 ) -> Circuit:
     """What :meth:`Circuit.from_edges` documents."""
-    kinds = np.asarray(kind, dtype=np.uint8)
-    to, read = np.asarray(target, dtype=np.int64), np.asarray(operand, dtype=np.int64)
+    kinds = indices(kind, "The kinds of nodes").astype(np.uint8)
+    to, read = indices(target, "Targets"), indices(operand, "Operands")
     nodes = len(kinds)
     if len(to) and (to.min() < 0 or max(to.max(), read.max()) >= nodes or read.min() < -1):
         raise CircuitError(
             f"An edge joins nodes {to.min()} to {max(to.max(), read.max())}, but the nodes are 0 to {nodes - 1}."
         )
-    ends = np.asarray(outputs, dtype=np.int64)
+    ends = indices(outputs, "Outputs")
     if len(ends) and not 0 <= ends.min() <= ends.max() < nodes:
         raise CircuitError(f"Outputs {ends.min()} to {ends.max()} are asked for, but the nodes are 0 to {nodes - 1}.")
     by_target = np.argsort(to, kind="stable")
     to, read = to[by_target], read[by_target]
     weights = np.broadcast_to(numbers(weight), to.shape)[by_target]
-    parameters = np.broadcast_to(np.asarray(parameter, dtype=np.int64), to.shape)[by_target]
+    parameters = np.broadcast_to(indices(parameter, "Parameters"), to.shape)[by_target]
     level = level_of_nodes(starts(np.bincount(to, minlength=nodes)), read)
     if np.any(level < 0):
         raise CircuitError(f"The circuit has a cycle: {_cycle(to, read, level)}. A gate may only read earlier ones.")

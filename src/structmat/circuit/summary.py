@@ -15,7 +15,8 @@ def summary(circuit: Circuit) -> str:
     kind = "linear" if circuit.is_linear else "general"
     binary, wide = circuit.counts, circuit.wide
     lines = [
-        f"{kind.capitalize()} circuit of {circuit.in_features:,} inputs and {circuit.out_features:,} outputs",
+        f"{kind.capitalize()} circuit of {_counted(circuit.in_features, 'input')} and "
+        f"{_counted(circuit.out_features, 'output')}",
         f"  {'':<22}{'binary':>12}{'unbounded fan-in':>20}",
     ]
     rows = [
@@ -35,6 +36,10 @@ def summary(circuit: Circuit) -> str:
     lines.append(f"  {'parameters':<22}{binary.parameters:>12,}{'  ' + groups if groups else ''}")
     lines.append(f"  level widths: {widths_in_words(circuit)}")
     return "\n".join(lines)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def widths_in_words(circuit: Circuit) -> str:

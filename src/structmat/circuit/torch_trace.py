@@ -1,12 +1,14 @@
 """Circuits of PyTorch functions and modules.
 
 The function is decomposed by PyTorch into its core operations (``make_fx``), and these are followed one by one. What
-only moves entries is run on an array of places; arithmetic makes gates; anything else of one traced argument, a
-convolution or a Fourier transform for example, is replaced by its matrix if a test shows it to be linear.
+only moves entries is run on an array of places; arithmetic makes gates; a Fourier transform is the fast algorithm;
+anything else of one traced argument, an interpolation for example, is replaced by its matrix if a test shows it to be
+linear. Complex values on the way to a real result are pairs of real ones, and transforms of them their matrices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,8 +21,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from structmat.circuit.builder import Builder
 from structmat.circuit.circuit import Circuit
 from structmat.circuit.linear_part import linear_circuit
+from structmat.circuit.torch_complex import Pair, called, is_complex, needs_pairs
+from structmat.circuit.torch_trees import leaves, mapped
 from structmat.circuit.trace import output_nodes
-from structmat.circuit.tracer import Tracer, as_tracer, by_matrix, parameter_tracer
+from structmat.circuit.tracer import Tracer, as_tracer, concatenated, parameter_tracer
+from structmat.circuit.tracer_matrix import by_matrix
+from structmat.circuit.tracer_numpy import transformed
 from structmat.errors import CircuitError
 
 
@@ -55,7 +61,7 @@ def trace_torch(
     builder = Builder(int(np.prod(sizes)))
     x = as_tracer(builder, builder.inputs.reshape(sizes))
     trained = [parameter_tracer(builder, name, value.numpy()) for name, value in given.items()]
-    circuit = builder.build(output_nodes(x, _Interpreter(graph, x).run([x, *trained])))
+    circuit = builder.build(output_nodes(x, _Interpreter(graph, x, dtype).run([x, *trained])))
     return linear_circuit(circuit) if linear else circuit
 
 
@@ -89,23 +95,32 @@ def _graph(function: Any, x: Tensor, parameters: Mapping[str, Tensor]) -> torch.
 class _Interpreter(torch.fx.Interpreter):
     """Runs the operations on tracers where an argument is one, on tensors otherwise."""
 
-    def __init__(self, graph: torch.fx.GraphModule, x: Tracer) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, x: Tracer, dtype: torch.dtype) -> None:
         super().__init__(graph)
         self.extra_traceback = False
         self.x = x
+        self.pairs = needs_pairs(graph, dtype)
 
     def run(self, inputs: list[Any]) -> Any:  # type: ignore[override]
         """The returned values, tensors as arrays."""
         result = super().run(*inputs, enable_io_processing=False)
         return _as_arrays(result)
 
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """One node of the graph, which `call_function` looks at."""
+        self.node = n
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """One operation."""
-        if not any(isinstance(a, Tracer) for a in _leaves((args, kwargs))):
+        given = leaves((args, kwargs))
+        if not any(isinstance(a, Tracer | Pair) for a in given):
             return target(*args, **kwargs)
         if getattr(target, "__name__", "") == "getitem":
             return target(*args)
         name = target.overloadpacket.__name__
+        if self.pairs and (is_complex(self.node) or any(isinstance(a, Pair) for a in given)):
+            return called(self.x, self.node, target, name, args, kwargs)
         if name in _MOVES:
             return _moved(self.x, target, args, kwargs)
         if name in _COPIES:
@@ -116,25 +131,9 @@ class _Interpreter(torch.fx.Interpreter):
         return _by_matrix(target, name, args, kwargs)
 
 
-def _leaves(tree: Any) -> list[Any]:
-    if isinstance(tree, dict):
-        return [leaf for value in tree.values() for leaf in _leaves(value)]
-    if isinstance(tree, list | tuple):
-        return [leaf for value in tree for leaf in _leaves(value)]
-    return [tree]
-
-
-def _mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(tree, dict):
-        return {key: _mapped(value, function) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_mapped(value, function) for value in tree)
-    return function(tree)
-
-
 def _as_arrays(tree: Any) -> Any:
     """Tensors as NumPy arrays; the rest as it is."""
-    return _mapped(tree, lambda leaf: leaf.detach().numpy() if isinstance(leaf, Tensor) else leaf)
+    return mapped(tree, lambda leaf: leaf.detach().numpy() if isinstance(leaf, Tensor) else leaf)
 
 
 def _moved(x: Tracer, target: Any, args: Any, kwargs: Any) -> Any:
@@ -163,9 +162,9 @@ def _moved(x: Tracer, target: Any, args: Any, kwargs: Any) -> Any:
         count += part.size
         return numbered
 
-    moved = target(*_mapped(args, places), **_mapped(kwargs, places))
-    everything = np.concatenate(parts)
-    return _mapped(moved, lambda leaf: everything.take(leaf.numpy() - 1) if isinstance(leaf, Tensor) else leaf)
+    moved = target(*mapped(args, places), **mapped(kwargs, places))
+    everything = concatenated(parts)
+    return mapped(moved, lambda leaf: everything.take(leaf.numpy() - 1) if isinstance(leaf, Tensor) else leaf)
 
 
 def _copied(x: Tracer, name: str, args: Any, kwargs: Any) -> Any:
@@ -176,7 +175,7 @@ def _copied(x: Tracer, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _by_matrix(target: Any, name: str, args: Any, kwargs: Any) -> Any:
-    traced = [a for a in _leaves((args, kwargs)) if isinstance(a, Tracer)]
+    traced = [a for a in leaves((args, kwargs)) if isinstance(a, Tracer)]
     if len(traced) != 1 or any(isinstance(a, Tracer) for a in kwargs.values()):
         raise CircuitError(
             f"{name} of {len(traced)} traced arguments is not known to be polynomial, so it has no circuit."
@@ -184,12 +183,29 @@ def _by_matrix(target: Any, name: str, args: Any, kwargs: Any) -> Any:
 
     def function(array: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
-        result = target(*_mapped(args, lambda leaf: tensor if isinstance(leaf, Tracer) else leaf), **kwargs)
+        result = target(*mapped(args, lambda leaf: tensor if isinstance(leaf, Tracer) else leaf), **kwargs)
         if not isinstance(result, Tensor):
             raise CircuitError(f"{name} gives several results and has no gates of its own, so it can't be traced.")
         return result.numpy()
 
     return by_matrix(traced[0], function, name)
+
+
+def _product(a: Tracer, dim: int | None, keepdim: bool) -> Tracer:
+    result = a.prod(dim)
+    return result.move(np.expand_dims, dim) if keepdim and dim is not None else result
+
+
+def _fourier(x: Tracer, a: Any, dim: Any, normalization: int, forward: bool, onesided: bool = False) -> Tracer:
+    """The fast algorithm along each axis; ``normalization`` says whether 1, the root of n or n divides."""
+    result = x.lift(a)
+    for axis in dim:
+        result = transformed(result, axis, inverse=not forward)
+    count = math.prod(result.shape[axis] for axis in dim)
+    divisor = (1, math.sqrt(count), count)[normalization] / (1 if forward else count)
+    kept = result.shape[dim[-1]] // 2 + 1 if onesided else result.shape[dim[-1]]
+    result = result.move(np.take, np.arange(kept), dim[-1])
+    return result if divisor == 1 else result / divisor
 
 
 def _axes(dim: Any) -> Any:
@@ -273,6 +289,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "reciprocal": lambda x, a: 1 / a,
     "square": lambda x, a: a * a,
     "pow": lambda x, a, b: x.lift(a) ** b,
+    "prod": lambda x, a, dim=None, keepdim=False, dtype=None: _product(a, dim, keepdim),
     "sum": lambda x, a, dim=None, keepdim=False, dtype=None: a.sum(_axes(dim), keepdim),
     "mean": lambda x, a, dim=None, keepdim=False, dtype=None: a.mean(_axes(dim), keepdim),
     "cumsum": lambda x, a, dim, dtype=None: np.cumsum(a, axis=dim),
@@ -284,6 +301,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "baddbmm": lambda x, c, a, b, beta=1, alpha=1: x.lift(c) * beta + (x.lift(a) @ b) * alpha,
     "addmv": lambda x, c, a, b, beta=1, alpha=1: x.lift(c) * beta + (x.lift(a) @ b) * alpha,
     "convolution": _convolved,
+    "_fft_c2c": _fourier,
+    "_fft_r2c": lambda x, a, dim, normalization, onesided: _fourier(x, a, dim, normalization, True, onesided),
     "copy": lambda x, a, b, non_blocking=False: x.lift(b).move(np.broadcast_to, np.shape(a)),
     "fill": lambda x, a, value: x.lift(value).move(np.broadcast_to, np.shape(a)),
     "zeros_like": lambda x, a, **_: torch.zeros(a.shape, dtype=torch.float64),

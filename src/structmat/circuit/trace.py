@@ -50,7 +50,14 @@ def trace(
     builder = Builder(int(np.prod(sizes)))
     x = as_tracer(builder, builder.inputs.reshape(sizes))
     trained = {name: parameter_tracer(builder, name, values) for name, values in (parameters or {}).items()}
-    circuit = builder.build(output_nodes(x, function(x, **trained)))
+    try:
+        result = function(x, **trained)
+    except ValueError as error:
+        # Where an array of floats is filled with traced values, NumPy puts an error of its own before ours.
+        if isinstance(error.__cause__, CircuitError):
+            raise error.__cause__ from None
+        raise
+    circuit = builder.build(output_nodes(x, result))
     return linear_circuit(circuit) if linear else circuit
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,6 @@ from numpy.typing import ArrayLike
 from structmat.circuit.arrays import Bools, Ints, Numbers, common_type, exact_product, numbers
 from structmat.circuit.builder import Builder
 from structmat.errors import CircuitError
-
-_TOLERANCE = 1e-9
-"""Relative deviation up to which an unknown function counts as linear."""
-
-_SMALL = 4096
-"""Entries of an argument up to which an unknown function is replaced by its matrix."""
 
 
 class Tracer:
@@ -113,6 +108,11 @@ class Tracer:
             np.where(inside, parameter, -1),
         )
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise CircuitError(
+            "A traced array can't be changed in place. Put the result together with np.stack or np.concatenate."
+        )
+
     def __getitem__(self, index: Any) -> Tracer:
         return self.move(lambda a: np.asarray(a[index]))
 
@@ -187,6 +187,14 @@ class Tracer:
         shape = tuple(1 if a in axes else n for a, n in enumerate(self.shape) if keepdims or a not in axes)
         return _row_sums(rows).reshape(shape)
 
+    def prod(self, axis: int | None = None) -> Tracer:
+        """The product over an axis, or of all entries: one gate for each pair, in a tree."""
+        factors = self.ravel() if axis is None else self.move(np.moveaxis, axis, 0)
+        while len(factors) > 1:
+            half = len(factors) // 2
+            factors = concatenated([factors[:half] * factors[half : 2 * half], factors[2 * half :]])
+        return factors[0] if len(factors) else self.lift(np.ones(factors.shape[1:], np.int64))
+
     def mean(self, axis: int | Sequence[int] | None = None, keepdims: bool = False) -> Tracer:
         """The mean over axes."""
         total = self.sum(axis, keepdims)
@@ -231,17 +239,39 @@ class Tracer:
         if handler is not None:
             return handler(self, *args, **kwargs)
         if args and args[0] is self and not any(isinstance(a, Tracer) for a in (*args[1:], *kwargs.values())):
+            # The matrix of a function is found by tracers.
+            from structmat.circuit.tracer_matrix import by_matrix
+
             return by_matrix(self, lambda array: function(array, *args[1:], **kwargs), f"np.{function.__name__}")
         raise not_polynomial(f"np.{function.__name__}")
 
+    def __getattr__(self, name: str) -> Any:
+        # Other methods of arrays are the functions of NumPy of the same name, which say what they can't do.
+        if callable(getattr(np.ndarray, name, None)) and callable(getattr(np, name, None)):
+            return partial(getattr(np, name), self)
+        raise AttributeError(f"A traced array has no attribute {name!r}.")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise CircuitError(
+            f"{getattr(function, '__name__', 'A function')} is a function of PyTorch, but the traced array is one of "
+            "NumPy. Use trace_torch."
+        )
+
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        raise CircuitError("A traced value has no number yet. Use NumPy functions of the array itself.")
+        raise CircuitError(
+            "A traced value has no number yet. Use NumPy functions of the array itself; give linear ones of other "
+            "libraries by their matrix, and put arrays together with np.stack."
+        )
 
     def __bool__(self) -> bool:
         raise CircuitError("A traced function can't branch on the values of its inputs: it would be no circuit.")
 
     def __float__(self) -> float:
-        raise CircuitError("A traced value has no number yet, so it can't become a float.")
+        raise CircuitError(
+            "A traced value has no number yet, so it can't become a float, nor an entry of an array of floats. Put "
+            "arrays together with np.stack or np.concatenate."
+        )
 
     def _compare(self, other: Any) -> bool:
         raise CircuitError("A traced function can't compare the values of its inputs: it would be no circuit.")
@@ -273,6 +303,17 @@ def stacked(builder: Builder, parts: Sequence[Tracer], axis: int = -1) -> Tracer
         np.stack([np.broadcast_to(p.node, shape) for p in parts], axis),
         np.stack([np.broadcast_to(p.scale, shape).astype(dtype) for p in parts], axis),
         np.stack([np.broadcast_to(p.parameter, shape) for p in parts], axis),
+    )
+
+
+def concatenated(parts: Sequence[Tracer]) -> Tracer:
+    """At least one tracer, of one circuit, joined along the first axis."""
+    dtype = common_type(*(p.scale for p in parts))
+    return Tracer(
+        parts[0].builder,
+        np.concatenate([p.node for p in parts]),
+        np.concatenate([p.scale.astype(dtype) for p in parts]),
+        np.concatenate([p.parameter for p in parts]),
     )
 
 
@@ -381,42 +422,6 @@ def _matmul(a: Tracer, b: Tracer) -> Tracer:
     if a.ndim == 1:
         result = result[..., 0, :]
     return result[..., 0] if b.ndim == 1 else result
-
-
-def by_matrix(x: Tracer, function: Callable[[Any], Any], name: str) -> Tracer:
-    """An unknown function of one array, by its matrix, if a test shows that it is linear (or affine).
-
-    Raises:
-        CircuitError: it is not, or the array is too large for this.
-    """
-    if x.size > _SMALL:
-        raise CircuitError(
-            f"{name} has no gates of its own, and its argument has {x.size} entries: more than {_SMALL} are not "
-            "replaced by a matrix. Write it with sums and products."
-        )
-    shape = x.shape
-    is_complex = np.iscomplexobj(x.scale)
-    generator = np.random.default_rng(0)
-    probe = generator.standard_normal(shape) + (1j * generator.standard_normal(shape) if is_complex else 0)
-    try:
-        offset = np.asarray(function(np.zeros(shape, dtype=probe.dtype)))
-        unit = np.eye(x.size).astype(probe.dtype)
-        columns = [np.asarray(function(e.reshape(shape))) - offset for e in unit]
-        value, other = np.asarray(function(probe)), np.asarray(function(-2 * probe))
-    except CircuitError:
-        raise
-    except Exception as error:
-        raise not_polynomial(name) from error
-    matrix = np.stack([np.ravel(c) for c in columns], axis=-1) if columns else np.zeros((offset.size, 0))
-    for factor, result in ((1, value), (-2, other)):
-        expected = factor * (matrix @ np.ravel(probe)) + np.ravel(offset)
-        scale = max(1.0, float(np.abs(result).max(initial=0)))
-        if not np.abs(expected - np.ravel(result)).max(initial=0) <= _TOLERANCE * scale:
-            raise CircuitError(
-                f"{name} is not linear, and not polynomial in a way that is known here: it has no circuit."
-            )
-    flat = _matmul(x.lift(matrix), x.ravel())
-    return (flat + np.ravel(offset) if np.any(offset) else flat).reshape(offset.shape)
 
 
 def as_tracer(builder: Builder, nodes: ArrayLike) -> Tracer:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from structmat.circuit.arrays import common_type
+from structmat.circuit.arrays import common_type, starts
 from structmat.circuit.builder import Builder
-from structmat.circuit.tracer import Tracer, stacked
+from structmat.circuit.tracer import Tracer, as_tracer, concatenated, stacked
 from structmat.errors import CircuitError
 
 
@@ -73,10 +73,29 @@ def _pad(x: Tracer, array: Tracer, width: Any, mode: str = "constant", **kwargs:
 
 def _cumsum(x: Tracer, array: Tracer, axis: int | None = None) -> Tracer:
     """One after the other, as NumPy does."""
-    values = (array.ravel() if axis is None else array).move(np.moveaxis, 0 if axis is None else axis, 0)
+    values = _first_axis(array, axis)
+    if len(values) < 2 or np.any((values.node < 0) | np.asarray(values.scale == 0, dtype=bool)):
+        return _accumulated(x, array, axis, Tracer.__add__)
+    # All at once: each sum reads the one before it, whose number is known.
+    width = values[0].size
+    made = x.builder.nodes + np.arange(values.size - width).reshape(values[1:].shape)
+    first = Tracer(x.builder, made[:-1], np.ones(made[:-1].shape, np.int64), np.full(made[:-1].shape, -1))
+    before = concatenated([values[:1], first])
+    terms = stacked(x.builder, [before, values[1:]])
+    sums = as_tracer(x.builder, x.builder.sums(terms.node, terms.scale, parameters=terms.parameter))
+    return concatenated([values[:1], sums]).move(np.moveaxis, 0, 0 if axis is None else axis)
+
+
+def _first_axis(array: Tracer, axis: int | None) -> Tracer:
+    """The axis moved to the front, or all entries."""
+    return array.ravel() if axis is None else array.move(np.moveaxis, axis, 0)
+
+
+def _accumulated(x: Tracer, array: Tracer, axis: int | None, step: Callable[[Tracer, Tracer], Tracer]) -> Tracer:
+    values = _first_axis(array, axis)
     rows = [values[0]]
     for row in range(1, len(values)):
-        rows.append(rows[-1] + values[row])
+        rows.append(step(rows[-1], values[row]))
     return stacked(x.builder, rows, 0).move(np.moveaxis, 0, 0 if axis is None else axis)
 
 
@@ -95,6 +114,56 @@ def _kron(x: Tracer, a: Any, b: Any) -> Tracer:
     left = first.reshape(tuple(n for a in axes for n in (first.shape[a], 1)))
     right = second.reshape(tuple(n for a in axes for n in (1, second.shape[a])))
     return (left * right).reshape(tuple(first.shape[a] * second.shape[a] for a in axes))
+
+
+def _cumprod(x: Tracer, array: Tracer, axis: int | None = None) -> Tracer:
+    """One after the other, as NumPy does."""
+    return _accumulated(x, array, axis, Tracer.__mul__)
+
+
+def _where(x: Tracer, condition: Any, a: Any, b: Any) -> Tracer:
+    if isinstance(condition, Tracer):
+        raise CircuitError("np.where is traced for a condition that is known, not one of traced values.")
+    first, second = x.lift(a), x.lift(b)
+    shape = np.broadcast_shapes(np.shape(condition), first.shape, second.shape)
+    both = stacked(x.builder, [first.move(np.broadcast_to, shape), second.move(np.broadcast_to, shape)])
+    chosen = np.where(np.broadcast_to(condition, shape), 0, 1)
+    return both.move(np.take_along_axis, chosen[..., None], -1)[..., 0]
+
+
+def _convolve(x: Tracer, a: Any, v: Any, mode: str = "full") -> Tracer:
+    """One gate for each product where both are traced, one term of a sum where one is."""
+    first, second = x.lift(a), x.lift(v)
+    if mode != "full" or first.ndim != 1 or second.ndim != 1 or not first.size or not second.size:
+        raise CircuitError(f"np.convolve is traced for two vectors in mode 'full'; got mode {mode!r}.")
+    terms = first[:, None] * second[None, :]
+    degree = np.add.outer(np.arange(first.size), np.arange(second.size)).ravel()
+    # Row d of the padded table holds the terms of degree d, and zeros.
+    width = min(first.size, second.size)
+    place = np.full((first.size + second.size - 1, width), -1)
+    order = np.argsort(degree, kind="stable")
+    begin = starts(np.bincount(degree))
+    place[degree[order], np.arange(len(order)) - begin[degree[order]]] = order
+    return terms.take(place).sum(axis=-1)
+
+
+def _fourier(inverse: bool) -> Callable[..., Tracer]:
+    def function(x: Tracer, array: Any, n: int | None = None, axis: int = -1, norm: str | None = None) -> Tracer:
+        data = x.lift(array)
+        if n is not None or norm not in (None, "backward"):
+            raise CircuitError("np.fft.fft is traced without n and norm. Pad, crop and scale the array itself.")
+        return transformed(data, axis, inverse=inverse)
+
+    return function
+
+
+def transformed(array: Tracer, axis: int, *, inverse: bool = False) -> Tracer:
+    """The discrete Fourier transform along an axis by the fast algorithm, or its inverse."""
+    from structmat.circuit.catalogue.fourier import fourier
+
+    rows = array.move(np.moveaxis, axis, -1)
+    result = array.builder.apply(fourier(rows.shape[-1], inverse=inverse), rows.nodes())
+    return as_tracer(array.builder, result).move(np.moveaxis, -1, axis)
 
 
 MOVES = {
@@ -128,6 +197,12 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     np.einsum: _einsum,
     np.pad: _pad,
     np.cumsum: _cumsum,
+    np.prod: lambda x, array, axis=None: x.lift(array).prod(axis),
+    np.cumprod: _cumprod,
+    np.where: _where,
+    np.convolve: _convolve,
+    np.fft.fft: _fourier(False),
+    np.fft.ifft: _fourier(True),
     np.diff: _diff,
     np.kron: _kron,
     np.zeros_like: lambda x, array, **_: np.zeros(array.shape),

@@ -19,6 +19,8 @@ def transpose(circuit: Circuit) -> Circuit:
     additions change by exactly ``p - q``. A node that ``f`` edges read becomes a sum of ``f`` terms, at most
     ``ceil(log2 f)`` levels deep; so the depth is at most ``(d + 1) * max(1, ceil(log2 f))`` for the largest ``f``.
 
+    Cost: linear in the edges.
+
     Source: Bordewijk 1956; Kalman; Buergisser, Clausen, Shokrollahi, "Algebraic Complexity Theory", theorem 13.20.
 
     Raises:

@@ -69,10 +69,10 @@ def interpolation(points: ArrayLike, *, prime: int | None = None) -> Circuit:
     a = ring.values
     require_power_of_two(len(a), "Interpolation at many points")
     slopes = ring.one * np.ones(len(a), dtype=a.dtype)
-    for place in range(len(a)):
-        for other in range(len(a)):
-            if place != other:
-                slopes[place] = ring.reduced(slopes[place] * (a[place] - a[other]))
+    for other in range(len(a)):
+        differences = a - a[other]
+        differences[other] = ring.one
+        slopes = ring.reduced(slopes * differences)
     if np.any(slopes == 0):
         raise CircuitError("Interpolation needs different points; at least two of the given ones are equal.")
     builder = Builder(len(a))
@@ -86,8 +86,18 @@ def published_evaluation(size: int) -> Published:
     return Published(2 * size * (size - 1), "Horner's rule at every point")
 
 
+def published_interpolation(size: int) -> Published:
+    """Divided differences, then powers: what a fast method must beat. Borodin and Moenck (1974): O(n log^2 n)."""
+    return Published(2 * size * (size - 1), "Bjorck and Pereyra 1970")
+
+
 def toeplitz(
-    column: ArrayLike, row: ArrayLike, method: Literal["fourier", "karatsuba"] = "fourier", *, prime: int | None = None
+    column: ArrayLike,
+    row: ArrayLike,
+    method: Literal["fourier", "karatsuba"] = "fourier",
+    *,
+    folded: bool = True,
+    prime: int | None = None,
 ) -> Circuit:
     """A Toeplitz matrix with this first column and first row, as a part of a polynomial product.
 
@@ -96,6 +106,8 @@ def toeplitz(
         row: (inputs,) the first row; its first entry is not read, the column's is.
         method: ``fourier`` embeds the matrix in a circulant and takes two transforms, complex (or modulo ``prime``,
             which must have roots of unity of that order); ``karatsuba`` stays with the numbers given.
+        folded: for ``fourier``: fewer gates, or fewer multiplications, as in
+            :func:`~structmat.circuit.catalogue.fourier.fourier`.
         prime: for ``fourier``.
 
     Raises:
@@ -118,7 +130,7 @@ def toeplitz(
     if method != "fourier":
         raise CircuitError(f"There is no method {method!r}. There are: fourier, karatsuba.")
     # A circulant of this size holds the matrix: what wraps around falls on coefficients that are not read.
-    forward, back = fourier(size, prime=prime), fourier(size, inverse=True, prime=prime)
+    forward, back = (fourier(size, folded=folded, inverse=inverse, prime=prime) for inverse in (False, True))
     x = np.concatenate([builder.inputs, np.full(size - n, builder.sum([]))])
     padded = np.concatenate([t, np.zeros(size - len(t), dtype=t.dtype)])
     if prime is None:

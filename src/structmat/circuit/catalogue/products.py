@@ -181,13 +181,15 @@ def recombined(builder: Builder, products: Ints) -> Ints:
     return result
 
 
-def circular_convolution(size: int, *, prime: int | None = None) -> Circuit:
+def circular_convolution(size: int, *, folded: bool = True, prime: int | None = None) -> Circuit:
     """``y[k] = sum over j of a[j] b[(k - j) mod n]`` of two inputs, by three Fourier transforms of size ``n``.
 
     Args:
         size: any; the transforms have its prime factors as radices.
+        folded: fewer gates, or fewer multiplications, as in :func:`~structmat.circuit.catalogue.fourier.fourier`.
         prime: transforms modulo this prime in place of complex ones.
     """
     builder = Builder(2 * size)
-    values = builder.apply(fourier(size, prime=prime), builder.inputs.reshape(2, size))
-    return builder.build(builder.apply(fourier(size, inverse=True, prime=prime), builder.products(values.T)))
+    values = builder.apply(fourier(size, folded=folded, prime=prime), builder.inputs.reshape(2, size))
+    back = fourier(size, folded=folded, inverse=True, prime=prime)
+    return builder.build(builder.apply(back, builder.products(values.T)))

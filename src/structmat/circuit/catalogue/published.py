@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from structmat.circuit.arrays import owners
+from structmat.circuit.arrays import is_unit, owners
 from structmat.circuit.circuit import Circuit, Kind
 
 _SAME = 1e-12
@@ -21,11 +21,15 @@ class Published:
         operations: multiplications and additions together, over the reals where ``real`` says so.
         source: where it is from.
         real: complex operations are counted as real ones.
+        record: the fewest that are known, counted in the same way, where that is less and an exact count is published.
+        record_source: where that is from.
     """
 
     operations: int
     source: str
     real: bool = False
+    record: int | None = None
+    record_source: str = ""
 
     def compared_with(self, circuit: Circuit) -> float:
         """The circuit's operations over the published ones."""
@@ -41,6 +45,7 @@ def real_operations(circuit: Circuit) -> int:
     """
     inside = circuit.kind[owners(circuit.start)] == Kind.SUM
     weight = circuit.weight[inside].astype(complex)
+    unit = is_unit(circuit.weight[inside]) & (circuit.parameter[inside] < 0)
     real, imag = np.abs(weight.real), np.abs(weight.imag)
     size = np.abs(weight)
     tiny = _SAME * size
@@ -48,11 +53,5 @@ def real_operations(circuit: Circuit) -> int:
     free = axis & (np.abs(size - 1) <= _SAME) & (circuit.parameter[inside] < 0)
     cost = np.where(axis, 2, np.where(np.abs(real - imag) <= tiny, 4, 6))
     cost[free] = 0
-    products = circuit.multiplications - int(np.count_nonzero(~_is_unit(circuit, inside)))
+    products = circuit.multiplications - int(np.count_nonzero(~unit))
     return int(cost.sum()) + 2 * circuit.additions + 6 * (products + circuit.counts.divisions)
-
-
-def _is_unit(circuit: Circuit, inside: np.ndarray) -> np.ndarray:
-    from structmat.circuit.arrays import is_unit
-
-    return np.asarray(is_unit(circuit.weight[inside]) & (circuit.parameter[inside] < 0))

@@ -2,7 +2,6 @@
 
 from structmat.circuit.kaleidoscope.benes import permutation, permutation_starred
 from structmat.circuit.kaleidoscope.clos import (
-    edge_colors,
     monarch,
     monarch_broadcast,
     monarch_permutation,
@@ -11,6 +10,7 @@ from structmat.circuit.kaleidoscope.clos import (
     monarch_sparse,
     monarch_total,
 )
+from structmat.circuit.kaleidoscope.coloring import edge_colors
 from structmat.circuit.kaleidoscope.comparison import Comparison, Product, bound, compare
 from structmat.circuit.kaleidoscope.compiler import kaleidoscope
 from structmat.circuit.kaleidoscope.matrix import Kaleidoscope
