@@ -1,4 +1,6 @@
-// Runs cases from a file without PyTorch, for sanitizers and instruction counts:  driver FILE [repetitions]
+// Runs cases from a file without PyTorch, for sanitizers and instruction counts:
+//
+//     driver FILE [all|tiles|vectors|backward] [repetitions]
 //
 // A case: length and text of a program; rows, storage, stride of the input; bytes and data of the input; number of
 // tensors, and of each its bytes, its count and its data. All numbers are int64. Cases follow one another to the end.
@@ -55,7 +57,8 @@ void backward(const std::string& text, const structmat::Plan& plan, const struct
     structmat::execute_backward(made, own, tensors.data(), places.data(), structmat::serially);
 }
 
-int run(const char* name, int repetitions) {
+int run(const char* name, const std::string& way, int repetitions) {
+  const auto wanted = [&](const char* own) { return way == "all" || way == own; };
   File file(name);
   int cases = 0;
   int64_t length;
@@ -79,13 +82,14 @@ int run(const char* name, int repetitions) {
     const int64_t size = batch.storage == structmat::Storage::f64 ? 8 : batch.storage == structmat::Storage::f32 ? 4 : 2;
     std::vector<char> y(batch.rows * plan.out_features * size);
     batch.x = x.data(), batch.y = y.data(), batch.y_stride = plan.out_features;
-    for (int r = 0; r < repetitions; ++r) structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
-    if (structmat::runs_by_vectors(batch.rows, batch.storage)) {
+    for (int r = 0; wanted("tiles") && r < repetitions; ++r)
+      structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
+    if (wanted("vectors") && structmat::runs_by_vectors(batch.rows, batch.storage)) {
       const structmat::Plan few = structmat::make_plan(text, structmat::Use::vectors);
       for (int r = 0; r < repetitions; ++r)
         structmat::execute_vectors(few, batch, tensors.data(), structmat::serially, 2);
     }
-    backward(text, plan, batch, tensors, size, cases, repetitions);
+    if (wanted("backward")) backward(text, plan, batch, tensors, size, cases, repetitions);
     ++cases;
   }
   std::printf("%d cases, %s\n", cases, structmat::chosen().name);
@@ -96,11 +100,11 @@ int run(const char* name, int repetitions) {
 
 int main(int count, char** arguments) {
   if (count < 2) {
-    std::fprintf(stderr, "usage: %s FILE [repetitions]\n", arguments[0]);
+    std::fprintf(stderr, "usage: %s FILE [all|tiles|vectors|backward] [repetitions]\n", arguments[0]);
     return 2;
   }
   try {
-    return run(arguments[1], count > 2 ? std::atoi(arguments[2]) : 1);
+    return run(arguments[1], count > 2 ? arguments[2] : "all", count > 3 ? std::atoi(arguments[3]) : 1);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
