@@ -11,8 +11,6 @@ import hashlib
 import json
 import math
 import os
-import platform
-import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +20,10 @@ from typing import Any
 
 import torch
 
+from structmat.files import write_text
 from structmat.kernels.library import native
 from structmat.kernels.text import Text, text_of
+from structmat.processor import processor_generation
 from structmat.program import Program
 
 FORMAT = 1
@@ -66,18 +66,14 @@ def machine() -> str:
     from structmat import __version__
 
     found = native()
-    parts = (_processor(), os.cpu_count(), __version__, torch.__version__, found.instruction_set or "reference")
+    parts = (
+        processor_generation(),
+        os.cpu_count(),
+        __version__,
+        torch.__version__,
+        found.instruction_set or "reference",
+    )
     return ", ".join(map(str, parts))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("model name", "model", "cpu family", "stepping")
-    values = dict.fromkeys(line.strip() for line in lines if line.partition(":")[0].strip() in wanted)
-    return " ".join(line.partition(":")[2].strip() for line in values) or platform.machine()
 
 
 def name_of(program: Program, dtype: torch.dtype) -> str:
@@ -202,11 +198,4 @@ def _write(table: Mapping[Key, Times]) -> None:
     data = {"format": FORMAT, "machines": {**_read(), machine(): entries}}
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=file.parent, prefix=".tuned-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(data, stream, indent=1)
-        os.replace(draft, file)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    write_text(file, json.dumps(data, indent=1))
