@@ -18,7 +18,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"matrix"}),
     frozenset({"projection", "structures", "chains", "transforms", "windows"}),
     frozenset({"nn"}),
-    frozenset({"learn", "compression", "testing", "io", "file_format"}),
+    frozenset({"learn", "compression", "testing", "io", "file_format", "benchmark"}),
     frozenset({"integrations", "cli", "inspect", "plot", "__main__"}),
 )
 """From the lowest to the highest; a module may import its own layer and those below."""
