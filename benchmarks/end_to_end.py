@@ -349,12 +349,11 @@ def write_table() -> None:
         f"Machine: {'; '.join(sorted(machines)) or 'none yet'}.",
     ]
     head = "model|threads|before, ms|after, ms|times faster|tuned, ms|times faster|dense MB|parameters|operations"
-    groups = itertools.groupby(done.items(), key=lambda item: (item[0].model, item[0].budget))
-    for (model, budget), members in groups:
+    for model, budget in dict.fromkeys((cell.model, cell.budget) for cell in done):
         lines += ["", f"## {model}, {budget:.1%} of the parameters", ""]
         lines += [_row(["phase", "batch x tokens", *head.split("|")]), _row(["---"] * (2 + len(head.split("|"))))]
-        for cell, result in members:
-            for found in result["models"]:
+        for cell, result in done.items():
+            for found in result["models"] if (cell.model, cell.budget) == (model, budget) else ():
                 frozen, tuned = found["frozen"], found["tuned"]
                 lines.append(
                     _row(
