@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,23 +83,25 @@ def test_both_layers_compute_what_is_said(work: Work) -> None:
         assert dense().data_ptr() == structured().data_ptr(), "both write to the same memory"
 
 
-def test_what_is_slow_takes_part_in_fewer_turns() -> None:
-    calls = dict.fromkeys(("dense", "slow", "quick"), 0)
+def test_what_is_slow_takes_part_in_fewer_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, dict.fromkeys(("dense", "slow", "quick"), 0)
 
     def working(name: str, seconds: float) -> Callable[[], None]:
         def run() -> None:
+            nonlocal now
             calls[name] += 1
-            time.sleep(seconds)
+            now += seconds
 
         return run
 
-    firsts, times = in_turns(
-        {"dense": working("dense", 0.002), "slow": working("slow", 0.02), "quick": working("quick", 0)}, 0.05
-    )
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: now))
+    runs = {"dense": working("dense", 0.002), "slow": working("slow", 0.02), "quick": working("quick", 0.001)}
+    firsts, times = in_turns(runs, 0.05)
     assert {name: len(found) for name, found in times.items()} == {"dense": 7, "slow": 3, "quick": 7}
     assert {name: len(found) for name, found in firsts.items()} == {"dense": 7, "slow": 3, "quick": 7}
     assert calls["slow"] == 2 + 3 * 2
-    assert ratios(times)["slow"] < 0.5 < 1 < ratios(times)["quick"]
+    assert ratios(times) == pytest.approx({"dense": 1, "slow": 0.1, "quick": 2})
+    assert len(in_turns(runs, 1.0)[1]["dense"]) > 7, "turns go on for so many seconds"
 
 
 def test_results_are_kept_and_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,9 @@ SECONDS = 2.0
 ROW_SECONDS = 2e-3
 """To spend on calls in a row."""
 
+FLOOR_SECONDS = 0.2
+"""To spend on a copy, or on a small call, at most."""
+
 FEWEST, FEWEST_SLOW = 7, 3
 """Turns that are made at least; and of what has used the layer's seconds before."""
 
@@ -278,15 +281,15 @@ def run_setting(setting: Setting, structures: Sequence[Structure], seconds: floa
     """
     torch.set_num_threads(setting.threads)
     generator = torch.Generator().manual_seed(0)
-    call = _call_seconds(generator)
+    call = _call_seconds(generator, min(seconds, FLOOR_SECONDS))
     rows = [_run_layer(setting, structure, generator, call, seconds) for structure in structures]
     return {"setting": setting.to_json(), "layers": rows, "environment": environment()}
 
 
-def _call_seconds(generator: torch.Generator) -> float:
+def _call_seconds(generator: torch.Generator, seconds: float) -> float:
     weight, one = torch.randn(64, 64, generator=generator), torch.randn(1, 64, generator=generator)
     with torch.inference_mode():
-        return statistics.median(in_turns({"call": lambda: F.linear(one, weight)}, 0.2)[1]["call"])
+        return statistics.median(in_turns({"call": lambda: F.linear(one, weight)}, seconds)[1]["call"])
 
 
 def _run_layer(
@@ -318,9 +321,10 @@ def _run_layer(
     firsts, times = in_turns(runs, seconds)
     medians = {name: statistics.median(found) for name, found in times.items()}
     passes = 3 if setting.work is Work.TRAINING else 1
+    moved = passes * (setting.batch * (height + width) + stored) * x.element_size()
     floor = {
         "call": call,
-        "memory": _memory_seconds(setting, passes * (setting.batch * (height + width) + stored) * x.element_size()),
+        "memory": _memory_seconds(setting, moved, min(seconds, FLOOR_SECONDS)),
         "operations": flops / (2 * height * width) * medians["dense"],
     }
     return {
@@ -336,7 +340,7 @@ def _run_layer(
     }
 
 
-def _memory_seconds(setting: Setting, moved: int) -> float:
+def _memory_seconds(setting: Setting, moved: int, seconds: float) -> float:
     """The time in which a copy reads and writes so many bytes together, into fresh memory or such that is there."""
     source = torch.empty(max(1, moved // 2 // 4))
     target = torch.empty_like(source)
@@ -344,7 +348,7 @@ def _memory_seconds(setting: Setting, moved: int) -> float:
         run: Callable[[], object] = source.clone
         if setting.work is Work.REUSED:
             run = lambda: target.copy_(source)  # noqa: E731
-        return statistics.median(in_turns({"copy": run}, 0.2)[1]["copy"])
+        return statistics.median(in_turns({"copy": run}, seconds)[1]["copy"])
 
 
 def _works(
