@@ -13,6 +13,7 @@ STUDIES = {
     "convac_speed": "a training step and inference beside plain PyTorch forms",
     "kronecker_study": "Kronecker networks beside fully connected ones and other families, speed, conversion",
     "kernels": "structured layers against dense ones on the clock",
+    "end_to_end": "whole models and transformer blocks before and after, prefill and one token",
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -16,10 +15,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def write(path: Path, data: Any) -> None:
     """The file appears whole or not at all."""
+    from structmat.files import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, json.dumps(data, indent=1) + "\n")
 
 
 def environment() -> dict[str, Any]:

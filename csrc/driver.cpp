@@ -1,4 +1,6 @@
-// Runs cases from a file without PyTorch, for sanitizers and instruction counts:  driver FILE [repetitions]
+// Runs cases from a file without PyTorch, for sanitizers and instruction counts:
+//
+//     driver FILE [all|tiles|features|vectors|backward] [repetitions]
 //
 // A case: length and text of a program; rows, storage, stride of the input; bytes and data of the input; number of
 // tensors, and of each its bytes, its count and its data. All numbers are int64. Cases follow one another to the end.
@@ -55,7 +57,25 @@ void backward(const std::string& text, const structmat::Plan& plan, const struct
     structmat::execute_backward(made, own, tensors.data(), places.data(), structmat::serially);
 }
 
-int run(const char* name, int repetitions) {
+// With the rows of the input, of the outcome, or of both side by side.
+void by_features(const structmat::Plan& plan, const structmat::Batch& batch,
+                 const std::vector<structmat::Array>& tensors, int64_t size, int repetitions) {
+  const int64_t apart = batch.rows + 3;
+  std::vector<char> x((plan.in_features * apart - 3) * size), y((plan.out_features * apart - 3) * size);
+  for (int64_t row = 0; row < batch.rows; ++row)
+    for (int64_t i = 0; i < plan.in_features; ++i)
+      std::memcpy(&x[(i * apart + row) * size], static_cast<const char*>(batch.x) + (row * batch.x_stride + i) * size,
+                  size);
+  for (int which = 1; which < 4; ++which) {
+    structmat::Batch own = batch;
+    if (which & 1) own.x = x.data(), own.x_stride = apart, own.x_by_features = true;
+    if (which & 2) own.y = y.data(), own.y_stride = apart, own.y_by_features = true;
+    for (int r = 0; r < repetitions; ++r) structmat::execute(plan, own, tensors.data(), structmat::serially, 2);
+  }
+}
+
+int run(const char* name, const std::string& way, int repetitions) {
+  const auto wanted = [&](const char* own) { return way == "all" || way == own; };
   File file(name);
   int cases = 0;
   int64_t length;
@@ -79,13 +99,15 @@ int run(const char* name, int repetitions) {
     const int64_t size = batch.storage == structmat::Storage::f64 ? 8 : batch.storage == structmat::Storage::f32 ? 4 : 2;
     std::vector<char> y(batch.rows * plan.out_features * size);
     batch.x = x.data(), batch.y = y.data(), batch.y_stride = plan.out_features;
-    for (int r = 0; r < repetitions; ++r) structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
-    if (structmat::runs_by_vectors(batch.rows, batch.storage)) {
+    for (int r = 0; wanted("tiles") && r < repetitions; ++r)
+      structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
+    if (wanted("vectors") && structmat::runs_by_vectors(batch.rows, batch.storage)) {
       const structmat::Plan few = structmat::make_plan(text, structmat::Use::vectors);
       for (int r = 0; r < repetitions; ++r)
         structmat::execute_vectors(few, batch, tensors.data(), structmat::serially, 2);
     }
-    backward(text, plan, batch, tensors, size, cases, repetitions);
+    if (wanted("features")) by_features(plan, batch, tensors, size, repetitions);
+    if (wanted("backward")) backward(text, plan, batch, tensors, size, cases, repetitions);
     ++cases;
   }
   std::printf("%d cases, %s\n", cases, structmat::chosen().name);
@@ -96,11 +118,11 @@ int run(const char* name, int repetitions) {
 
 int main(int count, char** arguments) {
   if (count < 2) {
-    std::fprintf(stderr, "usage: %s FILE [repetitions]\n", arguments[0]);
+    std::fprintf(stderr, "usage: %s FILE [all|tiles|features|vectors|backward] [repetitions]\n", arguments[0]);
     return 2;
   }
   try {
-    return run(arguments[1], count > 2 ? std::atoi(arguments[2]) : 1);
+    return run(arguments[1], count > 2 ? arguments[2] : "all", count > 3 ? std::atoi(arguments[3]) : 1);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

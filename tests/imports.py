@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "structure", "sizes", "circuit", "places"}),
+    frozenset({"errors", "structure", "sizes", "circuit", "places", "files", "processor"}),
     frozenset({"program"}),
     frozenset({"kernels"}),
     frozenset({"matrix"}),
     frozenset({"projection", "structures", "chains", "transforms", "windows"}),
     frozenset({"nn"}),
-    frozenset({"learn", "compression", "testing", "io", "file_format"}),
+    frozenset({"learn", "compression", "testing", "io", "file_format", "benchmark"}),
     frozenset({"integrations", "cli", "inspect", "plot", "__main__"}),
 )
 """From the lowest to the highest; a module may import its own layer and those below."""

@@ -247,17 +247,27 @@ def test_compress_refuses(
 # ------------------------------------------------------------------------------------------- bench, info and demo
 
 
-def test_bench_compares_with_a_dense_layer() -> None:
-    arguments = ("bench", "--size", "64x48", "--batch", "2", "--seconds", "0", "--family", "LowRank")
-    found = data(*arguments)
+def test_bench_compares_with_a_dense_layer(tmp_path: Path) -> None:
+    arguments = ("bench", "--size", "64x48", "--batch", "2", "--threads", "1", "--seconds", "0", "--out", tmp_path)
+    found = data(*arguments, "--family", "LowRank")
     assert found["environment"]["processor"]
-    assert found["shape"] == [64, 48]
-    (layer,) = found["layers"]
-    assert 0 < layer["share"] <= 0.25
-    (timing,) = layer["microseconds"]
-    assert timing["batch"] == 2
-    assert min(timing["dense"], timing["structured"], timing["ratio"]) > 0
-    assert "nn.Linear" in run(*arguments).stdout
+    (setting,) = found["settings"]
+    assert setting["setting"]["shape"] == [64, 48]
+    assert setting["environment"]["threads"] == 1
+    (layer,) = setting["layers"]
+    assert 0 < layer["stored"] <= 64 * 48 / 4
+    assert min(*layer["microseconds"].values(), *layer["dense_by"].values(), *layer["floor"].values()) > 0
+    assert layer["microseconds"].keys() >= {"dense", "auto", "reference"}
+    shown = run(*arguments, "--family", "LowRank").stdout  # not measured again
+    assert "times faster" in shown
+    assert f"{layer['microseconds']['auto']:.1f}" in shown
+    assert "efficiency" in shown
+
+
+def test_bench_refuses_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "8x8_2_float32_forward_1.json").write_text("{}")
+    arguments = ("bench", "--size", "8", "--batch", "2", "--threads", "1", "--family", "LowRank", "--out", tmp_path)
+    assert "Remove it" in run(*arguments, code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -269,6 +279,9 @@ def test_bench_compares_with_a_dense_layer() -> None:
         (("--budget", "2"), "strictly between"),
         (("--family", "Magic"), "Unknown family"),
         (("--size", "8", "--budget", "0.001", "--family", "LowRank"), "No family"),
+        (("--dtype", "int8"), "none of float32"),
+        (("--work", "play"), "none of forward"),
+        (("--full", "--size", "77"), "--full has no setting"),
     ],
 )
 def test_bench_refuses(arguments: tuple[str, ...], message: str) -> None:

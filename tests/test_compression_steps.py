@@ -20,8 +20,9 @@ from structmat.compression.replace import replace_layers, to_dense
 from structmat.compression.scan import scan
 from structmat.compression.score import Correction, points, score
 from structmat.compression.screen import damped, layer_target, layer_worker, screen
-from structmat.compression.workfolder import WorkFolder, digest, write_atomically
+from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, FormatError, ModelError, ShapeError, StructureError
+from structmat.files import write_atomically
 from structmat.projection.project import project_target
 
 RANKED = ("LowRank", sm.BlockDiagonal, sm.PivotedLowRank)

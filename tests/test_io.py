@@ -223,16 +223,16 @@ def test_saving_again_replaces_and_a_killed_save_does_not(folder: Path, monkeypa
     model = structured()
     with torch.no_grad():
         model.norm.weight.mul_(3)
-    from structmat import file_format
+    from structmat import files
 
-    real = file_format.os.replace
+    real = files.os.replace
 
     def killed(source: Path, target: Path) -> None:
         if Path(target).name == HEADER:
             raise KeyboardInterrupt
         real(source, target)
 
-    monkeypatch.setattr(file_format.os, "replace", killed)
+    monkeypatch.setattr(files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         sm.save(model, folder)
     monkeypatch.undo()

@@ -130,7 +130,8 @@ with tempfile.TemporaryDirectory() as folder:
     found = data("inspect", weights, "--family", "RowConstant")
     assert found["a.weight"]["exact"] == [{"family": "RowConstant"}], found
 assert "RowConstant" in [row["family"] for row in data("info")["families"]]
-(layer,) = data("bench", "--size", "8", "--batch", "2", "--seconds", "0", "--family", "RowConstant")["layers"]
+found = data("bench", "--size", "8", "--batch", "2", "--seconds", "0", "--family", "RowConstant")
+(layer,) = found["settings"][0]["layers"]
 assert layer["structure"] == "RowConstant()", layer
 """,
     "stands in the docs table": """

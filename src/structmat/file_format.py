@@ -26,10 +26,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,25 +193,6 @@ def check_content(header: Header, shapes: Mapping[str, tuple[int, ...]], path: P
             raise FormatError(
                 f"{path.name}: {layer.structure} at {prefix!r} has the tensors {wanted}; the file has {present}."
             )
-
-
-def write_atomically(folder: Path, write: Callable[[Path], str]) -> Path:
-    """Let ``write`` fill a temporary file and say its final name; rename it there once it is on the disk."""
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        final = folder / write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return final
 
 
 def sha256(path: Path) -> str:

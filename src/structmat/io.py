@@ -30,8 +30,8 @@ from structmat.file_format import (
     read_header,
     sha256,
     some,
-    write_atomically,
 )
+from structmat.files import write_named, write_text
 from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import FrozenLinear, StructuredLinear
 from structmat.places import pack, unpack
@@ -74,15 +74,10 @@ def save(value: nn.Module | StructuredMatrix, folder: str | os.PathLike[str]) ->
         digest = sha256(path)
         return f"model-{digest[:16]}.safetensors"
 
-    path = write_atomically(folder, write_tensors)
+    path = write_named(folder, write_tensors)
     header["tensors"] = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
     text = json.dumps({name: header[name] for name in sorted(header)}, indent=1, allow_nan=False)
-
-    def write_header(path: Path) -> str:
-        path.write_text(text + "\n", encoding="utf-8")
-        return HEADER
-
-    write_atomically(folder, write_header)
+    write_text(folder / HEADER, text + "\n")
     for old in folder.iterdir():
         if TENSOR_FILE.fullmatch(old.name) and old.name != path.name:
             old.unlink()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from structmat.errors import FormatError
-from structmat.file_format import write_atomically
+from structmat.files import write_atomically
 
 NAME = "recovery.safetensors"
 _KEY = "structmat.recovery"
@@ -39,12 +39,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"identity": checkpoint.identity, "facts": checkpoint.facts})
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
-
-    def write(path: Path) -> str:
-        save_file(tensors, path, metadata={_KEY: text})
-        return NAME
-
-    write_atomically(folder, write)
+    write_atomically(folder / NAME, lambda path: save_file(tensors, path, metadata={_KEY: text}))
 
 
 def read_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Checkpoint | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Self, TypeVar
 
 from rich.console import Console
@@ -34,6 +35,18 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """No bar meanwhile: something else is printed."""
+        if self._bar is None:
+            yield
+            return
+        self._bar.live.transient = True
+        self._bar.stop()
+        yield
+        self._bar.live.transient = False
+        self._bar.start()
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Pass the items on, one step of the bar each."""

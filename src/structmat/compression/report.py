@@ -6,13 +6,12 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from structmat.compression.workfolder import write_json
+from structmat.processor import processor_name
 
 if TYPE_CHECKING:
     from structmat.kernels import Native
@@ -156,20 +155,8 @@ def environment() -> dict[str, Any]:
         "structmat": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "native": _backend(kernels),
     }
-
-
-@cache
-def processor() -> str:
-    """The name of the CPU."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -15,8 +15,8 @@ from typing import Any
 from structmat.compression import report_charts as charts
 from structmat.compression.report import VERSION, Report
 from structmat.compression.report_charts import figure, milliseconds, number, percent
-from structmat.compression.workfolder import write_atomically
 from structmat.errors import FormatError
+from structmat.files import write_text
 
 _MULTIPLES = 48
 """Small multiples that are open at first; more fold away."""
@@ -25,7 +25,7 @@ _MULTIPLES = 48
 def write_html(report: Report | Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write the page of a report; the file appears whole or not at all. Raises as :func:`render`."""
     page = render(report)
-    write_atomically(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_text(Path(path), page)
     return Path(path)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from structmat.errors import FormatError
+from structmat.files import write_atomically, write_text
 
 FORMAT = 1
 """Version of the files; work of another version is refused."""
@@ -74,25 +74,10 @@ class WorkFolder:
         return self.path / f"{name}.safetensors"
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path`` and move it there: readers see all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Write JSON atomically, for people too: indented, keys in the given order."""
     text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    write_atomically(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(Path(path), text)
 
 
 def digest(*parts: Any) -> str:

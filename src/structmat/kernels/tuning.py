@@ -11,19 +11,19 @@ import hashlib
 import json
 import math
 import os
-import platform
-import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from structmat.files import write_text
 from structmat.kernels.library import native
 from structmat.kernels.text import Text, text_of
+from structmat.processor import processor_generation
 from structmat.program import Program
 
 FORMAT = 1
@@ -66,18 +66,14 @@ def machine() -> str:
     from structmat import __version__
 
     found = native()
-    parts = (_processor(), os.cpu_count(), __version__, torch.__version__, found.instruction_set or "reference")
+    parts = (
+        processor_generation(),
+        os.cpu_count(),
+        __version__,
+        torch.__version__,
+        found.instruction_set or "reference",
+    )
     return ", ".join(map(str, parts))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("model name", "model", "cpu family", "stepping")
-    values = dict.fromkeys(line.strip() for line in lines if line.partition(":")[0].strip() in wanted)
-    return " ".join(line.partition(":")[2].strip() for line in values) or platform.machine()
 
 
 def name_of(program: Program, dtype: torch.dtype) -> str:
@@ -95,12 +91,17 @@ def is_known(name: str) -> bool:
     return any(known == name for known, _ in _table())
 
 
-def best(name: str, rows: int, ways: Collection[Way]) -> Way | None:
+def best(name: str, rows: int, ways: tuple[Way, ...]) -> Way | None:
     """The fastest way for the nearest number of rows that was measured with as many threads.
 
     None where none lies within a factor of 2, or fewer than two of the ways were tried.
     """
-    found = _table().get((name, torch.get_num_threads()))
+    return _best(name, rows, ways, torch.get_num_threads(), generation)
+
+
+@lru_cache(maxsize=4096)  # it is asked at every call of a layer, and working it out takes as long as a small product
+def _best(name: str, rows: int, ways: tuple[Way, ...], threads: int, _: int) -> Way | None:
+    found = _table().get((name, threads))
     if not found or rows < 1:
         return None
     nearest = min(found, key=lambda known: (abs(math.log2(known / rows)), known))
@@ -147,6 +148,7 @@ def trying(name: str, rows: int) -> Iterator[Callable[[Way], None]]:
 
     def choose(way: Way) -> None:
         forced[rows] = order[way]
+        _best.cache_clear()
 
     try:
         yield choose
@@ -202,11 +204,4 @@ def _write(table: Mapping[Key, Times]) -> None:
     data = {"format": FORMAT, "machines": {**_read(), machine(): entries}}
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=file.parent, prefix=".tuned-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(data, stream, indent=1)
-        os.replace(draft, file)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    write_text(file, json.dumps(data, indent=1))
