@@ -20,7 +20,7 @@ import structmat as sm
 from structmat.circuit import Builder, Circuit, PrimeField, trace_torch
 from structmat.circuit.catalogue import cosine, fourier, haar, hadamard, prefix_sums, toeplitz
 from structmat.circuit.kaleidoscope import kaleidoscope, monarch
-from structmat.errors import CircuitError, ShapeError, StructureError
+from structmat.errors import CircuitError, ShapeError
 from structmat.kernels import apply, native
 from structmat.program import (
     Call,
@@ -415,7 +415,3 @@ def test_circuits_that_are_no_programs_are_refused() -> None:
         from_circuit(Builder(2).build([]))
     with pytest.raises(ShapeError, match="parameters"):
         from_circuit(random_linear(11, parameters=3)).tensors(torch.ones(2))
-    compiled = from_circuit(fourier(4))
-    x = torch.zeros(2, 4, dtype=torch.complex64)
-    with sm.backend("native"), pytest.raises(StructureError, match="native"):
-        apply(compiled.program, compiled.tensors(), x)

@@ -38,7 +38,8 @@ def multiply_complex(program: Program, tensors: Mapping[str, Tensor], x: Tensor,
         StructureError: the native backend is forced, and can't run it.
     """
     reference.check_rows(program, x)
-    form = None if torch.compiler.is_compiling() else parts_form(program, tensors, complex_in=x.is_complex())
+    known = x.dtype in _WHOLE and not torch.compiler.is_compiling()
+    form = parts_form(program, tensors, complex_in=x.is_complex()) if known else None
     if form is not None and (bias is None or form.complex_out or not bias.is_complex()):
         parts = torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
         shift = _bias(bias, form.complex_out)
@@ -88,6 +89,9 @@ def writing_for(program: Program, tensors: Mapping[str, Tensor], rows: int | Non
         return FOR_REFERENCE
     return FOR_NATIVE if rows is None or rows >= FEW_ROWS else FOR_FEW_ROWS
 
+
+_WHOLE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+"""Half precision has no complex numbers on the CPU: the reference widens it."""
 
 _KEPT, _INSIDE = "_real_forms", "_is_complex_inside"
 
