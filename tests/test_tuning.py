@@ -36,9 +36,12 @@ def times_of(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[int]:
     """Let measurements find these times, in the order reference, native, dense; returns how many ways each tried."""
     tried: list[int] = []
 
-    def found(*ways: Callable[[], object], seconds: float, own: tuple[float, ...] = seconds) -> list[list[float]]:
+    def found(
+        *ways: Callable[[], object], seconds: float, prepare: Callable[[int], object], own: tuple[float, ...] = seconds
+    ) -> list[list[float]]:
         tried.append(len(ways))
-        for way in ways:
+        for which, way in enumerate(ways):
+            prepare(which)
             way()
         return [[t] for t in own[: len(ways)]]
 
@@ -104,8 +107,9 @@ def test_every_way_is_really_run_while_it_is_timed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(quick, "run_rows", lambda *given: calls.append(1) or run(*given))
     counts = []
 
-    def found(*ways: Callable[[], object], seconds: float) -> list[list[float]]:
-        for way in ways:
+    def found(*ways: Callable[[], object], seconds: float, prepare: Callable[[int], object]) -> list[list[float]]:
+        for which, way in enumerate(ways):
+            prepare(which)
             calls.clear()
             way()
             counts.append(len(calls))

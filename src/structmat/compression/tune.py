@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -133,6 +133,10 @@ def _tuned(
     return TunedLayer(name, rows, ways, min(ways, key=lambda way: (ways[way], way.value)))
 
 
+_OTHERS = 1 << 20
+"""Numbers that are touched between two calls, as by the other layers of a model: they fill an L2 cache."""
+
+
 def _tensors(layer: nn.Module) -> list[Tensor]:
     return [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point() or t.is_complex()]
 
@@ -156,14 +160,13 @@ def _measure(
         ways.append(tuning.Way.NATIVE)
     if isinstance(layer, FrozenLinear) and layer.dense is not None:
         ways.append(tuning.Way.DENSE)
+    others = torch.zeros(_OTHERS)
     with torch.inference_mode(), tuning.trying(key, rows) as choose:
 
-        def on(way: tuning.Way) -> Callable[[], object]:
-            def run() -> object:
-                choose(way)
-                return layer(x)
+        def prepare(which: int) -> None:
+            choose(ways[which])
+            layer(x)  # what a layer keeps of the choice is made at the first call
+            others.add_(1.0)
 
-            return run
-
-        times = interleaved(*(on(way) for way in ways), seconds=seconds)
+        times = interleaved(*(lambda: layer(x) for _ in ways), seconds=seconds, prepare=prepare)
     return {way: 1e6 * statistics.median(own) for way, own in zip(ways, times, strict=True)}

@@ -147,8 +147,10 @@ def trying(name: str, rows: int) -> Iterator[Callable[[Way], None]]:
     order = {way: {other: float(other is not way) for other in Way} for way in Way}
 
     def choose(way: Way) -> None:
-        forced[rows] = order[way]
-        _best.cache_clear()
+        global generation
+        if forced.get(rows) is not order[way]:
+            forced[rows] = order[way]
+            generation += 1  # for all that keep what is the best way
 
     try:
         yield choose

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +210,10 @@ class StructuredLinear(nn.Module):
         )
 
 
+_KEPT_SHAPES = 1024
+"""Shapes of inputs for which a frozen layer keeps what is the fastest way."""
+
+
 class FrozenLinear(nn.Module):
     """A fused program with fixed tensors: what :meth:`StructuredLinear.freeze` returns. Rows as ``nn.Linear``.
 
@@ -238,6 +242,8 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("dense", None, persistent=False)
         self._holds_dense = False
+        self._denser: dict[torch.Size, bool] = {}  # whether the dense matrix is the fastest way for an input
+        self._denser_for = (-1, 0)  # for which state of the measurements, and how many threads
 
     def hold_dense(self, hold: bool = True) -> None:
         """Hold the dense matrix too, or no longer: it is used for the numbers of rows for which :func:`structmat.tune`
@@ -253,29 +259,37 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
-        if not self._on_parts:
-            return self._product(x)
-        wide = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
-        parts = self._product(torch.view_as_real(wide.resolve_conj()).flatten(-2)).contiguous()
-        return torch.view_as_complex(parts.unflatten(-1, (-1, 2)))
+        if self._on_parts:
+            wide = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
+            x = torch.view_as_real(wide.resolve_conj()).flatten(-2)
+        y = self._product(x)
+        return torch.view_as_complex(y.contiguous().unflatten(-1, (-1, 2))) if self._on_parts else y
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._holds_dense and self._is_denser(x):
-            return functional.linear(x, cast(Tensor, self.dense), self.bias)
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if self._holds_dense and not compiling:
+            if self._denser_for != (tuning.generation, torch.get_num_threads()):
+                self._denser_for = tuning.generation, torch.get_num_threads()
+                self._denser.clear()
+            dense = self._denser.get(x.shape)
+            if dense is None:
+                if len(self._denser) >= _KEPT_SHAPES:
+                    self._denser.clear()
+                dense = self._denser[x.shape] = self._is_denser(x)
+            if dense and x.dtype is self._buffers["dense"].dtype and x.is_cpu:  # type: ignore[union-attr]
+                return functional.linear(x, self._buffers["dense"], self._buffers["bias"])  # type: ignore[arg-type]
+        if not compiling:
             found = self._quick(x, self._buffers)
             if found is not None:
                 return found
         return _multiply(self.program, {name: getattr(self, name) for name in self._names}, x, self.bias)
 
     def _is_denser(self, x: Tensor) -> bool:
-        """Whether the dense matrix is there and was measured to be the fastest way for so many rows."""
-        if torch.compiler.is_compiling() or self.dense is None or x.dtype != self.dense.dtype:
+        """Whether the dense matrix was measured to be the fastest way for so many rows."""
+        if self.dense is None or x.dim() == 0 or x.shape[-1] != self.program.in_features:
             return False
-        if not x.is_cpu or x.dim() == 0 or x.shape[-1] != self.program.in_features:
-            return False
-        name = tuning.name_of(self.program, x.dtype)
-        return tuning.best(name, x.numel() // self.in_features, tuple(tuning.Way)) is tuning.Way.DENSE
+        name = tuning.name_of(self.program, self.dense.dtype)
+        return tuning.best(name, x.numel() // self.program.in_features, tuple(tuning.Way)) is tuning.Way.DENSE
 
     def extra_repr(self) -> str:
         patterns = [s.pattern if isinstance(s, Contraction) else str(s) for s in stages(self.program)]
