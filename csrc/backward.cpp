@@ -73,7 +73,8 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
       break;
     case Instruction::scatter_add: k.gather(p.indices[s.index], gy, gx, s.rows, columns, step.add); break;
     case Instruction::copy: k.copy(gy, gx, s.rows, columns, step.add); break;
-    case Instruction::clear: break;
+    case Instruction::clear:
+    case Instruction::quads: break;  // plans for derivatives hold none of these
     case Instruction::sparse: {
       const Rows& r = p.rows[step.number];
       const Compressed matrix{r.start, r.column};

@@ -94,7 +94,7 @@ template <class Real, Storage S>
 inline V<Real> load_row(const typename Stored<S>::type* p) {
   constexpr int n = Vector<Real>::lanes;
   if constexpr (std::is_same<typename Stored<S>::type, Real>::value) return at<Real>(p);
-  V<Real> r;
+  V<Real> r = {};
   for (int l = 0; l < n; ++l) r[l] = Stored<S>::template widen<Real>(p[l]);
   return r;
 }

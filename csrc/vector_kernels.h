@@ -219,7 +219,7 @@ inline V<Real> gathered(const Real* x, const int32_t* place) {
   else
     return V<Real>(_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(place)), x, 8));
 #else
-  V<Real> r;
+  V<Real> r = {};
   for (int l = 0; l < n; ++l) r[l] = x[place[l]];
   return r;
 #endif

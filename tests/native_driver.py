@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,24 +29,29 @@ def compiler() -> str | None:
     return shutil.which("g++") or shutil.which("clang++")
 
 
-def build(folder: Path, flags: Sequence[str], unused: Collection[str] = ()) -> Path:
-    """The driver with the kernels of every instruction set that is built for this machine.
+def build(
+    folder: Path, flags: Sequence[str], unused: Collection[str] = (), machine: str = "", by: str | None = None
+) -> Path:
+    """The driver with the kernels of every instruction set that is built for a machine.
 
     Args:
         folder: for all that is made.
         flags: for every file.
         unused: instruction sets that will not run: linked, but not optimized, which takes its time.
+        machine: as ``platform.machine()`` names it; this one if empty.
+        by: the compiler for it.
     """
-    found = compiler()
+    found = by or compiler()
     assert found is not None
+    setup = _setup(machine)
     common = [found, "-std=c++17", "-g", *flags]
     jobs: dict[str, tuple[str, list[str]]] = {
-        Path(name).stem: (name, []) for name in (*_setup()["SOURCES"], "driver.cpp") if name != "torch_binding.cpp"
+        Path(name).stem: (name, []) for name in (*setup["SOURCES"], "driver.cpp") if name != "torch_binding.cpp"
     }
-    for name, own in _setup()["instruction_sets"]().items():
+    for name, own in setup["instruction_sets"]().items():
         slow = ["-O0"] if name.removeprefix("isa_") in unused else []
         jobs[name] = ("kernels.cpp", [*own, *slow, f"-DSTRUCTMAT_ISA={name}"])
-    jobs["bfloat16"] = ("bfloat16.cpp", list(_setup()["BFLOAT16"]) if _setup()["ON_X86"] else [])
+    jobs["bfloat16"] = ("bfloat16.cpp", list(setup["BFLOAT16"]) if setup["ON_X86"] else [])
     for name, (source, own) in jobs.items():
         command = [*common, *own, "-c", str(SOURCES / source), "-o", str(folder / f"{name}.o")]
         subprocess.run(command, check=True)
@@ -61,7 +67,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 @cache
-def _setup() -> dict[str, Any]:
+def _setup(machine: str = "") -> dict[str, Any]:
     """What ``setup.py`` says is compiled, and how: its constants, without running the build, which needs setuptools."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     tree.body = [
@@ -70,9 +76,19 @@ def _setup() -> dict[str, Any]:
         if (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) != "ROOT")
         or (isinstance(node, ast.FunctionDef) and node.name == "instruction_sets")
     ]
-    names: dict[str, Any] = {"platform": platform}
+    names: dict[str, Any] = {"platform": _Platform(machine or platform.machine())}
     exec(compile("from __future__ import annotations\n" + ast.unparse(tree), "setup.py", "exec"), names)
     return names
+
+
+@dataclass(frozen=True)
+class _Platform:
+    """As much of the module :mod:`platform` as ``setup.py`` asks."""
+
+    name: str
+
+    def machine(self) -> str:
+        return self.name
 
 
 def case(
