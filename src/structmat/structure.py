@@ -151,6 +151,10 @@ class Structure(ABC):
     weighs_outputs: ClassVar[bool] = False
     """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
 
+    is_usual: ClassVar[bool] = True
+    """Whether compression tries the family unless told which to try: False where trained weights are hardly ever near
+    a member, or where another family of the library always is as near."""
+
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         """Names, shapes and initialisation of the tensors; the output has the variance of a dense layer's."""

@@ -16,9 +16,11 @@ from structmat.program import (
     Chain,
     Complex,
     Contraction,
+    Convolution,
     Crop,
     Diagonal,
     Fourier,
+    Generated,
     Interpolation,
     Pad,
     Permute,
@@ -97,6 +99,13 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             left, right = _window_factors(stage, tensors)
             matrix = left @ right
             return matrix.T if stage.transposed else matrix
+        case Convolution():
+            matrix = _convolution(stage, tensors[stage.weight])
+            return matrix.T if stage.transposed else matrix
+        case Generated():
+            values = [tensors[name] for name, _ in stage.tensors]
+            matrix = stage.function(*values, *stage.arguments)
+            return matrix.T if stage.transposed else matrix
         case Pad(before=before) | Crop(before=before):
             offset = -before if isinstance(stage, Pad) else before
             ones = torch.ones(min(stage.in_features, stage.out_features), dtype=torch.float64)
@@ -128,6 +137,22 @@ def _contraction_support(stage: Contraction) -> tuple[Tensor, Tensor]:
     return rows.expand(a, b, c, d), columns.expand(a, b, c, d)
 
 
+def _convolution(stage: Convolution, weight: Tensor) -> Tensor:
+    """Block by block and diagonal by diagonal."""
+    height, width = stage.height, stage.width
+    weight = weight.reshape(stage.outputs, stage.inputs, stage.entries)
+    matrix = weight.new_zeros(stage.outputs, height, stage.inputs, width)
+    for i in range(height):
+        for j in range(width):
+            if stage.twist is None:
+                matrix[:, i, :, j] = weight[:, :, i + j if stage.hankel else i - j + width - 1]
+                continue
+            place = i + j if stage.hankel else i - j
+            wrapped = place >= stage.period or place < 0
+            matrix[:, i, :, j] = (stage.twist if wrapped else 1.0) * weight[:, :, place % stage.period]
+    return matrix.reshape(stage.outputs * height, stage.inputs * width)
+
+
 def _window_factors(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:
     left = tensors[stage.left].new_zeros(stage.height, stage.terms)
     right = tensors[stage.right].new_zeros(stage.terms, stage.width)
@@ -148,7 +173,8 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
     """Multiplications, additions and empty rows of one product with a real vector, by counting non-zero positions.
 
     A matrix with ``q`` positions in ``p`` non-empty rows takes ``q`` multiplications and ``q - p`` additions. None
-    for a program with stages whose count is a model (``Fourier``) or stated (``Call``).
+    for a program with stages whose count is a model (``Fourier``, a ``Convolution`` by transforms) or stated
+    (``Call``).
     """
     if isinstance(program, Chain | Sum):
         inner = program.steps if isinstance(program, Chain) else program.parts
@@ -158,7 +184,7 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
             return None
         joins = program.out_features * (len(inner) - 1) if isinstance(program, Sum) else 0
         return sum(c[0] for c in known), sum(c[1] for c in known) + joins, sum(c[2] for c in known)
-    if isinstance(program, Fourier | Call):
+    if isinstance(program, Fourier | Call) or (isinstance(program, Convolution) and program.transform):
         return None
     if not program.weights:
         return 0, 0, 0
@@ -168,6 +194,8 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
         factors = [left.T, right.T] if program.transposed else [right, left]
     elif isinstance(program, Diagonal):
         factors = [torch.eye(program.size)]
+    elif isinstance(program, Convolution | Generated):  # a place is a multiplication, whatever stands there
+        factors = [torch.ones(program.out_features, program.in_features)]
     else:
         factors = [explicit(program, ones)]
     entries = [round(float(f.sum())) for f in factors]  # counts an entry that is written twice twice
