@@ -22,6 +22,8 @@ from structmat.errors import FormatError, ShapeError, StructureError
 from structmat.places import is_packed, packed_shape, stored_places
 
 if TYPE_CHECKING:
+    from structmat.displacement.form import CauchyForm
+    from structmat.matrix import StructuredMatrix
     from structmat.program import Program
     from structmat.projection.target import Fit, Target
 
@@ -186,6 +188,11 @@ class Structure(ABC):
     def resolve(self, shape: Shape) -> Structure:
         """The same structure with automatic choices (such as the shapes of factors) made for this shape."""
         return self
+
+    def inversion(self, matrix: StructuredMatrix) -> CauchyForm | Tensor | None:
+        """What solving with a square member (not transposed) can use: its generators, or the first column (n,) of a
+        circulant matrix; None where its dense matrix is all there is."""
+        return None
 
     def __str__(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]

@@ -78,9 +78,7 @@ def to_circuit(program: Program, tensors: Tensors) -> Circuit:
         _require(stage, tensors)
     own = [tensors[name] for stage in stages(program) for name in stage.weights]
     transforms = any(isinstance(s, Convolution) and s.transform for s in stages(program))
-    split = any(isinstance(s, Real) for s in stages(program)) or (
-        transforms and not any(t.is_complex() for t in own)
-    )
+    split = any(isinstance(s, Real) for s in stages(program)) or (transforms and not any(t.is_complex() for t in own))
     writer = _Writer(Builder(program.in_features), tensors, split)
     result = writer.run(program, _Value(writer.builder.inputs))
     return writer.builder.build(result.real if result.imag is None else np.concatenate([result.real, result.imag]))
@@ -195,7 +193,7 @@ class _Writer:
         i, j = np.arange(height)[:, None], np.arange(width)
         spot = i + j if stage.hankel else i - j + width - 1
         signed = signed[:, :, spot].transpose(0, 2, 1, 3).reshape(b * height, c * width)
-        own, factor = np.abs(signed).astype(np.int64) - 1, np.where(signed < 0, stage.twist, 1.0).astype(np.float64)
+        own, factor = np.abs(signed).astype(np.int64) - 1, np.where(signed < 0, 0.0 if stage.twist is None else stage.twist, 1.0)
         if stage.transposed:
             own, factor = own.T, factor.T
         read = np.broadcast_to(np.arange(own.shape[1]), own.shape).ravel()
@@ -203,7 +201,7 @@ class _Writer:
         return self._sums(x, np.full(own.shape[0], own.shape[1]), read, weights)
 
     def _transformed(self, stage: Convolution, x: _Value) -> _Value:
-        """A convolution by Fourier transforms. Of real vectors and weights only the real part of the outcome is used."""
+        """A convolution by Fourier transforms. Of real vectors and weights the outcome's real part is used."""
         b, c = (stage.inputs, stage.outputs) if stage.transposed else (stage.outputs, stage.inputs)
         read, kept = (stage.height, stage.width) if stage.transposed else (stage.width, stage.height)
         weight, count = self.tensors[stage.weight].detach().cpu(), stage.length

@@ -29,11 +29,11 @@ def convolve(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
     rows = x.reshape(x.shape[0], blocks, width)
     step = max(1, _AT_ONCE // (stage.length * max(stage.inputs, stage.outputs)))
     if not _may_write(x, weight) or x.shape[0] <= step:
-        return _transformed(stage, rows.to(wide), values).reshape(x.shape[0], stage.out_features).to(dtype)
+        return _transformed(stage, rows.to(wide), values).flatten(1).to(dtype)
     result = x.new_empty(x.shape[0], stage.out_features, dtype=dtype)
     for begin in range(0, x.shape[0], step):
         part = _transformed(stage, rows[begin : begin + step].to(wide), values)
-        result[begin : begin + step] = part.reshape(part.shape[0], stage.out_features)
+        result[begin : begin + step] = part.flatten(1)
     return result
 
 
@@ -96,7 +96,8 @@ def _transformed(stage: Convolution, x: Tensor, weights: Tensor) -> Tensor:
     result = torch.fft.ifft(product) if x.is_complex() else torch.fft.irfft(product, stage.length)
     kept, read = (stage.width, stage.height) if stage.transposed else (stage.height, stage.width)
     before = 0 if stage.hankel or stage.is_circular else read - 1
-    return result[..., before : before + kept]
+    cropped: Tensor = result[..., before : before + kept]
+    return cropped
 
 
 def _transform(x: Tensor, length: int) -> Tensor:

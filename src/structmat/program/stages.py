@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -635,26 +635,21 @@ class Convolution(Stage):
     hankel: bool = False
     transform: bool = False
     transposed: bool = False
+    length: int = field(init=False, compare=False, repr=False)
+    """Of the Fourier transforms."""
+    is_circular: bool = field(init=False, compare=False, repr=False)
+    """Whether the blocks are corners of circulant matrices of a size that transforms are fast for."""
 
     def __post_init__(self) -> None:
         assert self.twist is None or self.period >= max(self.height, self.width), self
+        circular = self.twist == 1.0 and smooth_size(self.period) == self.period
+        object.__setattr__(self, "is_circular", circular)
+        object.__setattr__(self, "length", self.period if circular else smooth_size(self.height + self.width - 1))
 
     @property
     def entries(self) -> int:
         """Numbers in the weight of a block."""
         return self.height + self.width - 1 if self.twist is None else self.period
-
-    @property
-    def length(self) -> int:
-        """Of the Fourier transforms."""
-        if self.is_circular:
-            return self.period
-        return smooth_size(self.height + self.width - 1)
-
-    @property
-    def is_circular(self) -> bool:
-        """Whether the blocks are corners of circulant matrices of a size that transforms are fast for."""
-        return self.twist == 1.0 and smooth_size(self.period) == self.period
 
     @property
     def in_features(self) -> int:

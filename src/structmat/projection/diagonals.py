@@ -31,9 +31,7 @@ def fit_diagonals(stage: Convolution, target: Target) -> Fit:
     if target.second_moment is None or target.sweeps == 0:
         found = _sums(weight, place, stage.entries) / _sums(torch.ones_like(weight), place, stage.entries)
     else:
-        found = _solve(
-            _normal(stage, target.second_moment), _sums(weight @ target.second_moment, place, stage.entries)
-        )
+        found = _solve(_normal(stage, target.second_moment), _sums(weight @ target.second_moment, place, stage.entries))
     if target.second_moment is not None and target.sweeps == 0:
         return Fit({stage.weight: found}, Certificate.NONE, 0.0, "means along diagonals, unweighted")
     method = "means along diagonals" if target.second_moment is None else "weighted least squares for the diagonals"

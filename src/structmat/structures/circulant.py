@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import TYPE_CHECKING, ClassVar, Self, final
+
+from torch import Tensor
 
 from structmat.program import Convolution, Program, convolution
 from structmat.projection.diagonals import fit_diagonals
 from structmat.projection.target import Fit, Target
 from structmat.structure import DENSE_GAIN, Normal, ParameterSpec, Shape, Structure
+
+if TYPE_CHECKING:
+    from structmat.matrix import StructuredMatrix
 
 
 @final
@@ -33,6 +38,9 @@ class Circulant(Structure):
 
     def project(self, target: Target) -> Fit:
         return fit_diagonals(_stage(target.native), target)
+
+    def inversion(self, matrix: StructuredMatrix) -> Tensor:
+        return matrix.tensors["weight"]
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:

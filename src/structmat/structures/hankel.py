@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import TYPE_CHECKING, ClassVar, Self, final
 
+from structmat.displacement.form import CauchyForm, of_toeplitz
 from structmat.program import Program, convolution
 from structmat.projection.diagonals import fit_diagonals
 from structmat.projection.target import Fit, Target
 from structmat.structure import DENSE_GAIN, Normal, ParameterSpec, Shape, Structure
+
+if TYPE_CHECKING:
+    from structmat.matrix import StructuredMatrix
 
 
 @final
@@ -34,6 +38,9 @@ class Hankel(Structure):
 
     def project(self, target: Target) -> Fit:
         return fit_diagonals(convolution("weight", 1, 1, *target.native, hankel=True), target)
+
+    def inversion(self, matrix: StructuredMatrix) -> CauchyForm:
+        return of_toeplitz(matrix.tensors["weight"], hankel=True)
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:

@@ -159,7 +159,8 @@ def _convolution_size(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
         free = replace(stage, twist=None if stage.twist is None else abs(stage.twist))
         return apply(free, {stage.weight: weight}, x)
     blocks = weight.reshape(stage.outputs, stage.inputs, -1).sum(-1) * max(1.0, abs(stage.twist or 1.0))
-    totals = x.reshape(x.shape[0], stage.outputs if stage.transposed else stage.inputs, -1).sum(-1)
+    shape = (stage.outputs, stage.height) if stage.transposed else (stage.inputs, stage.width)
+    totals = x.reshape(x.shape[0], *shape).sum(-1)
     mixed = totals @ (blocks if stage.transposed else blocks.T)
     return mixed.repeat_interleave(stage.width if stage.transposed else stage.height, -1)
 

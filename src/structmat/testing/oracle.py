@@ -138,18 +138,20 @@ def _contraction_support(stage: Contraction) -> tuple[Tensor, Tensor]:
 
 
 def _convolution(stage: Convolution, weight: Tensor) -> Tensor:
-    """Block by block and diagonal by diagonal."""
+    """Diagonal by diagonal, in all blocks at once."""
     height, width = stage.height, stage.width
     weight = weight.reshape(stage.outputs, stage.inputs, stage.entries)
     matrix = weight.new_zeros(stage.outputs, height, stage.inputs, width)
-    for i in range(height):
-        for j in range(width):
-            if stage.twist is None:
-                matrix[:, i, :, j] = weight[:, :, i + j if stage.hankel else i - j + width - 1]
-                continue
-            place = i + j if stage.hankel else i - j
+    # Antidiagonals are the diagonals of the columns in reverse order.
+    for offset in range(1 - height, width):  # j - i
+        place = width - 1 - offset if stage.hankel else -offset
+        diagonal = matrix.diagonal(offset, 1, 3)  # (outputs, inputs, length)
+        if stage.twist is None:
+            diagonal[...] = weight[:, :, place + (0 if stage.hankel else width - 1), None]
+        else:
             wrapped = place >= stage.period or place < 0
-            matrix[:, i, :, j] = (stage.twist if wrapped else 1.0) * weight[:, :, place % stage.period]
+            diagonal[...] = (stage.twist if wrapped else 1.0) * weight[:, :, place % stage.period, None]
+    matrix = matrix.flip(3) if stage.hankel else matrix
     return matrix.reshape(stage.outputs * height, stage.inputs * width)
 
 

@@ -104,8 +104,8 @@ class Weights(nn.Module):
             any(isinstance(s, Call | Complex | Fourier | Convolution | Generated) for s in stages(self._program))
         ):
             raise StructureError(
-                f"{self.structure} has transforms or functions of its tensors, of which signs say nothing: it can't be constrained to be "
-                f"{constraint.value}. Use another family, or signed weights with Scaled()."
+                f"{self.structure} has transforms or functions of its tensors, of which signs say nothing: it can't be "
+                f"constrained to be {constraint.value}. Use another family, or signed weights with Scaled()."
             )
         self._learned = [n for n, s in specs(self.structure, shape).items() if s.learned]
         drawn = [draw(self.structure, shape, generator=generator, dtype=dtype) for _ in range(copies)]
