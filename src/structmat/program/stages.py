@@ -754,9 +754,10 @@ class Generated(Stage):
         arguments: further ones, plain values.
         height, width: of the matrix.
         linear: names of the tensors in each of which the matrix is linear.
+        signed: names of those that count with their sign in ``size``.
         roundings: relative errors, in units of the precision, that an entry may have against ``size``.
-        size: like ``function``: at least the moduli of the matrix's entries, and what their rounding errors are
-            proportional to; the moduli themselves if None.
+        size: what rounding errors of the entries are proportional to, like ``function`` but of the moduli of the
+            tensors; ``function`` itself if None, as is right for sums of products.
         fast: what stands for the stage when its tensors are fixed, where that is stable; None writes the matrix out.
     """
 
@@ -766,6 +767,7 @@ class Generated(Stage):
     height: int
     width: int
     linear: tuple[str, ...] = ()
+    signed: tuple[str, ...] = ()
     roundings: int = 4
     size: Callable[..., torch.Tensor] | None = None
     fast: Callable[..., tuple[Program, dict[str, torch.Tensor]] | None] | None = None
@@ -788,7 +790,9 @@ class Generated(Stage):
 
     def rename(self, name: Callable[[str], str]) -> Generated:
         tensors = tuple((name(n), size) for n, size in self.tensors)
-        return replace(self, tensors=tensors, linear=tuple(map(name, self.linear)))
+        return replace(
+            self, tensors=tensors, linear=tuple(map(name, self.linear)), signed=tuple(map(name, self.signed))
+        )
 
     @property
     def multiplications(self) -> int:

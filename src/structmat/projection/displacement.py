@@ -18,6 +18,7 @@ from torch import Tensor
 from structmat.program import Program
 from structmat.projection.refine import refine, rescale
 from structmat.projection.target import Certificate, Fit, Target
+from structmat.structure import Shape
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ def _complete_right(left: Tensor, right: Tensor, missing: Tensor, first_column: 
 def _least_squares(system: Tensor, wanted: Tensor) -> Tensor:
     solution: Tensor = torch.linalg.lstsq(system, wanted[:, None], driver="gelsd").solution[:, 0]
     return solution
+
+
+def most_rank(shape: Shape) -> int:
+    """The largest displacement rank worth proposing: with more, the parameters are nearly those of a dense matrix."""
+    return max(1, min(shape) // 4)
 
 
 def low_rank_factors(displacement: Tensor, rank: int) -> tuple[Tensor, Tensor]:

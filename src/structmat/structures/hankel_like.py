@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structmat.displacement.form import CauchyForm, Side
 from structmat.program import Chain, Program, convolution
-from structmat.projection.displacement import finished, toeplitz_like_generators
+from structmat.projection.displacement import finished, most_rank, toeplitz_like_generators
 from structmat.projection.target import Fit, Target
 from structmat.structure import (
     DENSE_GAIN,
@@ -79,7 +79,7 @@ class HankelLike(Structure):
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: 2 * r * max(shape), budget, min(shape))
+        rank = largest_fitting(lambda r: 2 * r * max(shape), budget, most_rank(shape), grid=1)
         if rank:
             yield cls(rank)
 

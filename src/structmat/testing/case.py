@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.func import jacrev
+from torch.func import jacfwd
 
 from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import StructuredLinear
@@ -166,14 +166,17 @@ def _convolution_size(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _generated_size(stage: Generated, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
-    """What the rounding errors of a generated matrix are proportional to. Where a gradient in the moduli of its tensors
-    is wanted, it is the sum of the moduli of the entries' derivatives."""
+    """What the rounding errors of a generated matrix are proportional to: the function of the moduli of its tensors, but
+    for those that enter with their sign. Where a gradient in the moduli of these is wanted, it is the sum of the moduli
+    of the entries' derivatives."""
+    function = stage.size or stage.function
     names = [name for name, _ in stage.tensors]
-    values = [_wide(given[name].detach()) for name in names]
-    size = (stage.size or stage.function)(*values, *stage.arguments).abs()
-    wanted = [index for index, name in enumerate(names) if tensors[name].requires_grad]
+    values = [_wide(given[name].detach()) if name in stage.signed else tensors[name] for name in names]
+    size = function(*values, *stage.arguments).abs()
+    wanted = tuple(i for i, name in enumerate(names) if name in stage.signed and tensors[name].requires_grad)
     if wanted:
-        slopes = jacrev(lambda *v: (stage.size or stage.function)(*v, *stage.arguments), tuple(wanted))(*values)
+        fixed = [value.detach() for value in values]
+        slopes = jacfwd(lambda *v: function(*v, *stage.arguments), wanted)(*fixed)
         for index, slope in zip(wanted, slopes, strict=True):
             modulus = tensors[names[index]]
             size = size + (slope.abs().flatten(2) @ (modulus - modulus.detach()).flatten()[:, None])[..., 0]
