@@ -10,7 +10,7 @@ from torch import Tensor
 from structmat.program import Program, apply, stages
 from structmat.projection.target import Target
 
-_STEPS_A_SWEEP = 5
+_STEPS_A_SWEEP = 2
 
 
 def descend(program: Program, tensors: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
@@ -19,7 +19,7 @@ def descend(program: Program, tensors: Mapping[str, Tensor], target: Target) -> 
     Args:
         program: of the target's native shape.
         tensors: the start.
-        target: its ``sweeps`` say how many steps may be made, five each.
+        target: its ``sweeps`` say how many steps may be made, two each.
 
     Cost: a step multiplies the program with ``in`` vectors a few times, forward and backward.
     """
