@@ -16,7 +16,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"program"}),
     frozenset({"kernels"}),
     frozenset({"matrix"}),
-    frozenset({"projection", "structures", "displacement", "chains", "transforms", "windows"}),
+    frozenset({"projection", "structures", "displacement", "polynomials", "chains", "transforms", "windows"}),
     frozenset({"nn"}),
     frozenset({"learn", "compression", "testing", "io", "file_format"}),
     frozenset({"integrations", "cli", "inspect", "plot", "__main__"}),

@@ -193,7 +193,10 @@ class _Writer:
         i, j = np.arange(height)[:, None], np.arange(width)
         spot = i + j if stage.hankel else i - j + width - 1
         signed = signed[:, :, spot].transpose(0, 2, 1, 3).reshape(b * height, c * width)
-        own, factor = np.abs(signed).astype(np.int64) - 1, np.where(signed < 0, 0.0 if stage.twist is None else stage.twist, 1.0)
+        own, factor = (
+            np.abs(signed).astype(np.int64) - 1,
+            np.where(signed < 0, 0.0 if stage.twist is None else stage.twist, 1.0),
+        )
         if stage.transposed:
             own, factor = own.T, factor.T
         read = np.broadcast_to(np.arange(own.shape[1]), own.shape).ravel()

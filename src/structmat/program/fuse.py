@@ -190,9 +190,10 @@ def _windows(stage: Windowed, tensors: Tensors, writing: Writing, made: dict[str
 
 def _generated(stage: Generated, tensors: Tensors, made: dict[str, Tensor]) -> Program:
     """The fast form of the matrix where the stage has one that is stable for these tensors, else the matrix itself."""
-    found = None if stage.fast is None else stage.fast(*(tensors[name] for name, _ in stage.tensors), *stage.arguments)
+    given = [tensors[name] for name in (*(name for name, _ in stage.tensors), *stage.fixed)]
+    found = None if stage.fast is None else stage.fast(*given, *stage.arguments)
     if found is None:
-        matrix = generated_matrix(stage, tensors).to(tensors[stage.tensors[0][0]].dtype)
+        matrix = generated_matrix(stage, tensors).to(given[0].dtype)
         return _dense(stage, matrix.T if stage.transposed else matrix, tensors, made)
     program, own = found
     names = {}

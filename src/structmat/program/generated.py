@@ -125,4 +125,3 @@ def tridiagonal_krylov(operator: Tensor, vectors: Tensor, count: int) -> Tensor:
         columns.append(below * last.roll(1, 1) + diagonal * last + above * last.roll(-1, 1))
     stacked = torch.stack(columns, -1)  # (rank, n, count)
     return stacked.transpose(0, 1).reshape(vectors.shape[1], vectors.shape[0] * count)
-

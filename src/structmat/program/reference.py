@@ -269,7 +269,7 @@ def interpolation_matrix(stage: Interpolation, tensors: Tensors) -> Tensor:
 def generated_matrix(stage: Generated, tensors: Tensors) -> Tensor:
     """The matrix (height, width) that a function of the tensors makes, in single precision at least."""
     values = [_wide(tensors[name]) for name, _ in stage.tensors]
-    return stage.function(*values, *stage.arguments)
+    return stage.function(*values, *(tensors[name] for name in stage.fixed), *stage.arguments)
 
 
 def window_matrices(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:

@@ -744,7 +744,7 @@ class Generated(Stage):
     multiplied by.
 
     The explicit and stable form of what has faster forms only where these are stable: Cauchy, Vandermonde and Krylov
-    matrices, values of polynomials. ``function(*tensors, *arguments)`` is a module-level function that gives the matrix
+    matrices, values of polynomials. ``function(*tensors, *fixed, *arguments)`` is a module-level function that gives the matrix
     (height, width), differentiable, in the dtype of the tensors; its own operations are not counted, since they serve a
     whole batch.
 
@@ -753,6 +753,7 @@ class Generated(Stage):
         tensors: names and numbers of entries, in the order of its arguments.
         arguments: further ones, plain values.
         height, width: of the matrix.
+        fixed: names of integer tensors, which come after the others.
         linear: names of the tensors in each of which the matrix is linear.
         signed: names of those that count with their sign in ``size``.
         roundings: relative errors, in units of the precision, that an entry may have against ``size``.
@@ -766,6 +767,7 @@ class Generated(Stage):
     arguments: tuple[int | float | str, ...]
     height: int
     width: int
+    fixed: tuple[str, ...] = ()
     linear: tuple[str, ...] = ()
     signed: tuple[str, ...] = ()
     roundings: int = 4
@@ -790,9 +792,12 @@ class Generated(Stage):
 
     def rename(self, name: Callable[[str], str]) -> Generated:
         tensors = tuple((name(n), size) for n, size in self.tensors)
-        return replace(
-            self, tensors=tensors, linear=tuple(map(name, self.linear)), signed=tuple(map(name, self.signed))
-        )
+        names = {key: tuple(map(name, getattr(self, key))) for key in ("fixed", "linear", "signed")}
+        return replace(self, tensors=tensors, **names)
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        return self.fixed
 
     @property
     def multiplications(self) -> int:

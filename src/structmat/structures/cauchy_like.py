@@ -88,4 +88,3 @@ class CauchyLike(Structure):
         rank = largest_fitting(lambda r: (r + 1) * sum(shape), budget, most_rank(shape), grid=1)
         if rank:
             yield cls(rank)
-

@@ -172,11 +172,12 @@ def _generated_size(stage: Generated, tensors: Mapping[str, Tensor], given: Mapp
     function = stage.size or stage.function
     names = [name for name, _ in stage.tensors]
     values = [_wide(given[name].detach()) if name in stage.signed else tensors[name] for name in names]
-    size = function(*values, *stage.arguments).abs()
+    rest = (*(given[name] for name in stage.fixed), *stage.arguments)
+    size = function(*values, *rest).abs()
     wanted = tuple(i for i, name in enumerate(names) if name in stage.signed and tensors[name].requires_grad)
     if wanted:
         fixed = [value.detach() for value in values]
-        slopes = jacfwd(lambda *v: function(*v, *stage.arguments), wanted)(*fixed)
+        slopes = jacfwd(lambda *v: function(*v, *rest), wanted)(*fixed)
         for index, slope in zip(wanted, slopes, strict=True):
             modulus = tensors[names[index]]
             size = size + (slope.abs().flatten(2) @ (modulus - modulus.detach()).flatten()[:, None])[..., 0]

@@ -103,7 +103,7 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             matrix = _convolution(stage, tensors[stage.weight])
             return matrix.T if stage.transposed else matrix
         case Generated():
-            values = [tensors[name] for name, _ in stage.tensors]
+            values = [tensors[name] for name in (*(name for name, _ in stage.tensors), *stage.fixed)]
             matrix = stage.function(*values, *stage.arguments)
             return matrix.T if stage.transposed else matrix
         case Pad(before=before) | Crop(before=before):
