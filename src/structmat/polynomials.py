@@ -1,12 +1,11 @@
 """Orthogonal polynomials: nodes, recurrences, and fast transforms in the Chebyshev basis.
 
 A sum ``f = sum of w[j] p_j`` of polynomials with a three-term recurrence is a product of 2 x 2 matrices of polynomials,
-which a tree multiplies in ``O(n log^2 n)``. In which basis polynomials are held decides whether that is of any use: with
-powers of x all digits are lost at n = 60, with Chebyshev coefficients and products by cosine transforms n = 4096 keeps
-seven. It is for polynomials on [-1, 1]; Hermite and Laguerre polynomials, and longer recurrences, have the ``O(n^2)``
-recurrence alone.
-Source: De Sa, Gu, Puttagunta, Re and Rudra, "A two-pronged progress in structured dense matrix vector multiplication"
-(SODA 2018); Driscoll, Healy and Rockmore (SIAM Journal on Computing 1997).
+which a tree multiplies in ``O(n log^2 n)``. In which basis polynomials are held decides whether that is of any use:
+with powers of x all digits are lost at n = 60, with Chebyshev coefficients and products by cosine transforms n = 4096
+keeps seven. It is for polynomials on [-1, 1]; Hermite and Laguerre polynomials, and longer recurrences, have the
+``O(n^2)`` recurrence alone. Source: De Sa, Gu, Puttagunta, Re and Rudra, "A two-pronged progress in structured dense
+matrix vector multiplication" (SODA 2018); Driscoll, Healy and Rockmore (SIAM Journal on Computing 1997).
 """
 
 from __future__ import annotations
@@ -129,8 +128,8 @@ def synthesis(given: Recurrence, weights: Tensor) -> Tensor:
     """Chebyshev coefficients (..., n) of ``sum over j of weights[..., j] p_j``, in ``O(n log^2 n)``.
 
     A balanced tree: a block of neighbors gives ``s1 p_first + s2 p_(first-1)`` with polynomials s1 and s2, and two
-    blocks are joined by the product of the second's with the transition matrix of the first. All polynomials are held by
-    Chebyshev coefficients and multiplied at Chebyshev points, by cosine transforms.
+    blocks are joined by the product of the second's with the transition matrix of the first. All polynomials are held
+    by Chebyshev coefficients and multiplied at Chebyshev points, by cosine transforms.
 
     Args:
         given: of polynomials that are bounded on [-1, 1], such as all Jacobi polynomials.

@@ -93,7 +93,7 @@ def subdiagonal_by_transforms(
     moduli = scaling.abs()
     smallest, largest = float(moduli.min()), float(moduli.max())
     limit = _MOST_SPREAD.get(operator.dtype, 0.0)
-    if not (0 < smallest and largest < limit * smallest):
+    if not (smallest > 0 and largest < limit * smallest):
         return None
     twist = operator[-1] * scaling[-1]
     if twist.is_complex():

@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def node_unit(kind: str) -> float:
-    """Fixed nodes are kept as integers in this unit, so that they are exact, or nearly so for those that spread over the
-    line, whatever the dtype of a layer."""
+    """Fixed nodes are kept as integers in this unit, so that they are exact, or nearly so for those that spread over
+    the line, whatever the dtype of a layer."""
     return 2.0**-44 if kind in ("hermite", "laguerre") else 2.0**-61
 
 
@@ -71,9 +71,9 @@ def orthonormal_values(
     """``left[i] * P[i, j] * right[j]`` with the values ``P[i, j] = p_j(x_i) sqrt(weight_i)`` of the orthonormal
     polynomials: rows of the orthogonal matrix of ``size`` Gauss nodes.
 
-    The recurrence runs in float64 with a scale for each row that is taken out at every step, since the values of Hermite
-    and Laguerre polynomials leave the range of numbers; a row is brought to its length by the sum over all ``size``
-    columns.
+    The recurrence runs in float64 with a scale for each row that is taken out at every step, since the values of
+    Hermite and Laguerre polynomials leave the range of numbers; a row is brought to its length by the sum over all
+    ``size`` columns.
 
     Args:
         left: (points,).
@@ -99,4 +99,5 @@ def orthonormal_values(
     values = torch.stack(columns, 1) * torch.exp(powers - powers.amax(1, keepdim=True))
     values = values / torch.linalg.vector_norm(values, dim=1, keepdim=True)
     wide = values[:, : right.shape[0]].to(torch.promote_types(left.dtype, torch.float32))
-    return left[:, None] * wide * right
+    matrix: Tensor = left[:, None] * wide * right
+    return matrix

@@ -744,9 +744,9 @@ class Generated(Stage):
     multiplied by.
 
     The explicit and stable form of what has faster forms only where these are stable: Cauchy, Vandermonde and Krylov
-    matrices, values of polynomials. ``function(*tensors, *fixed, *arguments)`` is a module-level function that gives the matrix
-    (height, width), differentiable, in the dtype of the tensors; its own operations are not counted, since they serve a
-    whole batch.
+    matrices, values of polynomials. ``function(*tensors, *fixed, *arguments)`` is a module-level function that gives
+    the matrix (height, width), differentiable, in the dtype of the tensors; its own operations are not counted, since
+    they serve a whole batch.
 
     Args:
         function: makes the matrix.
@@ -792,8 +792,8 @@ class Generated(Stage):
 
     def rename(self, name: Callable[[str], str]) -> Generated:
         tensors = tuple((name(n), size) for n, size in self.tensors)
-        names = {key: tuple(map(name, getattr(self, key))) for key in ("fixed", "linear", "signed")}
-        return replace(self, tensors=tensors, **names)
+        fixed, linear, signed = (tuple(map(name, names)) for names in (self.fixed, self.linear, self.signed))
+        return replace(self, tensors=tensors, fixed=fixed, linear=linear, signed=signed)
 
     @property
     def indices(self) -> tuple[str, ...]:

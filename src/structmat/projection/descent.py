@@ -51,12 +51,12 @@ def descend(program: Program, tensors: Mapping[str, Tensor], target: Target) -> 
         optimizer.zero_grad()
         rest = goal - apply(program, {**tensors, **leaves}, inputs)[:, :rows]
         loss = (rest.abs() ** 2).sum() / scale
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if float(loss.detach()) < lowest:
             lowest = float(loss.detach())
             best = {**tensors, **{name: leaf.detach().clone() for name, leaf in leaves.items()}}
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     return best

@@ -42,6 +42,14 @@ def toeplitz_like_generators(matrix: Tensor, rank: int) -> Generators:
     """
     m, n = matrix.shape
     size = max(m, n)
+    if 1 in (m, n):  # nothing of the displacement is known: the identity times the row or the column
+        left, right = matrix.new_zeros(rank, size), matrix.new_zeros(rank, size)
+        (left if m == 1 else right)[0, 0] = 1.0
+        if m == 1:
+            right[0] = torch.cat([matrix[0, :1], -matrix[0, 1:].flip(0)])
+        else:
+            left[0] = matrix[:, 0]
+        return Generators(left, right, 0.0)
     # Row i of Z_1 M is row i - 1; column j of M Z_-1 is column j + 1.
     above, beside = matrix.roll(1, 0), matrix.roll(-1, 1)
     beside = torch.cat([beside[:, :-1], -beside[:, -1:]], 1)

@@ -1,8 +1,9 @@
 """Fits of matrices that are halved again and again along the diagonal, with low rank beside it.
 
-The off-diagonal blocks of all levels and the leaves do not overlap, so that without shared bases each is cut down by its
-own truncated SVD, and the whole is optimal in the Frobenius norm. Nested bases are those of whole block rows and columns
-(diagonal block left out), orthonormal, level by level upwards; what the separate cuts lose is a lower bound for them.
+The off-diagonal blocks of all levels and the leaves do not overlap, so that without shared bases each is cut down by
+its own truncated SVD, and the whole is optimal in the Frobenius norm. Nested bases are those of whole block rows and
+columns (diagonal block left out), orthonormal, level by level upwards; what the separate cuts lose is a lower bound for
+them.
 """
 
 from __future__ import annotations

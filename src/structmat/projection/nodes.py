@@ -131,10 +131,11 @@ def _descend_cauchy(weight: Tensor, tensors: dict[str, Tensor], steps: int) -> d
 
 
 def fit_cauchy_like(target: Target, rank: int) -> dict[str, Tensor]:
-    """``left``, ``right``, ``rows`` and ``columns`` of a Cauchy-like matrix near a target, for the nodes of a fresh one.
+    """``left``, ``right``, ``rows`` and ``columns`` of a Cauchy-like matrix near a target, for the nodes of a fresh
+    one.
 
-    With the nodes fixed, each row of W is linear in its own ``left[:, i]``, and each column in ``right[:, j]``: the start
-    from the displacement is followed by exact least squares for all rows, in a weighted norm too, and in the
+    With the nodes fixed, each row of W is linear in its own ``left[:, i]``, and each column in ``right[:, j]``: the
+    start from the displacement is followed by exact least squares for all rows, in a weighted norm too, and in the
     Frobenius norm by sweeps over columns and rows. Never worse than zero.
     """
     weight = target.weight
@@ -166,10 +167,11 @@ def _rows_of(weight: Tensor, kernel: Tensor, right: Tensor, root: Tensor | None)
     gram = systems @ systems.mH
     sides = (weight[:, None, :] @ systems.mH)[:, 0]
     # The pseudo-inverse where vectors are dependent: eigenvalues below rounding are none.
-    inverse = torch.linalg.pinv(gram, rtol=1e-14, hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(gram, rtol=1e-14, hermitian=True)
     found = sides[:, None, :] @ inverse
     rest = sides[:, None, :] - found @ gram
-    return (found + rest @ inverse)[:, 0].T.contiguous()
+    solution: Tensor = found + rest @ inverse
+    return solution[:, 0].T.contiguous()
 
 
 # -------------------------------------------------------------------------------------------------------- Vandermonde

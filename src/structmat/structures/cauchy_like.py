@@ -36,11 +36,11 @@ class CauchyLike(Structure):
     """``W[i, j] = (left[:, i] . right[:, j]) / (s[i] - t[j])`` with ``s[i] = i + rows[i]``, ``t[j] = j + columns[j]``.
 
     All matrices whose displacement under ``(diag(s), diag(t))`` has at most that rank. ``left`` is (rank, out),
-    ``right`` (rank, in); ``(rank + 1) (out + in)`` parameters. Products with the matrix written out, ``O(out in)`` after
-    ``O(rank out in)``: the direct evaluation that is stable for all nodes. Projection: for the nodes of a fresh matrix,
-    truncated SVD of the displacement, exact for members with these nodes, then alternating least squares, row by row
-    and column by column; no certificate. ``solve`` by elimination on the generators.
-    Source: Gohberg, Kailath and Olshevsky 1995; Golub and Van Loan, section 12.1.
+    ``right`` (rank, in); ``(rank + 1) (out + in)`` parameters. Products with the matrix written out, ``O(out in)``
+    after ``O(rank out in)``: the direct evaluation that is stable for all nodes. Projection: for the nodes of a fresh
+    matrix, truncated SVD of the displacement, exact for members with these nodes, then alternating least squares, row
+    by row and column by column; no certificate. ``solve`` by elimination on the generators. Source: Gohberg, Kailath
+    and Olshevsky 1995; Golub and Van Loan, section 12.1.
 
     Args:
         rank: the displacement rank, or a fraction of the dense parameter count.
@@ -71,8 +71,16 @@ class CauchyLike(Structure):
     def program(self, shape: Shape) -> Program:
         (height, width), rank = shape, whole(self.rank)
         tensors = (("left", rank * height), ("right", rank * width), ("rows", height), ("columns", width))
-        nodes = ("rows", "columns")
-        return Generated(cauchy_like, tensors, (), height, width, ("left", "right"), nodes, roundings=rank + 4)
+        return Generated(
+            cauchy_like,
+            tensors,
+            (),
+            height,
+            width,
+            linear=("left", "right"),
+            signed=("rows", "columns"),
+            roundings=rank + 4,
+        )
 
     def project(self, target: Target) -> Fit:
         found = fit_cauchy_like(target, whole(self.rank))

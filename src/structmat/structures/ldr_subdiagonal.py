@@ -17,7 +17,8 @@ from structmat.structure import Normal, ParameterSpec, Shape, Structure, check_s
 @final
 @dataclass(frozen=True)
 class LDRSubdiagonal(Structure):
-    """``sum of K(A, left[i]) K(B^T, right[i])^T``: Krylov matrices of learned operators with a subdiagonal and a corner.
+    """``sum of K(A, left[i]) K(B^T, right[i])^T``: Krylov matrices of learned operators with a subdiagonal and a
+    corner.
 
     ``left_operator`` (out,) holds what stands below the diagonal of A and, last, in its upper right corner;
     ``right_operator`` (in,) the same of ``B^T``; ``left`` is (rank, out), ``right`` (rank, in), and a Krylov matrix has
@@ -26,10 +27,10 @@ class LDRSubdiagonal(Structure):
 
     Products: the Krylov matrices written out, ``O(rank min(out, in) (out + in))``, stable whatever the operators.
     ``freeze`` puts Fourier transforms in their place, ``O(rank n log n)``, where the running products of an operator
-    differ by less than 1e5 in float32 (1e12 in float64), and dense matrices elsewhere. Projection: for the plain shift by
-    truncated SVD of the displacement, exact for members with that operator, then alternating least squares and descent
-    over all tensors; no certificate.
-    Source: Thomas, Gu, Dao, Rudra and Re, "Learning compressed transforms with low displacement rank" (NeurIPS 2018).
+    differ by less than 1e5 in float32 (1e12 in float64), and dense matrices elsewhere. Projection: for the plain shift
+    by truncated SVD of the displacement, exact for members with that operator, then alternating least squares and
+    descent over all tensors; no certificate. Source: Thomas, Gu, Dao, Rudra and Re, "Learning compressed transforms
+    with low displacement rank" (NeurIPS 2018).
 
     Args:
         rank: number of products, or a fraction of the dense parameter count.

@@ -21,10 +21,10 @@ from structmat.structure import Normal, ParameterSpec, Shape, Structure, check_s
 class LDRTridiagonal(Structure):
     """``sum of K(A, left[i]) K(B^T, right[i])^T``: Krylov matrices of learned tridiagonal operators with corners.
 
-    ``left_operator`` (3, out) holds A: below the diagonal and, last, the upper right corner; the diagonal; above it and,
-    last, the lower left corner. ``right_operator`` (3, in) is the same of ``B^T``; ``left`` is (rank, out), ``right``
-    (rank, in), and a Krylov matrix has ``min(out, in)`` columns. The displacement rank under the learned operators is at
-    most ``2 rank``. ``(rank + 3) (out + in)`` parameters. A fresh A is the plain shift.
+    ``left_operator`` (3, out) holds A: below the diagonal and, last, the upper right corner; the diagonal; above it
+    and, last, the lower left corner. ``right_operator`` (3, in) is the same of ``B^T``; ``left`` is (rank, out),
+    ``right`` (rank, in), and a Krylov matrix has ``min(out, in)`` columns. The displacement rank under the learned
+    operators is at most ``2 rank``. ``(rank + 3) (out + in)`` parameters. A fresh A is the plain shift.
 
     Products: the Krylov matrices written out column by column, one product with the operator after the other,
     ``O(rank min(out, in) (out + in))``: the stable form, and as many steps as there are columns. Projection: as of

@@ -9,6 +9,7 @@ from typing import ClassVar, Self, final
 import torch
 from torch import Tensor
 
+from structmat.errors import StructureError
 from structmat.polynomials import check_kind, gauss_nodes
 from structmat.program import Generated, Program
 from structmat.program.recurrence import node_unit, orthonormal_values
@@ -24,26 +25,27 @@ class OrthogonalPolynomial(Structure):
     ``P[i, j] = p_j(x_i) sqrt(weight_i)``.
 
     P is orthogonal: of ``max(out, in)`` nodes and degrees a rectangle keeps the first degrees, or evenly spread nodes.
-    Chebyshev polynomials give the cosine transform. ``out + in`` parameters. Products with the matrix written out by the
-    three-term recurrence, ``O(out in)``, in the basis of the orthonormal polynomials themselves, which is stable for all
-    kinds; :func:`structmat.polynomials.synthesis` is the ``O(n log^2 n)`` algorithm for those on [-1, 1], faster for
-    thousands of nodes only. Projection: alternating least squares for the two diagonals; no certificate.
-    ``RecurrenceWidth`` has learned recurrences.
-    Source: De Sa et al. (SODA 2018); Golub and Welsch 1969.
+    Chebyshev polynomials give the cosine transform. ``out + in`` parameters. Products with the matrix written out by
+    the three-term recurrence, ``O(out in)``, in the basis of the orthonormal polynomials themselves, which is stable
+    for all kinds; :func:`structmat.polynomials.synthesis` is the ``O(n log^2 n)`` algorithm for those on [-1, 1],
+    faster for thousands of nodes only. Projection: alternating least squares for the two diagonals; no certificate.
+    ``RecurrenceWidth`` has learned recurrences. Source: De Sa et al. (SODA 2018); Golub and Welsch 1969.
 
     Args:
         kind: ``"chebyshev"``, ``"legendre"``, ``"jacobi"``, ``"hermite"`` or ``"laguerre"``.
-        alpha, beta: above -1, of Jacobi polynomials; alpha of generalised Laguerre ones.
+        exponents: (alpha, beta), above -1, of Jacobi polynomials; alpha is that of generalised Laguerre ones.
     """
 
     kind: str = "legendre"
-    alpha: float = 0
-    beta: float = 0
+    exponents: tuple[float, float] = (0.0, 0.0)
 
     is_usual: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_kind(self.kind, self.alpha, self.beta)
+        given: object = self.exponents
+        if not (isinstance(given, tuple) and len(given) == 2):
+            raise StructureError(f"OrthogonalPolynomial(exponents={given!r}): exponents is a pair (alpha, beta).")
+        check_kind(self.kind, *self.exponents)
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         height, width = shape
@@ -54,14 +56,14 @@ class OrthogonalPolynomial(Structure):
         }
 
     def _nodes(self, shape: Shape) -> GaussNodes:
-        return GaussNodes(self.kind, max(shape), float(self.alpha), float(self.beta))
+        return GaussNodes(self.kind, max(shape), *map(float, self.exponents))
 
     def program(self, shape: Shape) -> Program:
         height, width = shape
         return Generated(
             orthonormal_values,
             (("left", height), ("right", width)),
-            (self.kind, max(shape), float(self.alpha), float(self.beta)),
+            (self.kind, max(shape), *map(float, self.exponents)),
             height,
             width,
             fixed=("nodes",),
@@ -73,9 +75,7 @@ class OrthogonalPolynomial(Structure):
         nodes = self._nodes(target.native).values(height)
         one = torch.ones(height, dtype=target.weight.dtype)
         across = torch.ones(width, dtype=target.weight.dtype)
-        matrix = orthonormal_values(
-            one, across, nodes, self.kind, max(target.native), float(self.alpha), float(self.beta)
-        )
+        matrix = orthonormal_values(one, across, nodes, self.kind, max(target.native), *map(float, self.exponents))
         # Each row's own factor is a problem of its own.
         seen = matrix if target.second_moment is None else matrix @ target.second_moment.mT
         size = (seen * matrix.conj()).sum(1).real

@@ -24,8 +24,8 @@ class RecurrenceWidth(Structure):
     """``scale[i] p_j(nodes[i])`` with polynomials of a learned recurrence that reaches back ``width`` of them.
 
     ``p_0 = 1`` and ``p_(j+1)(x) = slopes[j] x p_j(x) + sum over k < width of steps[k, j] p_(j-k)(x)``. ``slopes`` is
-    (in,), ``steps`` (width, in), ``nodes`` and ``scale`` (out,): ``2 out + (width + 1) in`` parameters. Width 2 holds the
-    orthogonal polynomials; a fresh matrix has the Chebyshev polynomials at their nodes.
+    (in,), ``steps`` (width, in), ``nodes`` and ``scale`` (out,): ``2 out + (width + 1) in`` parameters. Width 2 holds
+    the orthogonal polynomials; a fresh matrix has the Chebyshev polynomials at their nodes.
 
     Products with the matrix written out by the recurrence, ``O(width out in)``, stable where the recurrence is (forward
     and transposed products with the same matrix). For width 2 on [-1, 1] :func:`structmat.polynomials.synthesis`

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 class Vandermonde(Structure):
     """``W[i, j] = scale[i] * nodes[i]**j``: ``2 out`` parameters.
 
-    Products with the matrix written out, ``O(out in)``: the fast algorithms are unstable for real nodes. Nodes of modulus
-    above 1 make the last columns grow exponentially. Projection: each row is a problem with one unknown, the node, solved
-    on a grid and by golden sections from there; no certificate. ``solve`` by elimination on the generators; a square
-    matrix with real nodes has a condition number that grows exponentially with its size.
-    Source: Golub and Van Loan, Matrix Computations, section 4.6; Gautschi 1975.
+    Products with the matrix written out, ``O(out in)``: the fast algorithms are unstable for real nodes. Nodes of
+    modulus above 1 make the last columns grow exponentially. Projection: each row is a problem with one unknown, the
+    node, solved on a grid and by golden sections from there; no certificate. ``solve`` by elimination on the
+    generators; a square matrix with real nodes has a condition number that grows exponentially with its size. Source:
+    Golub and Van Loan, Matrix Computations, section 4.6; Gautschi 1975.
     """
 
     is_usual: ClassVar[bool] = False

@@ -34,11 +34,11 @@ class VandermondeLike(Structure):
 
     All matrices whose displacement under ``(diag(nodes), Z_-1)`` has at most that rank. ``left`` is (rank, out),
     ``right`` (rank, in), ``nodes`` (out,): ``rank (out + in) + out`` parameters. Products: Fourier transforms, then the
-    Krylov matrices ``diag(left[i]) V`` written out, ``O(rank out in)``, since the fast algorithms for Vandermonde matrices
-    are unstable for real nodes. Projection: for the nodes of a fresh matrix, spread evenly from -0.7 to 0.7, truncated
-    SVD of the displacement, exact for members with these nodes, then alternating least squares; no certificate.
-    ``solve`` by elimination on the generators.
-    Source: Thomas et al., "Learning compressed transforms with low displacement rank" (NeurIPS 2018).
+    Krylov matrices ``diag(left[i]) V`` written out, ``O(rank out in)``, since the fast algorithms for Vandermonde
+    matrices are unstable for real nodes. Projection: for the nodes of a fresh matrix, spread evenly from -0.7 to 0.7,
+    truncated SVD of the displacement, exact for members with these nodes, then alternating least squares; no
+    certificate. ``solve`` by elimination on the generators. Source: Thomas et al., "Learning compressed transforms with
+    low displacement rank" (NeurIPS 2018).
 
     Args:
         rank: the displacement rank, or a fraction of the dense parameter count.
@@ -101,5 +101,7 @@ def _program(rank: int, shape: Shape) -> Program:
     # Seen from its transpose, (1 block out, rank blocks in): so the weight is (rank, in).
     first: Convolution = convolution("right", 1, rank, width, width, twist=-1.0, period=width).transpose()
     tensors = (("nodes", height), ("left", rank * height))
-    krylov = Generated(vandermonde_krylov, tensors, (width,), height, rank * width, ("left",), roundings=width + 4)
+    krylov = Generated(
+        vandermonde_krylov, tensors, (width,), height, rank * width, linear=("left",), roundings=width + 4
+    )
     return Chain((first, krylov))

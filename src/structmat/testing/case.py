@@ -166,9 +166,9 @@ def _convolution_size(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _generated_size(stage: Generated, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
-    """What the rounding errors of a generated matrix are proportional to: the function of the moduli of its tensors, but
-    for those that enter with their sign. Where a gradient in the moduli of these is wanted, it is the sum of the moduli
-    of the entries' derivatives."""
+    """What the rounding errors of a generated matrix are proportional to: the function of the moduli of its tensors,
+    but for those that enter with their sign. Where a gradient in the moduli of these is wanted, it is the sum of the
+    moduli of the entries' derivatives."""
     function = stage.size or stage.function
     names = [name for name, _ in stage.tensors]
     values = [_wide(given[name].detach()) if name in stage.signed else tensors[name] for name in names]
