@@ -190,7 +190,7 @@ def cosine_values(coefficients: Tensor, points: int) -> Tensor:
 
 
 def cosine_coefficients(values: Tensor) -> Tensor:
-    """Chebyshev coefficients (..., points) of the polynomial with these values: the inverse of :func:`cosine_values`."""
+    """Chebyshev coefficients (..., points) of the polynomial with these values: undoes :func:`cosine_values`."""
     points = values.shape[-1]
     transformed = torch.fft.fft(values, 2 * points)[..., :points]
     found: Tensor = (transformed * _turns(points, points).conj()).real * (2.0 / points)

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.func import jacfwd
+from torch.func import jacrev
 
 from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import StructuredLinear
@@ -177,7 +177,7 @@ def _generated_size(stage: Generated, tensors: Mapping[str, Tensor], given: Mapp
     wanted = tuple(i for i, name in enumerate(names) if name in stage.signed and tensors[name].requires_grad)
     if wanted:
         fixed = [value.detach() for value in values]
-        slopes = jacfwd(lambda *v: function(*v, *rest), wanted)(*fixed)
+        slopes = jacrev(lambda *v: function(*v, *rest), wanted)(*fixed)
         for index, slope in zip(wanted, slopes, strict=True):
             modulus = tensors[names[index]]
             size = size + (slope.abs().flatten(2) @ (modulus - modulus.detach()).flatten()[:, None])[..., 0]
