@@ -16,7 +16,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"program"}),
     frozenset({"kernels"}),
     frozenset({"matrix"}),
-    frozenset({"projection", "structures", "chains", "transforms", "windows"}),
+    frozenset({"projection", "structures", "displacement", "polynomials", "chains", "transforms", "windows"}),
     frozenset({"nn"}),
     frozenset({"learn", "compression", "testing", "io", "file_format", "benchmark"}),
     frozenset({"integrations", "cli", "inspect", "plot", "__main__"}),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from structmat import circuit as circuit
+    from structmat import displacement as displacement
     from structmat import learn as learn
     from structmat import nn as nn
     from structmat.compression.budget import Flops as Flops
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from structmat.compression.scan import scan as scan
     from structmat.compression.to_kronecker import to_kronecker as to_kronecker
     from structmat.compression.tune import tune as tune
+    from structmat.displacement.operators import displacement_rank as displacement_rank
     from structmat.errors import StructmatError as StructmatError
     from structmat.io import load as load
     from structmat.io import save as save
@@ -60,6 +62,7 @@ _HOME = {
     "compress": "structmat.compression.compress",
     "compress_": "structmat.compression.compress",
     "matmul": "structmat.matrix",
+    "displacement_rank": "structmat.displacement.operators",
     "families": "structmat.structures",
     "freeze": "structmat.compression.replace",
     "inspect": "structmat.compression.inspection",
@@ -72,7 +75,7 @@ _HOME = {
     "tune": "structmat.compression.tune",
     "to_kronecker": "structmat.compression.to_kronecker",
 }
-_MODULES = ("circuit", "learn", "nn", "program", "structures", "testing")
+_MODULES = ("circuit", "displacement", "learn", "nn", "program", "structures", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -144,6 +144,20 @@ class StructuredMatrix:
 
         return to_circuit(self.program, self.tensors)
 
+    def solve(self, b: Tensor) -> Tensor:
+        """``x`` with ``S x = b``, for a square matrix and ``b`` (n,) or (n, k).
+
+        By the family's own structure where it has one to solve with, else with the dense matrix;
+        :func:`structmat.displacement.solve` says which, and how well.
+
+        Raises:
+            ShapeError: the matrix is not square, or ``b`` does not fit it.
+            DataError: the matrix is singular to working precision.
+        """
+        from structmat.displacement.solve import solve  # of a higher layer
+
+        return solve(self, b).x
+
     def to_dense(self) -> Tensor:
         """The matrix written out, (out_features, in_features)."""
         out_features, in_features = self.shape

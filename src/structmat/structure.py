@@ -22,6 +22,8 @@ from structmat.errors import FormatError, ShapeError, StructureError
 from structmat.places import is_packed, packed_shape, stored_places
 
 if TYPE_CHECKING:
+    from structmat.displacement.form import CauchyForm
+    from structmat.matrix import StructuredMatrix
     from structmat.program import Program
     from structmat.projection.target import Fit, Target
 
@@ -151,6 +153,10 @@ class Structure(ABC):
     weighs_outputs: ClassVar[bool] = False
     """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
 
+    is_usual: ClassVar[bool] = True
+    """Whether compression tries the family unless told which to try: False where trained weights are hardly ever near
+    a member, or where another family of the library always is as near."""
+
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         """Names, shapes and initialisation of the tensors; the output has the variance of a dense layer's."""
@@ -182,6 +188,11 @@ class Structure(ABC):
     def resolve(self, shape: Shape) -> Structure:
         """The same structure with automatic choices (such as the shapes of factors) made for this shape."""
         return self
+
+    def inversion(self, matrix: StructuredMatrix) -> CauchyForm | Tensor | None:
+        """What solving with a square member (not transposed) can use: its generators, or the first column (n,) of a
+        circulant matrix; None where its dense matrix is all there is."""
+        return None
 
     def __str__(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]

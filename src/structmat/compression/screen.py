@@ -98,7 +98,7 @@ def screen(
         sites: the layers, from :func:`structmat.compression.scan.scan`.
         budget: only its unit matters here, not its amount.
         calibration: without it errors are those of the weights.
-        structures: families or single structures to try; None for all families.
+        structures: families or single structures to try; None for all usual families.
         overrides: layers (by the sites' names) whose structure is fixed: "keep" and this are all their candidates.
         sweeps: of iterative fits.
         seed: of fits with random starts.

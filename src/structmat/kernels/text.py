@@ -10,9 +10,11 @@ from structmat.program.stages import (
     Chain,
     Complex,
     Contraction,
+    Convolution,
     Crop,
     Diagonal,
     Fourier,
+    Generated,
     Interpolation,
     Pad,
     Permute,
@@ -110,5 +112,6 @@ def _stage(stage: Stage, names: dict[str, int], indices: set[str]) -> str:
         return words("pad", stage.size, stage.padded, stage.before)
     if isinstance(stage, Crop):
         return words("crop", stage.size, stage.kept, stage.before)
-    assert isinstance(stage, Fourier | Real | Complex | Call | Diagonal), f"unknown stage {type(stage).__name__}"
+    others = Fourier | Real | Complex | Call | Diagonal | Convolution | Generated
+    assert isinstance(stage, others), f"unknown stage {type(stage).__name__}"
     raise NotNativeError(f"{stage} has no native kernel")

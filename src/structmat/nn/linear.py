@@ -14,6 +14,7 @@ from structmat.kernels import affine, apply, parts_form, quick, runs_native, tun
 from structmat.matrix import StructuredMatrix, draw
 from structmat.program import (
     Contraction,
+    Generated,
     Program,
     build,
     cost,
@@ -303,6 +304,8 @@ def _multiply(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: 
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point():
         dtype = torch.get_autocast_dtype(kind)
         x = x.to(dtype)
-        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        # What a matrix is a function of stays as it is: nodes that differ by little must not become equal.
+        kept = {name for stage in stages(program) if isinstance(stage, Generated) for name in stage.weights}
+        tensors = {n: t.to(dtype) if t.is_floating_point() and n not in kept else t for n, t in tensors.items()}
         bias = bias.to(dtype) if bias is not None and bias.is_floating_point() else bias
     return apply(program, tensors, x) if bias is None else affine(program, tensors, x, bias)

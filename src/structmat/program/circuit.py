@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,14 +19,18 @@ from structmat.circuit.catalogue import fourier
 from structmat.circuit.measure import level_edges
 from structmat.errors import ShapeError
 from structmat.program.compiled import Compiled, from_circuit, from_product
+from structmat.program.convolve import diagonals, spectrum
+from structmat.program.reference import generated_matrix
 from structmat.program.stages import (
     Call,
     Chain,
     Complex,
     Contraction,
+    Convolution,
     Crop,
     Diagonal,
     Fourier,
+    Generated,
     Interpolation,
     Pad,
     Permute,
@@ -57,8 +61,10 @@ def to_circuit(program: Program, tensors: Tensors) -> Circuit:
 
     A program with a real part in it has no circuit over the complex numbers: there, complex values are pairs of real
     ones, and complex tensors are two groups of parameters, ``name.real`` and ``name.imag``. The multiplier of a
-    diagonal that is given by its transform is the group ``name.spectrum``. A :class:`~structmat.program.stages.Call` is
-    traced, its tensors being constants.
+    diagonal that is given by its transform is the group ``name.spectrum``, and so are the multipliers of a
+    :class:`~structmat.program.stages.Convolution` by transforms. The entries of a matrix that is a function of tensors
+    are the group ``name+name.matrix``. A :class:`~structmat.program.stages.Call` is traced, its tensors being
+    constants.
 
     Args:
         program: with at least one input.
@@ -70,7 +76,9 @@ def to_circuit(program: Program, tensors: Tensors) -> Circuit:
     """
     for stage in stages(program):
         _require(stage, tensors)
-    split = any(isinstance(stage, Real) for stage in stages(program))
+    own = [tensors[name] for stage in stages(program) for name in stage.weights]
+    transforms = any(isinstance(s, Convolution) and s.transform for s in stages(program))
+    split = any(isinstance(s, Real) for s in stages(program)) or (transforms and not any(t.is_complex() for t in own))
     writer = _Writer(Builder(program.in_features), tensors, split)
     result = writer.run(program, _Value(writer.builder.inputs))
     return writer.builder.build(result.real if result.imag is None else np.concatenate([result.real, result.imag]))
@@ -141,6 +149,10 @@ class _Writer:
                 return x[np.arange(program.in_features).reshape(sizes).transpose(axes).ravel()]
             case Fourier(size=size, inverse=inverse):
                 return self._embedded(fourier(size, inverse=inverse), x)
+            case Convolution():
+                return (self._transformed if program.transform else self._convolution)(program, x)
+            case Generated():
+                return self._generated(program, x)
             case Sparse():
                 return self._sparse(program, x)
             case Interpolation():
@@ -171,6 +183,61 @@ class _Writer:
         operand = np.broadcast_to(read, (a, b, d, c)).ravel()
         weights = self._learned(stage.weight)[place.ravel()]
         return self._sums(x, np.full(a * b * d, c), operand, weights)
+
+    def _convolution(self, stage: Convolution, x: _Value) -> _Value:
+        b, c, height, width = stage.outputs, stage.inputs, stage.height, stage.width
+        # Which entry of the weight stands on each diagonal, and whether it is twisted there: asked of a weight that
+        # holds its own places, counted from one.
+        place = torch.arange(1, b * c * stage.entries + 1, dtype=torch.float64)
+        signed = diagonals(stage if stage.twist is None else replace(stage, twist=-1.0), place).numpy()
+        i, j = np.arange(height)[:, None], np.arange(width)
+        spot = i + j if stage.hankel else i - j + width - 1
+        signed = signed[:, :, spot].transpose(0, 2, 1, 3).reshape(b * height, c * width)
+        own, factor = (
+            np.abs(signed).astype(np.int64) - 1,
+            np.where(signed < 0, 0.0 if stage.twist is None else stage.twist, 1.0),
+        )
+        if stage.transposed:
+            own, factor = own.T, factor.T
+        read = np.broadcast_to(np.arange(own.shape[1]), own.shape).ravel()
+        weights = _scaled(self._learned(stage.weight)[own.ravel()], factor.ravel())
+        return self._sums(x, np.full(own.shape[0], own.shape[1]), read, weights)
+
+    def _transformed(self, stage: Convolution, x: _Value) -> _Value:
+        """A convolution by Fourier transforms. Of real vectors and weights the outcome's real part is used."""
+        b, c = (stage.inputs, stage.outputs) if stage.transposed else (stage.outputs, stage.inputs)
+        read, kept = (stage.height, stage.width) if stage.transposed else (stage.width, stage.height)
+        weight, count = self.tensors[stage.weight].detach().cpu(), stage.length
+        values = spectrum(stage, weight.to(torch.complex128)).numpy()
+        # The transform of a vector that runs backwards is the inverse one, but for its factor 1 / count.
+        forward, values = fourier(count, inverse=stage.hankel), values * (count if stage.hankel else 1)
+        parts = [x[slice(block * read, (block + 1) * read)] for block in range(c)]
+        parts = [self._embedded(forward, self._padded(part, 0, count - read)) for part in parts]
+        joined = parts[0]
+        for part in parts[1:]:
+            joined = self._joined(joined, part)
+        weights = self._parameters(f"{stage.weight}.spectrum", values)
+        operand = np.broadcast_to(np.arange(c * count).reshape(c, count).T, (b, count, c)).ravel()
+        own = np.arange(b * c * count).reshape(b, c, count).transpose(0, 2, 1).ravel()
+        product = self._sums(joined, np.full(b * count, c), operand, weights[own])
+        before = 0 if stage.hankel or stage.is_circular else read - 1
+        results = []
+        for block in range(b):
+            result = self._embedded(fourier(count, inverse=True), product[slice(block * count, (block + 1) * count)])
+            results.append(result[slice(before, before + kept)])
+        total = results[0]
+        for result in results[1:]:
+            total = self._joined(total, result)
+        return _Value(total.real) if x.imag is None and not weight.is_complex() else total
+
+    def _generated(self, stage: Generated, x: _Value) -> _Value:
+        key = f"{'+'.join(name for name, _ in stage.tensors)}.matrix"
+        if key not in self._known:
+            self._known[key] = self._parameters(key, _numbers(generated_matrix(stage, self.tensors)))
+        own = np.arange(stage.height * stage.width).reshape(stage.height, stage.width)
+        own = own.T if stage.transposed else own
+        read = np.broadcast_to(np.arange(own.shape[1]), own.shape).ravel()
+        return self._sums(x, np.full(own.shape[0], own.shape[1]), read, self._known[key][own.ravel()])
 
     def _sparse(self, stage: Sparse, x: _Value) -> _Value:
         row, column = np.divmod(self._indices(stage.places), stage.width)
@@ -345,6 +412,12 @@ def _with_ones(weights: _Weights, ones: Ints, rest: Ints) -> _Weights:
     imag, trained_imag = np.zeros(size, dtype=np.int64), np.full(size, -1)
     imag[rest], trained_imag[rest] = weights.imag, weights.trained_imag
     return _Weights(real, trained, imag, trained_imag)
+
+
+def _scaled(weights: _Weights, factor: Numbers) -> _Weights:
+    """The same parameters times further numbers."""
+    imag = None if weights.imag is None else weights.imag * factor
+    return _Weights(weights.real * factor, weights.trained, imag, weights.trained_imag)
 
 
 def _numbers(tensor: Tensor) -> Numbers:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from structmat.program.stages import (
     Chain,
     Complex,
+    Convolution,
     Diagonal,
     Fourier,
     Program,
@@ -78,6 +79,8 @@ def _stage(stage: Stage, values: bool, weights: bool) -> tuple[int, int, int, bo
         return m, s, d, True
     if isinstance(stage, Fourier):  # its model counts real operations already
         return m, s, d, True
+    if isinstance(stage, Convolution) and stage.transform:  # so does this one, for real values
+        return (2 * m, 2 * s, d, True) if values or weights else (m, s, d, False)
     if isinstance(stage, Diagonal) and stage.spectrum:
         weights = True
     if not stage.weights:

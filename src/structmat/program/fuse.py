@@ -8,9 +8,30 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from structmat.program.reference import MATERIALISED_DENSITY, interpolation_matrix, sparse_matrix, window_matrices
+from structmat.program.convolve import convolution_matrix
+from structmat.program.reference import (
+    MATERIALISED_DENSITY,
+    generated_matrix,
+    interpolation_matrix,
+    sparse_matrix,
+    window_matrices,
+)
 from structmat.program.simplify import simplify
-from structmat.program.stages import Chain, Contraction, Diagonal, Interpolation, Program, Sparse, Stage, Sum, Windowed
+from structmat.program.stages import (
+    Chain,
+    Contraction,
+    Convolution,
+    Diagonal,
+    Generated,
+    Interpolation,
+    Program,
+    Sparse,
+    Stage,
+    Sum,
+    Windowed,
+    rename,
+)
+from structmat.program.transpose import transpose
 from structmat.program.windows import merge_windows
 
 Tensors = Mapping[str, Tensor]
@@ -129,6 +150,10 @@ def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, 
         return _dense(program, sparse_matrix(program, tensors), tensors, made)
     if isinstance(program, Windowed):
         return _windows(program, tensors, writing, made)
+    if isinstance(program, Convolution) and not program.transform:
+        return _dense(program, convolution_matrix(program, tensors[program.weight]), tensors, made)
+    if isinstance(program, Generated):
+        return _generated(program, tensors, made)
     if isinstance(program, Stage):
         return program
     if isinstance(program, Sum):
@@ -161,6 +186,22 @@ def _windows(stage: Windowed, tensors: Tensors, writing: Writing, made: dict[str
         return _dense(stage, left @ right, tensors, made)
     first = _factor(right, tensors, made)
     return Chain((first, _factor(left, tensors, made)))
+
+
+def _generated(stage: Generated, tensors: Tensors, made: dict[str, Tensor]) -> Program:
+    """The fast form of the matrix where the stage has one that is stable for these tensors, else the matrix itself."""
+    given = [tensors[name] for name in (*(name for name, _ in stage.tensors), *stage.fixed)]
+    found = None if stage.fast is None else stage.fast(*given, *stage.arguments)
+    if found is None:
+        matrix = generated_matrix(stage, tensors).to(given[0].dtype)
+        return _dense(stage, matrix.T if stage.transposed else matrix, tensors, made)
+    program, own = found
+    names = {}
+    for name, tensor in own.items():
+        names[name] = _new_name(tensors, made)
+        made[names[name]] = tensor.contiguous()
+    program = rename(program, names.__getitem__)
+    return simplify(transpose(program) if stage.transposed else program)
 
 
 def _factor(matrix: Tensor, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:

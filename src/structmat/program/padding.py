@@ -12,7 +12,20 @@ from torch import Tensor
 from structmat.program.build import build
 from structmat.program.reference import apply
 from structmat.program.scaling import scaling_cut
-from structmat.program.stages import Call, Complex, Crop, Diagonal, Fourier, Pad, Program, Real, Stage, stages
+from structmat.program.stages import (
+    Call,
+    Complex,
+    Convolution,
+    Crop,
+    Diagonal,
+    Fourier,
+    Generated,
+    Pad,
+    Program,
+    Real,
+    Stage,
+    stages,
+)
 from structmat.structure import DENSE_GAIN, Shape, Structure, resolve, specs
 
 _SAMPLE = 1 << 14
@@ -60,7 +73,11 @@ def padding_factor(structure: Structure, shape: Shape) -> tuple[float, frozenset
 
 def _has_no_squares(stage: Stage) -> bool:
     """Whether the squares of the stage's entries are no linear function of those of its tensors."""
-    return isinstance(stage, Fourier | Complex | Real | Call) or (isinstance(stage, Diagonal) and stage.spectrum)
+    if isinstance(stage, Convolution):
+        return stage.twist not in (None, 1.0)
+    return isinstance(stage, Fourier | Complex | Real | Call | Generated) or (
+        isinstance(stage, Diagonal) and stage.spectrum
+    )
 
 
 def _gain(program: Program, tensors: Mapping[str, Tensor]) -> float:

@@ -14,14 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structmat.errors import ShapeError
+from structmat.program.convolve import convolve
 from structmat.program.stages import (
     Call,
     Chain,
     Complex,
     Contraction,
+    Convolution,
     Crop,
     Diagonal,
     Fourier,
+    Generated,
     Interpolation,
     Pad,
     Permute,
@@ -69,8 +72,10 @@ def form(stage: Stage) -> Form:
     if isinstance(stage, Sparse):
         dense = stage.capacity > MATERIALISED_DENSITY * stage.height * stage.width
         return Form.MATERIALISED if dense else Form.GATHER
-    if isinstance(stage, Windowed | Interpolation):
+    if isinstance(stage, Windowed | Interpolation | Generated):
         return Form.MATERIALISED
+    if isinstance(stage, Convolution):
+        return Form.TRANSFORM if stage.transform else Form.MATERIALISED
     if isinstance(stage, Diagonal):
         return Form.ELEMENTWISE
     if isinstance(stage, Fourier):
@@ -154,6 +159,13 @@ def _run(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
         return x @ matrix if program.transposed else x @ matrix.T
     if isinstance(program, Windowed):
         return _windowed(program, tensors, x)
+    if isinstance(program, Convolution):
+        return convolve(program, tensors[program.weight], x)
+    if isinstance(program, Generated):
+        matrix = generated_matrix(program, tensors)
+        wide = torch.promote_types(x.dtype, matrix.dtype) if x.is_complex() or matrix.is_complex() else x.dtype
+        matrix = matrix.to(wide)
+        return x.to(wide) @ (matrix if program.transposed else matrix.T)
     if isinstance(program, Pad):
         return F.pad(x, (program.before, program.padded - program.size - program.before))
     if isinstance(program, Crop):
@@ -252,6 +264,12 @@ def interpolation_matrix(stage: Interpolation, tensors: Tensors) -> Tensor:
     weight = tensors[stage.weight].reshape(stage.rank, stage.size - stage.rank)
     identity = torch.eye(stage.rank, dtype=weight.dtype, device=weight.device)
     return torch.cat([identity, weight], 1).index_select(1, tensors[stage.places])
+
+
+def generated_matrix(stage: Generated, tensors: Tensors) -> Tensor:
+    """The matrix (height, width) that a function of the tensors makes, in single precision at least."""
+    values = [_wide(tensors[name]) for name, _ in stage.tensors]
+    return stage.function(*values, *(tensors[name] for name in stage.fixed), *stage.arguments)
 
 
 def window_matrices(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:

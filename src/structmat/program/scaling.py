@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
-from structmat.program.stages import Chain, Contraction, Diagonal, Program, Sparse, Stage, Sum, Windowed, stages
+from structmat.program.stages import (
+    Chain,
+    Contraction,
+    Convolution,
+    Diagonal,
+    Generated,
+    Program,
+    Sparse,
+    Stage,
+    Sum,
+    Windowed,
+    stages,
+)
 
 
 def scaling_cut(program: Program) -> frozenset[str] | None:
@@ -37,7 +49,11 @@ def _cut(program: Program, uses: Counter[str]) -> Counter[str] | None:
 
 def _linear_in(stage: Stage) -> str | None:
     match stage:
-        case Contraction(weight=name) | Diagonal(weight=name) | Sparse(values=name) | Windowed(left=name):
+        case Contraction(weight=name) | Diagonal(weight=name) | Convolution(weight=name):
+            return name
+        case Sparse(values=name) | Windowed(left=name):
+            return name
+        case Generated(linear=(name, *_)):
             return name
         case _:
             return None

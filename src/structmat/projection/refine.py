@@ -22,6 +22,7 @@ from structmat.program import (
     Complex,
     Contraction,
     Diagonal,
+    Generated,
     Program,
     Real,
     Stage,
@@ -190,6 +191,8 @@ def _reads(program: Program, name: str) -> bool:
 def _is_linear(program: Program, name: str) -> bool:
     """Whether every path reads the tensor at most once, and linearly."""
     if isinstance(program, Stage):
+        if isinstance(program, Generated):
+            return name not in program.weights or name in program.linear
         return name not in program.weights or not isinstance(program, Call)
     if isinstance(program, Sum):
         return all(_is_linear(part, name) for part in program.parts)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.func import jacrev
 
 from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import StructuredLinear
@@ -15,8 +16,10 @@ from structmat.program import (
     Call,
     Chain,
     Complex,
+    Convolution,
     Diagonal,
     Fourier,
+    Generated,
     Program,
     Real,
     Stage,
@@ -105,10 +108,13 @@ def roundings(program: Program) -> int:
     Every level of gates rounds a product and a sum, every stage may store its result in a narrower dtype, and the
     constants account for the operands and the comparison.
     """
-    return 2 * cost(program).depth + len(stages(program)) + 4
+    generated = sum(stage.roundings for stage in stages(program) if isinstance(stage, Generated))
+    return 2 * cost(program).depth + len(stages(program)) + generated + 4
 
 
-def magnitude(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def magnitude(
+    program: Program, tensors: Mapping[str, Tensor], x: Tensor, given: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """The program with absolute values everywhere: what its rounding errors are proportional to.
 
     ``|fl(S x) - S x| <= k eps magnitude(|S|, |x|)`` with ``k`` from :func:`roundings`, the usual forward error bound
@@ -119,13 +125,20 @@ def magnitude(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Ten
         program: any program.
         tensors: its tensors, already absolute values in float64 (index tensors as they are).
         x: absolute values (batch, in_features) in float64.
+        given: the tensors with their signs, on which the entries of a generated matrix depend; ``tensors`` if None.
     """
+    given = tensors if given is None else given
     if isinstance(program, Chain):
         for step in program.steps:
-            x = magnitude(step, tensors, x)
+            x = magnitude(step, tensors, x, given)
         return x
     if isinstance(program, Sum):
-        return torch.stack([magnitude(part, tensors, x) for part in program.parts]).sum(0)
+        return torch.stack([magnitude(part, tensors, x, given) for part in program.parts]).sum(0)
+    if isinstance(program, Generated):
+        size = _generated_size(program, tensors, given)
+        return x @ (size if program.transposed else size.T)
+    if isinstance(program, Convolution):
+        return _convolution_size(program, tensors[program.weight], x)
     if isinstance(program, Real | Complex):
         return x
     if isinstance(program, Fourier):  # entries of modulus 1, or 1 / n
@@ -140,6 +153,41 @@ def magnitude(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Ten
     return apply(program, tensors, x)
 
 
+def _convolution_size(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
+    """Transforms mix all entries of a block: each output is as uncertain as the sum of all products."""
+    if not stage.transform:
+        free = replace(stage, twist=None if stage.twist is None else abs(stage.twist))
+        return apply(free, {stage.weight: weight}, x)
+    blocks = weight.reshape(stage.outputs, stage.inputs, -1).sum(-1) * max(1.0, abs(stage.twist or 1.0))
+    shape = (stage.outputs, stage.height) if stage.transposed else (stage.inputs, stage.width)
+    totals = x.reshape(x.shape[0], *shape).sum(-1)
+    mixed = totals @ (blocks if stage.transposed else blocks.T)
+    return mixed.repeat_interleave(stage.width if stage.transposed else stage.height, -1)
+
+
+def _generated_size(stage: Generated, tensors: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Tensor:
+    """What the rounding errors of a generated matrix are proportional to: the function of the moduli of its tensors,
+    but for those that enter with their sign. Where a gradient in the moduli of these is wanted, it is the sum of the
+    moduli of the entries' derivatives."""
+    function = stage.size or stage.function
+    names = [name for name, _ in stage.tensors]
+    values = [_wide(given[name].detach()) if name in stage.signed else tensors[name] for name in names]
+    rest = (*(given[name] for name in stage.fixed), *stage.arguments)
+    size = function(*values, *rest).abs()
+    wanted = tuple(i for i, name in enumerate(names) if name in stage.signed and tensors[name].requires_grad)
+    if wanted:
+        fixed = [value.detach() for value in values]
+        slopes = jacrev(lambda *v: function(*v, *rest), wanted)(*fixed)
+        for index, slope in zip(wanted, slopes, strict=True):
+            modulus = tensors[names[index]]
+            size = size + (slope.abs().flatten(2) @ (modulus - modulus.detach()).flatten()[:, None])[..., 0]
+    return size
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
 def absolute(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The moduli of the learned tensors in float64; index tensors as they are."""
     return {
@@ -152,7 +200,7 @@ def allowed_error(program: Program, tensors: Mapping[str, Tensor], x: Tensor, dt
     """Largest rounding error that ``apply(program, tensors, x)`` may show in ``dtype``, entry by entry."""
     rows = x.detach().abs().to(torch.float64)
     flat = rows.reshape(-1, program.in_features)
-    size = magnitude(program, absolute(tensors), flat).reshape(*x.shape[:-1], program.out_features)
+    size = magnitude(program, absolute(tensors), flat, tensors).reshape(*x.shape[:-1], program.out_features)
     return roundings(program) * torch.finfo(dtype).eps * size
 
 
@@ -165,7 +213,7 @@ def allowed_gradient_errors(
     for name in learned:
         sizes[name].requires_grad_()
     rows = x.detach().abs().to(torch.float64).requires_grad_()
-    total = (magnitude(program, sizes, rows) * weights.detach().abs().to(torch.float64)).sum()
+    total = (magnitude(program, sizes, rows, tensors) * weights.detach().abs().to(torch.float64)).sum()
     grads = torch.autograd.grad(total, [rows, *(sizes[name] for name in learned)], materialize_grads=True)
     # Forward and backward both round, and a gradient of a tensor sums over the batch.
     scale = 2 * (roundings(program) + x.shape[0]) * torch.finfo(dtype).eps

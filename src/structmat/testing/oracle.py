@@ -16,9 +16,11 @@ from structmat.program import (
     Chain,
     Complex,
     Contraction,
+    Convolution,
     Crop,
     Diagonal,
     Fourier,
+    Generated,
     Interpolation,
     Pad,
     Permute,
@@ -97,6 +99,13 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             left, right = _window_factors(stage, tensors)
             matrix = left @ right
             return matrix.T if stage.transposed else matrix
+        case Convolution():
+            matrix = _convolution(stage, tensors[stage.weight])
+            return matrix.T if stage.transposed else matrix
+        case Generated():
+            values = [tensors[name] for name in (*(name for name, _ in stage.tensors), *stage.fixed)]
+            matrix = stage.function(*values, *stage.arguments)
+            return matrix.T if stage.transposed else matrix
         case Pad(before=before) | Crop(before=before):
             offset = -before if isinstance(stage, Pad) else before
             ones = torch.ones(min(stage.in_features, stage.out_features), dtype=torch.float64)
@@ -128,6 +137,24 @@ def _contraction_support(stage: Contraction) -> tuple[Tensor, Tensor]:
     return rows.expand(a, b, c, d), columns.expand(a, b, c, d)
 
 
+def _convolution(stage: Convolution, weight: Tensor) -> Tensor:
+    """Diagonal by diagonal, in all blocks at once."""
+    height, width = stage.height, stage.width
+    weight = weight.reshape(stage.outputs, stage.inputs, stage.entries)
+    matrix = weight.new_zeros(stage.outputs, height, stage.inputs, width)
+    # Antidiagonals are the diagonals of the columns in reverse order.
+    for offset in range(1 - height, width):  # j - i
+        place = width - 1 - offset if stage.hankel else -offset
+        diagonal = matrix.diagonal(offset, 1, 3)  # (outputs, inputs, length)
+        if stage.twist is None:
+            diagonal[...] = weight[:, :, place + (0 if stage.hankel else width - 1), None]
+        else:
+            wrapped = place >= stage.period or place < 0
+            diagonal[...] = (stage.twist if wrapped else 1.0) * weight[:, :, place % stage.period, None]
+    matrix = matrix.flip(3) if stage.hankel else matrix
+    return matrix.reshape(stage.outputs * height, stage.inputs * width)
+
+
 def _window_factors(stage: Windowed, tensors: Tensors) -> tuple[Tensor, Tensor]:
     left = tensors[stage.left].new_zeros(stage.height, stage.terms)
     right = tensors[stage.right].new_zeros(stage.terms, stage.width)
@@ -148,7 +175,8 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
     """Multiplications, additions and empty rows of one product with a real vector, by counting non-zero positions.
 
     A matrix with ``q`` positions in ``p`` non-empty rows takes ``q`` multiplications and ``q - p`` additions. None
-    for a program with stages whose count is a model (``Fourier``) or stated (``Call``).
+    for a program with stages whose count is a model (``Fourier``, a ``Convolution`` by transforms) or stated
+    (``Call``).
     """
     if isinstance(program, Chain | Sum):
         inner = program.steps if isinstance(program, Chain) else program.parts
@@ -158,7 +186,7 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
             return None
         joins = program.out_features * (len(inner) - 1) if isinstance(program, Sum) else 0
         return sum(c[0] for c in known), sum(c[1] for c in known) + joins, sum(c[2] for c in known)
-    if isinstance(program, Fourier | Call):
+    if isinstance(program, Fourier | Call) or (isinstance(program, Convolution) and program.transform):
         return None
     if not program.weights:
         return 0, 0, 0
@@ -168,6 +196,8 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
         factors = [left.T, right.T] if program.transposed else [right, left]
     elif isinstance(program, Diagonal):
         factors = [torch.eye(program.size)]
+    elif isinstance(program, Convolution | Generated):  # a place is a multiplication, whatever stands there
+        factors = [torch.ones(program.out_features, program.in_features)]
     else:
         factors = [explicit(program, ones)]
     entries = [round(float(f.sum())) for f in factors]  # counts an entry that is written twice twice

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from structmat.errors import StructureError
 from structmat.matrix import draw
 from structmat.nn.convac.semiring import shift
-from structmat.program import Call, Complex, Fourier, apply, build, stages
+from structmat.program import Call, Complex, Convolution, Fourier, Generated, apply, build, stages
 from structmat.structure import Structure, resolve, specs
 
 
@@ -101,11 +101,11 @@ class Weights(nn.Module):
             return
         self._program = build(self.structure, shape)
         if constraint is not Constraint.NONE and (
-            any(isinstance(s, Call | Complex | Fourier) for s in stages(self._program))
+            any(isinstance(s, Call | Complex | Fourier | Convolution | Generated) for s in stages(self._program))
         ):
             raise StructureError(
-                f"{self.structure} has Fourier stages, which have entries of both signs: it can't be constrained to be "
-                f"{constraint.value}. Use another family, or signed weights with Scaled()."
+                f"{self.structure} has transforms or functions of its tensors, of which signs say nothing: it can't be "
+                f"constrained to be {constraint.value}. Use another family, or signed weights with Scaled()."
             )
         self._learned = [n for n, s in specs(self.structure, shape).items() if s.learned]
         drawn = [draw(self.structure, shape, generator=generator, dtype=dtype) for _ in range(copies)]

@@ -1,0 +1,88 @@
+"""Low displacement rank with learned subdiagonal operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self, final
+
+from structmat.program import Chain, Generated, Program
+from structmat.program.generated import subdiagonal_by_transforms, subdiagonal_krylov
+from structmat.projection.displacement import most_rank
+from structmat.projection.krylov import Shift, fit_krylov, krylov_scales
+from structmat.projection.target import Fit, Target
+from structmat.structure import Normal, ParameterSpec, Shape, Structure, check_size, largest_fitting, whole
+
+
+@final
+@dataclass(frozen=True)
+class LDRSubdiagonal(Structure):
+    """``sum of K(A, left[i]) K(B^T, right[i])^T``: Krylov matrices of learned operators with a subdiagonal and a
+    corner.
+
+    ``left_operator`` (out,) holds what stands below the diagonal of A and, last, in its upper right corner;
+    ``right_operator`` (in,) the same of ``B^T``; ``left`` is (rank, out), ``right`` (rank, in), and a Krylov matrix has
+    ``min(out, in)`` columns. The displacement rank under the learned operators is at most ``2 rank``.
+    ``(rank + 1) (out + in)`` parameters. A fresh A is the plain shift: training begins at Toeplitz-like matrices.
+
+    Products: the Krylov matrices written out, ``O(rank min(out, in) (out + in))``, stable whatever the operators.
+    ``freeze`` puts Fourier transforms in their place, ``O(rank n log n)``, where the running products of an operator
+    differ by less than 1e5 in float32 (1e12 in float64), and dense matrices elsewhere. Projection: for the plain shift
+    by truncated SVD of the displacement, exact for members with that operator, then alternating least squares and
+    descent over all tensors; no certificate. Source: Thomas, Gu, Dao, Rudra and Re, "Learning compressed transforms
+    with low displacement rank" (NeurIPS 2018).
+
+    Args:
+        rank: number of products, or a fraction of the dense parameter count.
+    """
+
+    rank: int | float = 1
+
+    is_usual: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_size(self, "rank", self.rank)
+
+    def restriction(self, shape: Shape) -> str | None:
+        if isinstance(self.rank, int) and self.rank > min(shape):
+            return f"already {min(shape)} products give every matrix. Use rank={min(shape)} or less."
+        return None
+
+    def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
+        (height, width), rank = shape, whole(self.rank)
+        left, right = krylov_scales(shape, rank)
+        return {
+            "left": ParameterSpec((rank, height), Normal(left)),
+            "right": ParameterSpec((rank, width), Normal(right)),
+            "left_operator": ParameterSpec((height,), Shift()),
+            "right_operator": ParameterSpec((width,), Shift()),
+        }
+
+    def program(self, shape: Shape) -> Program:
+        (height, width), count = shape, min(shape)
+        return Chain((self._krylov("right", width, count).transpose(), self._krylov("left", height, count)))
+
+    def _krylov(self, side: str, size: int, count: int) -> Generated:
+        rank = whole(self.rank)
+        tensors = ((f"{side}_operator", size), (side, rank * size))
+        return Generated(
+            subdiagonal_krylov,
+            tensors,
+            (count,),
+            size,
+            rank * count,
+            linear=(side,),
+            roundings=count + 4,
+            fast=subdiagonal_by_transforms,
+        )
+
+    def project(self, target: Target) -> Fit:
+        (height, width), rank = target.native, whole(self.rank)
+        operators = {"left_operator": Shift().values(height), "right_operator": Shift().values(width)}
+        return fit_krylov(self.program(target.native), operators, target, rank)
+
+    @classmethod
+    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
+        rank = largest_fitting(lambda r: (r + 1) * sum(shape), budget, most_rank(shape), grid=1)
+        if rank:
+            yield cls(rank)

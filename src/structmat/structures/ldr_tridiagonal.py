@@ -1,0 +1,88 @@
+"""Low displacement rank with learned tridiagonal operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self, final
+
+import torch
+
+from structmat.program import Chain, Generated, Program
+from structmat.program.generated import tridiagonal_krylov
+from structmat.projection.displacement import most_rank
+from structmat.projection.krylov import Shift, fit_krylov, krylov_scales
+from structmat.projection.target import Fit, Target
+from structmat.structure import Normal, ParameterSpec, Shape, Structure, check_size, largest_fitting, whole
+
+
+@final
+@dataclass(frozen=True)
+class LDRTridiagonal(Structure):
+    """``sum of K(A, left[i]) K(B^T, right[i])^T``: Krylov matrices of learned tridiagonal operators with corners.
+
+    ``left_operator`` (3, out) holds A: below the diagonal and, last, the upper right corner; the diagonal; above it
+    and, last, the lower left corner. ``right_operator`` (3, in) is the same of ``B^T``; ``left`` is (rank, out),
+    ``right`` (rank, in), and a Krylov matrix has ``min(out, in)`` columns. The displacement rank under the learned
+    operators is at most ``2 rank``. ``(rank + 3) (out + in)`` parameters. A fresh A is the plain shift.
+
+    Products: the Krylov matrices written out column by column, one product with the operator after the other,
+    ``O(rank min(out, in) (out + in))``: the stable form, and as many steps as there are columns. Projection: as of
+    ``LDRSubdiagonal``.
+    Source: Thomas, Gu, Dao, Rudra and Re, "Learning compressed transforms with low displacement rank" (NeurIPS 2018).
+
+    Args:
+        rank: number of products, or a fraction of the dense parameter count.
+    """
+
+    rank: int | float = 1
+
+    is_usual: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_size(self, "rank", self.rank)
+
+    def restriction(self, shape: Shape) -> str | None:
+        if isinstance(self.rank, int) and self.rank > min(shape):
+            return f"already {min(shape)} products give every matrix. Use rank={min(shape)} or less."
+        return None
+
+    def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
+        (height, width), rank = shape, whole(self.rank)
+        left, right = krylov_scales(shape, rank)
+        return {
+            "left": ParameterSpec((rank, height), Normal(left)),
+            "right": ParameterSpec((rank, width), Normal(right)),
+            "left_operator": ParameterSpec((3, height), Shift()),
+            "right_operator": ParameterSpec((3, width), Shift()),
+        }
+
+    def program(self, shape: Shape) -> Program:
+        (height, width), count = shape, min(shape)
+        return Chain((self._krylov("right", width, count).transpose(), self._krylov("left", height, count)))
+
+    def _krylov(self, side: str, size: int, count: int) -> Generated:
+        rank = whole(self.rank)
+        tensors = ((f"{side}_operator", 3 * size), (side, rank * size))
+        return Generated(
+            tridiagonal_krylov,
+            tensors,
+            (count,),
+            size,
+            rank * count,
+            linear=(side,),
+            roundings=3 * count + 4,
+        )
+
+    def project(self, target: Target) -> Fit:
+        (height, width), rank = target.native, whole(self.rank)
+        operators = {}
+        for name, size in (("left_operator", height), ("right_operator", width)):
+            operators[name] = torch.stack([Shift().values(size), *torch.zeros(2, size, dtype=torch.float64)])
+        return fit_krylov(self.program(target.native), operators, target, rank)
+
+    @classmethod
+    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
+        rank = largest_fitting(lambda r: (r + 3) * sum(shape), budget, most_rank(shape), grid=1)
+        if rank:
+            yield cls(rank)

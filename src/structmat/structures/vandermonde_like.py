@@ -1,0 +1,107 @@
+"""Vandermonde-like matrices: small displacement rank under a diagonal and a shift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self, final
+
+from structmat.displacement.form import CauchyForm, Side
+from structmat.program import Chain, Convolution, Generated, Program, convolution
+from structmat.program.generated import powers, vandermonde_krylov
+from structmat.projection.displacement import finished, low_rank_factors, most_rank
+from structmat.projection.nodes import Spread
+from structmat.projection.target import Fit, Target
+from structmat.structure import (
+    DENSE_GAIN,
+    Normal,
+    ParameterSpec,
+    Shape,
+    Structure,
+    check_size,
+    largest_fitting,
+    whole,
+)
+
+if TYPE_CHECKING:
+    from structmat.matrix import StructuredMatrix
+
+
+@final
+@dataclass(frozen=True)
+class VandermondeLike(Structure):
+    """``sum of diag(left[i]) V(nodes) Z_-1(right[i])^T`` with the Vandermonde matrix ``V[k, j] = nodes[k]**j``.
+
+    All matrices whose displacement under ``(diag(nodes), Z_-1)`` has at most that rank. ``left`` is (rank, out),
+    ``right`` (rank, in), ``nodes`` (out,): ``rank (out + in) + out`` parameters. Products: Fourier transforms, then the
+    Krylov matrices ``diag(left[i]) V`` written out, ``O(rank out in)``, since the fast algorithms for Vandermonde
+    matrices are unstable for real nodes. Projection: for the nodes of a fresh matrix, spread evenly from -0.7 to 0.7,
+    truncated SVD of the displacement, exact for members with these nodes, then alternating least squares; no
+    certificate. ``solve`` by elimination on the generators. Source: Thomas et al., "Learning compressed transforms with
+    low displacement rank" (NeurIPS 2018).
+
+    Args:
+        rank: the displacement rank, or a fraction of the dense parameter count.
+    """
+
+    rank: int | float = 2
+
+    is_usual: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_size(self, "rank", self.rank)
+
+    def restriction(self, shape: Shape) -> str | None:
+        if isinstance(self.rank, int) and self.rank > min(shape):
+            return f"every such matrix has displacement rank {min(shape)} or less. Use rank={min(shape)} or less."
+        return None
+
+    def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
+        (height, width), rank = shape, whole(self.rank)
+        nodes = Spread(-0.7, 0.7)
+        mean = float(powers(nodes.values(height), width).square().sum()) / height
+        return {
+            "left": ParameterSpec((rank, height), Normal((DENSE_GAIN / (rank * mean)) ** 0.5)),
+            "right": ParameterSpec((rank, width), Normal(width**-0.5)),
+            "nodes": ParameterSpec((height,), nodes),
+        }
+
+    def program(self, shape: Shape) -> Program:
+        return _program(whole(self.rank), shape)
+
+    def project(self, target: Target) -> Fit:
+        (height, width), rank = target.native, whole(self.rank)
+        nodes = Spread(-0.7, 0.7).values(height).to(target.weight)
+        # M - diag(d) M Z_-1^T = (I + diag(d)^n) (sum of left right^T): column j of M Z_-1^T is column j - 1.
+        shifted = target.weight.roll(1, 1)
+        shifted[:, 0] = -shifted[:, 0]
+        displacement = (target.weight - nodes[:, None] * shifted) / (1 + nodes**width)[:, None]
+        left, right = low_rank_factors(displacement, rank)
+        tensors = {"left": left, "right": right, "nodes": nodes}
+        method = "truncated SVD of the displacement"
+        return finished(_program(rank, target.native), tensors, "left", target, 0.0, method)
+
+    def inversion(self, matrix: StructuredMatrix) -> CauchyForm:
+        nodes, size = matrix.tensors["nodes"], matrix.shape[0]
+        left = -(1 + nodes**size) * matrix.tensors["left"]
+        # Z_-1^T h: its last entry is -h[0].
+        right = matrix.tensors["right"].roll(-1, 1).clone()
+        right[:, -1] = -right[:, -1]
+        return CauchyForm(Side.PLAIN, Side.TWISTED, left.T, right.T, nodes)
+
+    @classmethod
+    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
+        rank = largest_fitting(lambda r: r * sum(shape) + shape[0], budget, most_rank(shape), grid=1)
+        if rank:
+            yield cls(rank)
+
+
+def _program(rank: int, shape: Shape) -> Program:
+    height, width = shape
+    # Seen from its transpose, (1 block out, rank blocks in): so the weight is (rank, in).
+    first: Convolution = convolution("right", 1, rank, width, width, twist=-1.0, period=width).transpose()
+    tensors = (("nodes", height), ("left", rank * height))
+    krylov = Generated(
+        vandermonde_krylov, tensors, (width,), height, rank * width, linear=("left",), roundings=width + 4
+    )
+    return Chain((first, krylov))
