@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from structmat.program import Program
+from structmat.program import Cosine, Derived, Hadamard, Pairs, Program, Reorder
 from structmat.program.stages import (
     Call,
     Chain,
@@ -110,5 +110,7 @@ def _stage(stage: Stage, names: dict[str, int], indices: set[str]) -> str:
         return words("pad", stage.size, stage.padded, stage.before)
     if isinstance(stage, Crop):
         return words("crop", stage.size, stage.kept, stage.before)
+    if isinstance(stage, Pairs | Derived | Hadamard | Cosine | Reorder):
+        raise NotNativeError(f"{stage} has no native kernel")
     assert isinstance(stage, Fourier | Real | Complex | Call | Diagonal), f"unknown stage {type(stage).__name__}"
     raise NotNativeError(f"{stage} has no native kernel")

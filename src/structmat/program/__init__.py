@@ -2,6 +2,8 @@
 
 from structmat.program.build import build
 from structmat.program.cost import Cost, cost
+from structmat.program.derived import Derived, derive
+from structmat.program.fixed import Cosine, Hadamard, Reorder
 from structmat.program.fuse import (
     FOR_FEW_ROWS,
     FOR_NATIVE,
@@ -12,6 +14,7 @@ from structmat.program.fuse import (
     merge,
     merged_pattern,
 )
+from structmat.program.pairs import Pairs, on_pairs, unsigned
 from structmat.program.reference import affine, apply, form
 from structmat.program.simplify import simplify
 from structmat.program.stages import (
@@ -47,15 +50,20 @@ __all__ = [
     "Chain",
     "Complex",
     "Contraction",
+    "Cosine",
     "Cost",
     "Crop",
+    "Derived",
     "Diagonal",
     "Fourier",
+    "Hadamard",
     "Interpolation",
     "Pad",
+    "Pairs",
     "Permute",
     "Program",
     "Real",
+    "Reorder",
     "Shuffle",
     "Sparse",
     "Stage",
@@ -67,14 +75,17 @@ __all__ = [
     "build",
     "chainable",
     "cost",
+    "derive",
     "form",
     "fuse",
     "merge",
     "merged_pattern",
+    "on_pairs",
     "rename",
     "simplify",
     "stages",
     "table",
     "tensor_sizes",
     "transpose",
+    "unsigned",
 ]

@@ -21,6 +21,7 @@ from structmat.program import (
     Chain,
     Complex,
     Contraction,
+    Derived,
     Diagonal,
     Program,
     Real,
@@ -190,7 +191,7 @@ def _reads(program: Program, name: str) -> bool:
 def _is_linear(program: Program, name: str) -> bool:
     """Whether every path reads the tensor at most once, and linearly."""
     if isinstance(program, Stage):
-        return name not in program.weights or not isinstance(program, Call)
+        return name not in program.weights or not isinstance(program, Call | Derived)
     if isinstance(program, Sum):
         return all(_is_linear(part, name) for part in program.parts)
     return sum(_reads(step, name) for step in program.steps) <= 1 and all(_is_linear(s, name) for s in program.steps)
