@@ -11,7 +11,8 @@ from torch import Tensor
 
 from structmat.errors import ShapeError, StructureError
 from structmat.kernels import apply
-from structmat.program import Cost, Program, build, cost, reference, transpose
+from structmat.program import Cost, Program, build, cost, transpose
+from structmat.program.dense import dense
 from structmat.program.padding import padding_factor
 from structmat.structure import Shape, Structure, allows_complex, check_shape, resolve, specs
 
@@ -146,13 +147,7 @@ class StructuredMatrix:
 
     def to_dense(self) -> Tensor:
         """The matrix written out, (out_features, in_features)."""
-        out_features, in_features = self.shape
-        # Multiply the smaller identity: n products of the matrix or m of its transpose.
-        if in_features <= out_features:
-            eye = torch.eye(in_features, dtype=self.dtype, device=self.device)
-            return reference.apply(self.program, self.tensors, eye).T
-        eye = torch.eye(out_features, dtype=self.dtype, device=self.device)
-        return reference.apply(transpose(self.program), self.tensors, eye)
+        return dense(self.program, self.tensors, self.dtype, self.device)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return matmul(self, x)

@@ -151,6 +151,10 @@ class Structure(ABC):
     weighs_outputs: ClassVar[bool] = False
     """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
 
+    by_default: ClassVar[bool] = True
+    """Whether ``compress`` tries the family where the user names none. False for those that few weights of a network
+    are near to: each is a fit of every layer at every size."""
+
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         """Names, shapes and initialisation of the tensors; the output has the variance of a dense layer's."""
