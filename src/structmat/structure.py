@@ -151,6 +151,9 @@ class Structure(ABC):
     weighs_outputs: ClassVar[bool] = False
     """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
 
+    keeps_variance: ClassVar[bool] = True
+    """False for averages, such as soft permutations, whose outputs vary less at the start than those of others."""
+
     by_default: ClassVar[bool] = True
     """Whether ``compress`` tries the family where the user names none. False for those that few weights of a network
     are near to: each is a fit of every layer at every size."""

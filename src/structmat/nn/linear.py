@@ -112,7 +112,8 @@ class StructuredLinear(nn.Module):
     @property
     def matrix(self) -> StructuredMatrix:
         """The weight as a value that shares the layer's parameters."""
-        return StructuredMatrix(self.structure, (self.out_features, self.in_features), self.tensors())
+        dtype = None if self.bias is None else self._loaded(self.bias).dtype
+        return StructuredMatrix(self.structure, (self.out_features, self.in_features), self.tensors(), dtype=dtype)
 
     @classmethod
     def from_linear(

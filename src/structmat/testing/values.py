@@ -169,6 +169,7 @@ def check_complex(case: Case) -> None:
             matrix.structure,
             case.shape,
             {n: t.to(torch.complex128) if t.is_complex() else t for n, t in matrix.tensors.items()},
+            dtype=torch.complex128,
         )
         truth = x.to(torch.complex128) @ wide.to_dense().T
         got = apply(matrix.program, matrix.tensors, x)
