@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from structmat import circuit as circuit
     from structmat import learn as learn
     from structmat import nn as nn
+    from structmat import transforms as transforms
     from structmat.compression.budget import Flops as Flops
     from structmat.compression.budget import Latency as Latency
     from structmat.compression.budget import Parameters as Parameters
@@ -72,7 +73,7 @@ _HOME = {
     "tune": "structmat.compression.tune",
     "to_kronecker": "structmat.compression.to_kronecker",
 }
-_MODULES = ("circuit", "learn", "nn", "program", "structures", "testing")
+_MODULES = ("circuit", "learn", "nn", "program", "structures", "testing", "transforms")
 
 
 def __getattr__(name: str) -> Any:

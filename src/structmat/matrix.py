@@ -42,7 +42,12 @@ class StructuredMatrix:
     tensors: Mapping[str, Tensor]
 
     def __init__(
-        self, structure: Structure, shape: Shape, tensors: Mapping[str, Tensor], *, transposed: bool = False,
+        self,
+        structure: Structure,
+        shape: Shape,
+        tensors: Mapping[str, Tensor],
+        *,
+        transposed: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         self._shape = check_shape(shape)

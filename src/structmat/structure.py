@@ -178,6 +178,15 @@ class Structure(ABC):
         Empty only if the cheapest member exceeds the budget.
         """
 
+    def harden(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Structure, Mapping[str, Tensor]]:
+        """What is left when what was soft while learning is decided: another structure and its tensors."""
+        return self, tensors
+
+    def penalty(self, shape: Shape, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """What is added to a loss so that hardening will change little, 0 where it changes nothing; None for families
+        without soft choices."""
+        return None
+
     def restriction(self, shape: Shape) -> str | None:
         """Why this shape is refused, as one sentence with numbers and a remedy, or None."""
         return None
@@ -214,6 +223,11 @@ def parts(structure: Structure) -> Iterator[Structure]:
 def allows_complex(structure: Structure) -> bool:
     """Whether the tensors may be complex: the family and all its parts say so."""
     return type(structure).supports_complex and all(allows_complex(part) for part in parts(structure))
+
+
+def keeps_variance(structure: Structure) -> bool:
+    """Whether a fresh member has the output variance of a dense layer's: the family and all its parts say so."""
+    return type(structure).keeps_variance and all(keeps_variance(part) for part in parts(structure))
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes

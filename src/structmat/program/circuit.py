@@ -258,7 +258,7 @@ class _Writer:
             circuit = fourier(inner.size, inverse=inner.inverse)
             circuit = replace(circuit, weight=circuit.weight.conj()) if stage.conjugate else circuit
             made = self._embedded(circuit, _Value(x.real[:half], x.real[half:]))
-        elif inner.weights:
+        elif stage.is_complex:
             name = next(iter(inner.weights))
             key = f"{name}:pairs{', conjugate' * stage.conjugate}"
             if key not in self._known:

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from structmat.program.pairs import Pairs
 from structmat.program.stages import Chain, Program, Stage, Sum
 
 Tensors = Mapping[str, Tensor]
@@ -90,7 +91,7 @@ def has_derived(program: Program) -> bool:
     """Whether a weight of the program is a function of a tensor."""
     if isinstance(program, Chain | Sum):
         return any(map(has_derived, program.steps if isinstance(program, Chain) else program.parts))
-    return isinstance(program, Derived)
+    return isinstance(program, Derived) or (isinstance(program, Pairs) and isinstance(program.stage, Derived))
 
 
 def derive(program: Program, tensors: Tensors) -> tuple[Program, dict[str, Tensor]]:
@@ -110,6 +111,10 @@ def underived(program: Program) -> Program:
         return Sum(tuple(map(underived, program.parts)))
     if isinstance(program, Derived):
         return program.stage.rename(lambda name: _derived_name(name, program.form))
+    if isinstance(program, Pairs) and isinstance(program.stage, Derived):
+        inner = underived(program.stage)
+        assert isinstance(inner, Stage)
+        return replace(program, stage=inner)
     return program
 
 
@@ -120,6 +125,8 @@ def derived_functions(program: Program) -> dict[str, tuple[str, Form]]:
         for part in program.steps if isinstance(program, Chain) else program.parts:
             found.update(derived_functions(part))
         return found
+    if isinstance(program, Pairs):
+        return derived_functions(program.stage)
     if isinstance(program, Derived):
         return {_derived_name(program.name, program.form): (program.name, program.form)}
     return {}
@@ -170,7 +177,9 @@ class Phases:
         return numel
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor.sgn()
+        if tensor.is_complex():
+            return tensor / _squared(tensor).sqrt()
+        return tensor.sgn().detach() + 0 * tensor
 
     def __str__(self) -> str:
         return "phases"
@@ -178,22 +187,31 @@ class Phases:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Probability ``p = sigmoid(logit)``, or ``1 - p``, as a factor."""
+    """A probability ``p = sigmoid(logit)``, or ``1 - p``, as a factor; of complex logits the real part counts.
+
+    Args:
+        other: ``1 - p``.
+        entry: which of the tensor's logits.
+        entries: how many there are.
+    """
 
     other: bool = False
+    entry: int = 0
+    entries: int = 1
 
     @property
     def roundings(self) -> int:
         return 8
 
     def stored(self, numel: int) -> int:
-        return numel
+        return self.entries
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        return torch.sigmoid(-tensor if self.other else tensor)
+        logit = (tensor.real if tensor.is_complex() else tensor).reshape(-1)[self.entry].reshape(1, 1, 1, 1)
+        return torch.sigmoid(-logit if self.other else logit).to(tensor.dtype)
 
     def __str__(self) -> str:
-        return "1 - p" if self.other else "p"
+        return f"{'1 - ' * self.other}p{self.entry}"
 
 
 @dataclass(frozen=True)

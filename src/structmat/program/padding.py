@@ -15,7 +15,20 @@ from structmat.program.fixed import Cosine, Hadamard
 from structmat.program.pairs import Pairs, unsigned
 from structmat.program.reference import apply
 from structmat.program.scaling import scaling_cut
-from structmat.program.stages import Call, Chain, Complex, Crop, Diagonal, Fourier, Pad, Program, Real, Stage, Sum, stages
+from structmat.program.stages import (
+    Call,
+    Chain,
+    Complex,
+    Crop,
+    Diagonal,
+    Fourier,
+    Pad,
+    Program,
+    Real,
+    Stage,
+    Sum,
+    stages,
+)
 from structmat.structure import DENSE_GAIN, Shape, Structure, resolve, specs
 
 _SAMPLE = 1 << 14
@@ -85,6 +98,7 @@ def _spread(program: Program, squares: Mapping[str, Tensor], x: Tensor) -> Tenso
     if isinstance(program, Cosine):  # orthonormal, and nearly even
         return x.mean(-1, keepdim=True).expand(-1, program.size)
     if isinstance(program, Pairs) and isinstance(program.stage, Fourier):
-        total = x.sum(-1, keepdim=True) / 2
-        return (total / program.stage.size**2 if program.stage.inverse else total).expand(-1, program.out_features)
+        # What is transformed forth and back stays real, but for what lies between.
+        total = x.sum(-1, keepdim=True) / (program.stage.size**2 if program.stage.inverse else 1)
+        return torch.cat([total.expand(-1, program.stage.size), total.new_zeros(len(x), program.stage.size)], 1)
     return apply(program, squares, x)

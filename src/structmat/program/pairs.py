@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from structmat.program.stages import Chain, Contraction, Diagonal, Fourier, Permute, Program, Shuffle, Stage, Sum
+from structmat.program.stages import Chain, Contraction, Diagonal, Fourier, Program, Stage, Sum
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,21 @@ class Pairs(Stage):
         stage: linear in its weight, of which there is at most one.
         conjugate: ``A - iB`` instead.
         unsigned: ``[[A, B], [B, A]]``: how sizes pass, for bounds and variances.
+        is_real: the weights are real, in the stage's own shape, and act on both halves.
     """
 
     stage: Stage
     conjugate: bool = False
     unsigned: bool = False
+    is_real: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.stage.weights) <= 1, self
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether it multiplies by complex weights."""
+        return bool(self.stage.weights) and not self.is_real
 
     @property
     def in_features(self) -> int:
@@ -46,7 +53,7 @@ class Pairs(Stage):
 
     @property
     def weights(self) -> Mapping[str, int]:
-        return {name: 2 * size for name, size in self.stage.weights.items()}
+        return {name: size if self.is_real else 2 * size for name, size in self.stage.weights.items()}
 
     @property
     def indices(self) -> tuple[str, ...]:
@@ -59,31 +66,48 @@ class Pairs(Stage):
     def multiplications(self) -> int:
         if isinstance(self.stage, Fourier):  # its model counts real operations already
             return self.stage.multiplications
-        return (4 if self.stage.weights else 2) * self.stage.multiplications
+        return (4 if self.is_complex else 2) * self.stage.multiplications
 
     @property
     def additions(self) -> int:
         if isinstance(self.stage, Fourier):
             return self.stage.additions
-        if not self.stage.weights:
+        if not self.is_complex:
             return 2 * self.stage.additions
         return 4 * self.stage.additions + 2 * self.stage.out_features
 
     @property
     def depth(self) -> int:
-        return self.stage.depth + (1 if self.stage.weights else 0)
+        return self.stage.depth + (1 if self.is_complex else 0)
 
     def __str__(self) -> str:
         return f"{self.stage} on pairs{', conjugate' if self.conjugate else ''}"
 
 
 def on_pairs(program: Program) -> Program:
-    """The program on pairs: every stage with complex weights, each a real tensor with a last axis of 2."""
+    """The program on pairs: every stage with complex weights, each a real tensor with a last axis of 2.
+
+    Weights that are functions of tensors stay real (:func:`is_supported` allows probabilities alone).
+    """
     if isinstance(program, Chain):
         return Chain(tuple(map(on_pairs, program.steps)))
     if isinstance(program, Sum):
         return Sum(tuple(map(on_pairs, program.parts)))
-    return Pairs(program)
+    return Pairs(program, is_real=_reads_probabilities(program))
+
+
+def _reads_probabilities(stage: Stage) -> bool:
+    from structmat.program.derived import Derived, Mixing  # derived weights know of pairs
+
+    return isinstance(stage, Derived) and isinstance(stage.form, Mixing)
+
+
+def real_tensors(program: Program) -> frozenset[str]:
+    """The tensors that stay real when the program runs on pairs."""
+    if isinstance(program, Chain | Sum):
+        parts = program.steps if isinstance(program, Chain) else program.parts
+        return frozenset(name for part in parts for name in real_tensors(part))
+    return frozenset(program.weights) if _reads_probabilities(program) else frozenset()
 
 
 def is_supported(program: Program) -> bool:
@@ -92,7 +116,7 @@ def is_supported(program: Program) -> bool:
         return all(map(is_supported, program.steps if isinstance(program, Chain) else program.parts))
     if isinstance(program, Diagonal) and program.spectrum:
         return False
-    return isinstance(program, Contraction | Diagonal | Fourier | Permute | Shuffle) or not program.weights
+    return isinstance(program, Contraction | Diagonal) or not program.weights or _reads_probabilities(program)
 
 
 def unsigned(program: Program) -> Program:

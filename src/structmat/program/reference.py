@@ -300,13 +300,12 @@ def _pairs(stage: Pairs, tensors: Tensors, x: Tensor) -> Tensor:
     if isinstance(inner, Fourier):
         return _fourier_of_pairs(inner, stage.conjugate, x)
     planes = x.reshape(2 * batch, inner.in_features)
-    if not inner.weights:
+    if not stage.is_complex:
         return _run(inner, tensors, planes).reshape(batch, stage.out_features)
     name, numel = next(iter(inner.weights.items()))
     weight = tensors[name].reshape(numel, 2)
     real, imag = (
-        _run(inner, {**tensors, name: weight[:, part]}, planes).reshape(batch, 2, inner.out_features)
-        for part in (0, 1)
+        _run(inner, {**tensors, name: weight[:, part]}, planes).reshape(batch, 2, inner.out_features) for part in (0, 1)
     )
     if stage.unsigned:
         return torch.cat([real[:, 0] + imag[:, 1], real[:, 1] + imag[:, 0]], 1)

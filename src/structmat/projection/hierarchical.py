@@ -184,6 +184,7 @@ def _nearest_of_rank_1(blocks: Tensor) -> tuple[Tensor, Tensor]:
     Squaring costs digits of the small singular values only, and those are what is cut off: the leading vector comes out
     to rounding wherever it matters, so that matrices of rank 1 are met to rounding. One pass over the entries.
     """
+    blocks = blocks.resolve_conj()
     low, high = torch.aminmax(torch.view_as_real(blocks) if blocks.is_complex() else blocks)
     largest = max(-float(low), float(high))
     scaled = blocks if largest == 0 or 1e-100 < largest < 1e100 else blocks / largest  # squares must not overflow

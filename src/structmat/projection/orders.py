@@ -82,8 +82,8 @@ def usual_orders(size: int, radices: Sequence[int]) -> dict[str, Tensor]:
         gray = natural ^ (natural >> 1)
         found["Gray code"] = gray
         found["inverse Gray code"] = torch.argsort(gray)
-        found["sequency"] = reversal[gray]
-        found["inverse sequency"] = torch.argsort(reversal[gray])
+        found["sequency"] = sequency(size)
+        found["inverse sequency"] = torch.argsort(found["sequency"])
         levels = size.bit_length() - 1
         if levels > 1:
             for number in range(8):
@@ -96,6 +96,12 @@ def usual_orders(size: int, radices: Sequence[int]) -> dict[str, Tensor]:
         if not any(torch.equal(order, other) for other in unique.values()):
             unique[name] = order
     return unique
+
+
+def sequency(size: int) -> Tensor:
+    """The rows of the Hadamard matrix, a power of two, by their number of changes of sign."""
+    natural = torch.arange(size)
+    return digit_reversal(size, (2,) * (size.bit_length() - 1))[natural ^ (natural >> 1)]
 
 
 def _shared_step(size: int, block: int, generators: int) -> Tensor:

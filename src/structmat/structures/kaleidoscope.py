@@ -72,7 +72,5 @@ class Kaleidoscope(Structure):
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        for width in (1, 2):
-            candidate = cls(width)
-            if chain_size(candidate._patterns(candidate.native_shape(shape))) <= budget:
-                yield candidate
+        if chain_size(cls()._patterns(cls().native_shape(shape))) <= budget:
+            yield cls()

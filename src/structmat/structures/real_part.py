@@ -12,11 +12,12 @@ from torch import Tensor
 from structmat.errors import StructureError
 from structmat.matrix import StructuredMatrix
 from structmat.program import Chain, Crop, Pad, Permute, Program, Reorder, build, simplify
-from structmat.program.pairs import is_supported, on_pairs
+from structmat.program.scaling import scaling_cut
+from structmat.program.pairs import is_supported, on_pairs, real_tensors
 from structmat.projection.project import fit
 from structmat.projection.refine import refine, rescale
 from structmat.projection.target import Certificate, Fit, Target
-from structmat.structure import Init, ParameterSpec, Shape, Structure, allows_complex, count_stored, resolve
+from structmat.structure import Init, ParameterSpec, Shape, Structure, allows_complex, count_stored, resolve, specs
 from structmat.structures.parts import scaled_specs
 from structmat.structures.permuted_butterfly import PermutedButterfly
 
@@ -73,10 +74,11 @@ class RealPart(Structure):
         return reason
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
-        found = {}
+        found, real = {}, real_tensors(build(self.structure, shape))
         # The real part has half of the variance of a complex member.
         for name, spec in scaled_specs(self.structure, shape, 2**0.5).items():
-            found[name] = ParameterSpec((*spec.shape, 2), _Split(spec.init)) if spec.learned else spec
+            is_split = spec.learned and name not in real
+            found[name] = ParameterSpec((*spec.shape, 2), _Split(spec.init)) if is_split else spec
         return found
 
     def program(self, shape: Shape) -> Program:
@@ -95,21 +97,51 @@ class RealPart(Structure):
         wide = target.weight.to(torch.complex128)
         moments = [None if m is None else m.to(torch.complex128) for m in (target.second_moment, target.output_moment)]
         inner = Target(wide, moments[0], target.shape, target.sweeps, target.seed, moments[1])
-        best = fit(self.structure, inner)
+        best, quick = fit(self.structure, inner), inner.replace_sweeps(min(1, target.sweeps))
         best_error, member = self._error(target, best)
         for _ in range(target.sweeps if not any(m is not None for m in moments) else 0):
-            other = fit(self.structure, inner.replace_weight(torch.complex(target.weight, member.imag)))
+            other = fit(self.structure, quick.replace_weight(torch.complex(target.weight, member.imag)))
             error, moved = self._error(target, other)
             if not error < best_error * (1 - _PROGRESS):
                 break
             best, best_error, member = other, error, moved
         program = self.program(target.native)
-        tensors = {n: torch.view_as_real(t).clone() if t.is_complex() else t for n, t in best.tensors.items()}
+        tensors = self._split(target.native, best.tensors)
         if type(self.structure).closed_under_scaling:
-            scaled = next(name for name, tensor in best.tensors.items() if tensor.is_complex())
-            tensors = rescale(program, tensors, scaled, target)
+            scaled = scaling_cut(program)
+            if scaled is not None and len(scaled) == 1:
+                tensors = rescale(program, tensors, next(iter(scaled)), target)
         tensors = refine(program, tensors, target, target.sweeps)
         return Fit(tensors, Certificate.NONE, 0.0, "complex projections with a free imaginary part, least squares")
+
+    def _split(self, shape: Shape, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a complex member as this structure has them."""
+        real = real_tensors(build(self.structure, shape))
+        found = {}
+        for name, tensor in tensors.items():
+            if tensor.is_complex():
+                tensor = tensor.real.clone() if name in real else torch.view_as_real(tensor.resolve_conj()).clone()
+            found[name] = tensor
+        return found
+
+    def _joined(self, tensors: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+        """The tensors of the complex member."""
+        known = specs(self.structure, shape)
+        return {
+            name: torch.view_as_complex(t.contiguous())
+            if t.is_floating_point() and t.dim() > len(known[name].shape)
+            else t
+            for name, t in tensors.items()
+        }
+
+    def harden(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Structure, Mapping[str, Tensor]]:
+        """The real part of the complex member that is hardened."""
+        inner, found = self.structure.harden(shape, self._joined(tensors, shape))
+        other = RealPart(inner)
+        return other, other._split(inner.native_shape(shape), found)
+
+    def penalty(self, shape: Shape, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return self.structure.penalty(shape, self._joined(tensors, shape))
 
     def _error(self, target: Target, found: Fit) -> tuple[float, Tensor]:
         member = StructuredMatrix(self.structure, target.native, found.tensors).to_dense()

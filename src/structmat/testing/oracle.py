@@ -136,6 +136,10 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
 
 
 def _pairs(stage: Pairs, tensors: Tensors) -> Tensor:
+    if not stage.is_complex:
+        half = _stage(stage.stage, tensors)
+        if not isinstance(stage.stage, Fourier):
+            return torch.block_diag(half, half)
     inner = {name: torch.view_as_complex(tensors[name].reshape(-1, 2)) for name in stage.stage.weights}
     matrix = _stage(stage.stage, {**tensors, **inner}).to(torch.complex128)
     imag = -matrix.imag if stage.conjugate else matrix.imag
@@ -203,6 +207,8 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
         inner = count_operations(program.stage, {**tensors, **{name: torch.ones(sizes[name]) for name in sizes}})
         if inner is None:
             return None
+        if not program.is_complex:
+            return 2 * inner[0], 2 * inner[1], 2 * inner[2]
         return 4 * inner[0], 4 * inner[1] + 2 * program.stage.out_features, 2 * inner[2]
     ones = {name: torch.ones_like(t) if t.is_floating_point() else t for name, t in tensors.items()}
     if isinstance(program, Windowed):
