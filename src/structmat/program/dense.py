@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -76,9 +77,7 @@ def _product(factors: list[Contraction], tensors: Tensors) -> Tensor | None:
     made = {f"{i}": full_weight(factor, tensors) for i, factor in enumerate(factors)}
     held = [Contraction(f"{i}", *factor.pattern) for i, factor in enumerate(factors)]
     while len(held) > 1:
-        pairs = [
-            (merged_pattern(a, b), i) for i, (a, b) in enumerate(zip(held, held[1:], strict=False)) if chainable(a, b)
-        ]
+        pairs = [(merged_pattern(a, b), i) for i, (a, b) in enumerate(pairwise(held)) if chainable(a, b)]
         if not pairs:
             return None
         pattern, i = min(pairs, key=lambda pair: (pair[0][0] * pair[0][1] * pair[0][2] * pair[0][3], pair[1]))

@@ -20,7 +20,8 @@ class Hadamard(_Unweighted):
     size: int
 
     def __post_init__(self) -> None:
-        assert self.size >= 1 and self.size & (self.size - 1) == 0, self
+        assert self.size >= 1, self
+        assert self.size & (self.size - 1) == 0, self
 
     @property
     def in_features(self) -> int:
@@ -170,7 +171,7 @@ class HalfReversed:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """Blocks of ``width`` neighbours, those whose numbers differ in one binary digit (of worth ``stride``) exchanged."""
+    """Blocks of ``width`` neighbours: those whose numbers differ in the binary digit ``stride`` change places."""
 
     size: int
     width: int

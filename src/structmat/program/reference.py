@@ -354,7 +354,8 @@ def _cosine(stage: Cosine, x: Tensor) -> Tensor:
     if not stage.inverse:
         evens, odds = wide[:, ::2], wide[:, 1::2].flip(1)
         spectrum = torch.fft.fft(torch.cat([evens, odds], 1))
-        return (spectrum * turn).real.to(x.dtype)
+        turned: Tensor = (spectrum * turn).real
+        return turned.to(x.dtype)
     # The transpose of the above, step by step.
     spectrum = torch.fft.fft(wide * turn)
     moved, half = spectrum.real, (size + 1) // 2

@@ -24,7 +24,6 @@ from structmat.program import Chain, Contraction, apply, chainable, merged_patte
 from structmat.program.dense import dense
 from structmat.sizes import Pattern
 
-
 _NARROW = 8
 """Blocks with at most as many rows or columns are decomposed by their Gram matrices."""
 

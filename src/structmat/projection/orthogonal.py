@@ -72,7 +72,7 @@ def _rotations(
     """The same product as rotations, its signs (or phases) carried to the output."""
     phases = torch.ones(size, dtype=dtype)
     tensors = {}
-    for i, ((a, b, c, d), factor) in enumerate(zip(patterns, factors, strict=True)):
+    for i, ((a, _, c, d), factor) in enumerate(zip(patterns, factors, strict=True)):
         blocks = factor * phases.reshape(a, 1, c, d)
         # diag(1, det) [[c, -conj s], [s, conj c]] is any unitary block.
         cosine, sine = blocks[:, 0, 0], -blocks[:, 0, 1].conj()

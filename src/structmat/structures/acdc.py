@@ -39,10 +39,10 @@ class _NearOne:
 @final
 @dataclass(frozen=True)
 class ACDC(Structure):
-    """Layers ``C^-1 D C A`` with diagonals ``A`` and ``D`` and the cosine transform ``C``, permutations between them.
+    """Layers ``C^-1 D C A`` with diagonals ``A`` and ``D`` and the cosine transform ``C``.
 
-    ``a0``, ``d0``, ``a1``, ... (N,) for N the larger of the two sizes; ``order1``, ... are fixed. 2 N parameters and two
-    transforms a layer. With ``fourier`` the transform is that of Fourier and the diagonals are complex, ``(N, 2)``: 4 N
+    ``a0``, ``d0``, ``a1``, ... (N,) for N the larger of the two sizes; ``order1``, ... are fixed permutations
+    between the layers. 2 N parameters and two transforms a layer. With ``fourier`` the transform is that of Fourier and the diagonals are complex, ``(N, 2)``: 4 N
     parameters a layer, the real part at the end (AFDF); N such layers make any linear map. The start is near a multiple
     of the identity, without which deep cascades do not train. Layers are real.
 
@@ -78,7 +78,8 @@ class ACDC(Structure):
         return found
 
     def program(self, shape: Shape) -> Program:
-        size, steps = shape[0], []
+        size = shape[0]
+        steps: list[Program] = []
         for layer in range(self.layers):
             if layer:
                 steps.append(_on(self.fourier, Permute(f"order{layer}", size)))

@@ -35,8 +35,8 @@ class _RandomPhases:
 class OrthogonalButterfly(Structure):
     """A butterfly matrix of rotations: orthogonal for all values of its parameters, so under every optimizer.
 
-    ``factor0``, ... are (n / 2s, 2, s): the two numbers of a block are the cosine and the sine of its rotation times any
-    length, n in all for each factor; ``phases`` (n,) are signs of the outputs, which no gradient moves. In complex
+    ``factor0``, ... are (n / 2s, 2, s): the two numbers of a block are the cosine and the sine of its rotation, times
+    any length, n in all for each factor; ``phases`` (n,) are signs of the outputs, which no gradient moves. In complex
     dtypes the blocks are special unitary and the phases numbers of modulus 1, which makes every unitary butterfly. The
     inverse is the (conjugate) transpose; errors do not grow. A power of two, square.
 

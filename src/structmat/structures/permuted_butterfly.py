@@ -75,7 +75,9 @@ class PermutedButterfly(Structure):
         found = [(orders, fit_chain(_arranged(target, orders), patterns)) for orders in candidates[:1]]
         if found[0][1].method != EXACTLY:
             found += [(orders, fit_chain(_arranged(target, orders), patterns)) for orders in candidates[1:]]
-        orders, fit = min(found, key=lambda pair: self._error(target, *pair, patterns)) if len(found) > 1 else found[0]
+        orders, fit = (
+            min(found, key=lambda pair: self._error(target, pair[0], pair[1], patterns)) if len(found) > 1 else found[0]
+        )
         # W[rows][:, columns] is the butterfly, so that its row i is row rows[i] of W.
         tensors = {**fit.tensors, "rows": torch.argsort(orders.rows), "columns": orders.columns}
         method = f"{fit.method}; rows in {orders.row_name}, columns in {orders.column_name} order"

@@ -197,9 +197,8 @@ _PROGRESS = 1e-4
 
 def _subspace(matrix: Tensor, right: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Left and right factors near a matrix by subspace iteration from a row space; no step is worse."""
+    rank, left = right.shape[0], matrix[:, :0]
     for _ in range(steps):
-        basis = torch.linalg.qr(matrix @ right.mH).Q
-        right = basis.mH @ matrix
-    rank = right.shape[0]
-    left = basis[:, :rank]
-    return left.contiguous(), right.contiguous()
+        left = torch.linalg.qr(matrix @ right.mH).Q
+        right = left.mH @ matrix
+    return left[:, :rank].contiguous(), right.contiguous()

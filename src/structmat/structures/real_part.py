@@ -12,8 +12,8 @@ from torch import Tensor
 from structmat.errors import StructureError
 from structmat.matrix import StructuredMatrix
 from structmat.program import Chain, Crop, Pad, Permute, Program, Reorder, build, simplify
-from structmat.program.scaling import scaling_cut
 from structmat.program.pairs import is_supported, on_pairs, real_tensors
+from structmat.program.scaling import scaling_cut
 from structmat.projection.project import fit
 from structmat.projection.refine import refine, rescale
 from structmat.projection.target import Certificate, Fit, Target

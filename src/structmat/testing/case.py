@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -142,7 +143,7 @@ def magnitude(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Ten
     if isinstance(program, Hadamard):
         return x.sum(-1, keepdim=True).expand(-1, program.size)
     if isinstance(program, Cosine):  # entries of modulus at most sqrt(2 / n)
-        return (x.sum(-1, keepdim=True) * (2 / program.size) ** 0.5).expand(-1, program.size)
+        return (x.sum(-1, keepdim=True) * math.sqrt(2 / program.size)).expand(-1, program.size)
     if isinstance(program, Pairs):
         if isinstance(program.stage, Fourier):
             total = x.sum(-1, keepdim=True) / (program.stage.size if program.stage.inverse else 1)
@@ -201,7 +202,7 @@ def allowed_gradient_errors(
 
 def _pulled_back(form: Form, tensor: Tensor, limit: Tensor) -> Tensor:
     """What errors of at most ``limit`` in the gradient of ``form(tensor)`` may do to that of the tensor: ``|J|^T``."""
-    value, pull = torch.func.vjp(form, tensor.detach())
+    value, pull = torch.func.vjp(form, tensor.detach())[:2]
     flat, total = limit.reshape(-1), torch.zeros(tensor.numel(), dtype=torch.float64)
     for rows in torch.arange(value.numel()).split(256):
         units = value.new_zeros(len(rows), value.numel())

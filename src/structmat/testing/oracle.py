@@ -121,8 +121,8 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
             return torch.tensor(signs, dtype=torch.float64)
         case Cosine(size=size, inverse=inverse):
-            k, j = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
-            matrix = torch.cos(math.pi * (k * (2 * j + 1)).to(torch.float64) / (2 * size)) * (2 / size) ** 0.5
+            number = torch.arange(size, dtype=torch.float64)
+            matrix = torch.cos(torch.outer(number, 2 * number + 1) * (math.pi / (2 * size))) * math.sqrt(2 / size)
             matrix[0] *= 0.5**0.5
             return matrix.T if inverse else matrix
         case Real() | Complex():
@@ -204,12 +204,12 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
         return 0, 0, 0
     if isinstance(program, Pairs):  # 4 real products, 2 joins of results
         sizes = program.stage.weights
-        inner = count_operations(program.stage, {**tensors, **{name: torch.ones(sizes[name]) for name in sizes}})
-        if inner is None:
+        half = count_operations(program.stage, {**tensors, **{name: torch.ones(sizes[name]) for name in sizes}})
+        if half is None:
             return None
         if not program.is_complex:
-            return 2 * inner[0], 2 * inner[1], 2 * inner[2]
-        return 4 * inner[0], 4 * inner[1] + 2 * program.stage.out_features, 2 * inner[2]
+            return 2 * half[0], 2 * half[1], 2 * half[2]
+        return 4 * half[0], 4 * half[1] + 2 * program.stage.out_features, 2 * half[2]
     ones = {name: torch.ones_like(t) if t.is_floating_point() else t for name, t in tensors.items()}
     if isinstance(program, Windowed):
         left, right = _window_factors(program, ones)

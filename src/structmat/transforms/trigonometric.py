@@ -182,7 +182,7 @@ def _real(
 def _fourier_between(
     size: int, before: Tensor, after: Tensor, *, into: Tensor | None = None, out: Tensor | None = None
 ) -> tuple[PermutedButterfly, dict[str, Tensor]]:
-    """``y[k] = z[out[k]]``, ``z[k] = after[k] * sum of F[k, j] before[j] x[into[j]]``: the structure and its tensors."""
+    """``y[k] = z[out[k]]``, ``z[k] = after[k] * sum of F[k, j] before[j] x[into[j]]``."""
     if size < 1:
         raise ShapeError(f"A transform has a size of at least 1; got {size}.")
     natural = torch.arange(size)
