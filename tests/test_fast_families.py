@@ -258,13 +258,13 @@ def test_bp_learns_the_fourier_transform() -> None:
 def test_bp_finds_a_cosine_transform_from_its_permutation() -> None:
     """The exact member is a fixed point of rounding: hardening changes nothing."""
     member = transforms.dct(8)
-    inner = sm.RelaxedButterfly()
+    inner = sm.RelaxedButterfly(twice=True)
     start = sm.StructuredMatrix.random(sm.RealPart(inner), (8, 8), dtype=F64)
     tensors = {name: t.clone() for name, t in start.tensors.items()}
     for i in range(3):
         tensors[f"factor0_{i}"] = member.tensors[f"factor{i}"]
     # evens, then odds backwards, then the bit reversal of both halves
-    tensors["logits0"] = torch.tensor([[9.0, -9.0, 9.0], [9.0, -9.0, -9.0]], dtype=F64) * 10
+    tensors["logits0"] = torch.tensor([[9.0, -9.0, 9.0], *[[9.0, -9.0, -9.0]] * 2], dtype=F64) * 10
     soft = sm.StructuredMatrix(sm.RealPart(inner), (8, 8), tensors)
     torch.testing.assert_close(soft.to_dense(), member.to_dense())
     hard, kept = soft.structure.harden((8, 8), soft.tensors)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from structmat.matrix import StructuredMatrix as StructuredMatrix
     from structmat.matrix import matmul as matmul
     from structmat.projection.project import project as project
+    from structmat.projection.rigidity import rigidity as rigidity
+    from structmat.projection.robust import robust_pca as robust_pca
     from structmat.structure import Structure as Structure
     from structmat.structures.sum_of import SparsePlusLowRank as SparsePlusLowRank
 
@@ -67,6 +69,8 @@ _HOME = {
     "load": "structmat.io",
     "parameter_groups": "structmat.learn.groups",
     "project": "structmat.projection.project",
+    "rigidity": "structmat.projection.rigidity",
+    "robust_pca": "structmat.projection.robust",
     "save": "structmat.io",
     "scan": "structmat.compression.scan",
     "to_dense": "structmat.compression.replace",

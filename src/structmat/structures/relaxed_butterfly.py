@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from structmat.chains import OrthogonalBlocks
+from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Derived, Permute, Program, Reorder, Sum
 from structmat.program.derived import Mixing
 from structmat.program.fixed import EvensFirst, HalfReversed, Order, index_of
@@ -44,6 +45,8 @@ class RelaxedButterfly(Structure):
     Args:
         depth: how many pairs: 1 for BP (Fourier, Hadamard), 2 for BPBP (convolutions).
         shared: the levels share their three logits, which is enough for the bit reversal.
+        twice: the level of the whole vector comes twice (BPP), which cosine and sine transforms need; not with
+            ``shared``.
     """
 
     keeps_variance: ClassVar[bool] = False
@@ -51,9 +54,12 @@ class RelaxedButterfly(Structure):
 
     depth: int = 1
     shared: bool = False
+    twice: bool = False
 
     def __post_init__(self) -> None:
         check_count(self, "depth", self.depth)
+        if self.shared and self.twice:
+            raise StructureError("RelaxedButterfly(shared=True, twice=True): shared levels have no second first one.")
 
     def native_shape(self, shape: Shape) -> Shape:
         size = 1 << (max(shape) - 1).bit_length()
@@ -63,8 +69,13 @@ class RelaxedButterfly(Structure):
         patterns = kaleidoscope_patterns(size, 1)
         return patterns[len(patterns) // 2 :]
 
+    def _blocks(self, size: int) -> list[int]:
+        """The size of the blocks of each level."""
+        blocks = [size >> level for level in range(size.bit_length() - 2)]
+        return blocks[:1] * self.twice + blocks
+
     def _levels(self, size: int) -> int:
-        return max(0, size.bit_length() - 2)
+        return len(self._blocks(size))
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         size, found = shape[0], {}
@@ -87,8 +98,8 @@ class RelaxedButterfly(Structure):
     def _relaxed(self, size: int, name: str) -> list[Program]:
         steps: list[Program] = []
         entries = 3 if self.shared else 3 * self._levels(size)
-        for level in range(self._levels(size)):
-            for number, order in enumerate(_generators(size, size >> level)):
+        for level, block in enumerate(self._blocks(size)):
+            for number, order in enumerate(_generators(size, block)):
                 entry = number if self.shared else 3 * level + number
                 keep, move = (
                     Derived(Contraction(name, size, 1, 1, 1, shared_a=True), Mixing(other, entry, entries))
@@ -100,10 +111,10 @@ class RelaxedButterfly(Structure):
     def _decided(self, size: int, logits: Tensor | None) -> Tensor:
         """The permutation (n,) of the rounded probabilities."""
         found = torch.arange(size)
-        for level in range(self._levels(size)):
+        for level, block in enumerate(self._blocks(size)):
             assert logits is not None, "there are logits from 4 on"
             row = logits[0 if self.shared else level]
-            for number, order in enumerate(_generators(size, size >> level)):
+            for number, order in enumerate(_generators(size, block)):
                 value = row[number]
                 if float(value.real if value.is_complex() else value) > 0:
                     found = found[index_of(Reorder(order))]
@@ -181,7 +192,9 @@ class RelaxedButterfly(Structure):
         size = len(order)
         for number in range(8):
             signs = torch.tensor([[1.0 if number & bit else -1.0 for bit in (4, 2, 1)]], dtype=dtype) * _CERTAIN
-            logits = signs if self.shared else signs.expand(self._levels(size), 3).contiguous()
+            logits = signs if self.shared else signs.repeat(self._levels(size), 1)
+            if self.twice:
+                logits[:1] = -_CERTAIN
             if torch.equal(self._decided(size, logits), order):
                 return logits
         return None
