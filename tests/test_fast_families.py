@@ -1,4 +1,4 @@
-"""Kaleidoscopes, orthogonal butterflies, permutations, Fastfood, ACDC and Pixelfly: what they are and what they hold."""
+"""Kaleidoscopes, orthogonal butterflies, permutations, Fastfood, ACDC and Pixelfly: what they are, what they hold."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_an_expansion_is_a_power_of_two() -> None:
         drawn(sm.Kaleidoscope(1, 3), 4)
 
 
-# ------------------------------------------------------------------------------------------------ orthogonal butterflies
+# ----------------------------------------------------------------------------------------------- orthogonal butterflies
 
 
 @given(st.integers(0, 5), st.integers(0, 2), st.integers(0, 1000))
@@ -215,6 +215,18 @@ def test_circuits_B5_relaxed_permutation(size: int, shared: bool) -> None:
         torch.testing.assert_close(permutation(first), torch.eye(size, dtype=F64)[folded], rtol=0, atol=1e-15)
 
 
+def polished(layer: sm.nn.StructuredLinear, wanted: torch.Tensor) -> None:
+    polish = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+
+    def closure() -> torch.Tensor:
+        polish.zero_grad()
+        loss = (layer.matrix.to_dense() - wanted).abs().square().mean()
+        loss.backward()
+        return loss
+
+    polish.step(closure)
+
+
 def learned(structure: sm.Structure, wanted: torch.Tensor, seeds: int, steps: int, rate: float) -> float:
     """The least root mean square error of a few random starts: Adam, rounding, Adam for the factors alone, L-BFGS."""
     size, best = len(wanted), float("inf")
@@ -233,17 +245,7 @@ def learned(structure: sm.Structure, wanted: torch.Tensor, seeds: int, steps: in
                 loss.backward()
                 optimizer.step()
             layer = layer.harden() if phase == "soft" else layer
-        polish = torch.optim.LBFGS(
-            layer.parameters(), max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-12
-        )
-
-        def closure() -> torch.Tensor:
-            polish.zero_grad()
-            loss = (layer.matrix.to_dense() - wanted).abs().square().mean()
-            loss.backward()
-            return loss
-
-        polish.step(closure)
+        polished(layer, wanted)
         best = min(best, float((layer.matrix.to_dense() - wanted).abs().square().mean().sqrt().detach()))
         if best < 1e-4:
             break

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.linalg import qr
 from torch import Tensor
 
 from structmat.projection.project import make_target
 
-_SWEEPS = 30
-"""Rounds of alternating projections for one rank."""
+_TRIALS = 256
+"""Choices of rows and columns for one rank."""
+
+_AT_ONCE = 1 << 22
+"""Entries of matrices that are held at a time."""
 
 _EXACT = 1e-9
 """Relative errors up to this count as equal after changes; singular values up to it as zero."""
@@ -69,7 +74,7 @@ class Rigidity:
         return axes
 
 
-def rigidity(matrix: Tensor, ranks: Sequence[int] | None = None) -> Rigidity:
+def rigidity(matrix: Tensor, ranks: Sequence[int] | None = None, *, seed: int = 0) -> Rigidity:
     """For each rank, how many entries of a matrix must change so that no more than this rank is left (Valiant 1977).
 
     Below: disjoint submatrices need changes of their own, each at least its rank less r, so that for every grid of
@@ -81,8 +86,9 @@ def rigidity(matrix: Tensor, ranks: Sequence[int] | None = None) -> Rigidity:
     Args:
         matrix: (out, in), real or complex.
         ranks: from 0 to the smaller size; all (up to 16 of them evenly spaced) if None.
+        seed: of the random choices.
 
-    Cost: some hundred singular value decompositions of the matrix for each rank.
+    Cost: some hundred products of the size of the matrix for each rank, and the singular values of all its blocks.
 
     Raises:
         ShapeError: the matrix has not two axes.
@@ -100,7 +106,7 @@ def rigidity(matrix: Tensor, ranks: Sequence[int] | None = None) -> Rigidity:
     lower, upper = [], []
     for rank in ranks:
         bound = max((sum(max(0, r - rank) for r in held) for held in blocks), default=0)
-        high = _changes(weight, rank, own)
+        high = _changes(weight, rank, own, seed)
         lower.append(bound if rank else int((weight != 0).sum()))
         upper.append(high)
     # Lower ranks need no fewer changes, whatever was found for each by itself.
@@ -126,62 +132,39 @@ def _block_ranks(weight: Tensor, scale: float) -> list[list[int]]:
     return found
 
 
-def _changes(weight: Tensor, rank: int, own: int) -> int:
-    """A number of changes with which the rank is at most ``rank``: found by construction or by descent."""
+def _changes(weight: Tensor, rank: int, own: int, seed: int) -> int:
+    """A number of changes with which the rank is at most ``rank``: found by construction."""
     if rank >= own:
         return 0
     nonzeros = int((weight != 0).sum())
     if rank == 0:
         return nonzeros
-    # What lies outside of the fullest rows, or columns, can be changed to nothing; or to combinations of these rows:
-    # with r x r of them regular all other entries of r rows and r columns stay.
-    rows, columns = weight.shape
+    # What lies outside of the fullest rows, or columns, can be changed to nothing.
     by_rows = (weight != 0).sum(1).sort(descending=True).values
     by_columns = (weight != 0).sum(0).sort(descending=True).values
     best = min(nonzeros - int(by_rows[:rank].sum()), nonzeros - int(by_columns[:rank].sum()))
-    best = min(best, _crossed(weight, rank))
-    low, high = 0, best
-    while low < high:  # fewer changes are harder, so that bisection finds where the descent still succeeds
-        middle = (low + high) // 2
-        if _reaches(weight, rank, middle):
-            high = middle
-        else:
-            low = middle + 1
-    return min(best, high)
+    return min(best, _crossed(weight, rank, seed))
 
 
-def _crossed(weight: Tensor, rank: int) -> int:
-    """Changes that make all other rows combinations of ``rank`` of them which agree in as many columns."""
-    from scipy.linalg import qr
-
+def _crossed(weight: Tensor, rank: int, seed: int) -> int:
+    """Changes that make a matrix the one of this rank that some of its rows and columns determine: the best of those
+    that pivoting chooses and of random ones, of which one soon misses all entries that are out of place."""
+    rows, columns = weight.shape
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [torch.rand(_TRIALS, count, generator=generator).argsort(1)[:, :rank] for count in (rows, columns)]
     dense = weight.numpy()
-    chosen = torch.from_numpy(qr(dense.conj().T, mode="economic", pivoting=True)[2][:rank].copy()).to(torch.int64)
-    columns = torch.from_numpy(qr(dense[chosen], mode="economic", pivoting=True)[2][:rank].copy()).to(torch.int64)
-    core = weight[chosen][:, columns]
-    made = weight[:, columns] @ torch.linalg.pinv(core) @ weight[chosen]
-    if int(torch.linalg.matrix_rank(core)) < rank:
-        return weight.numel()
-    return int(((weight - made).abs() > _EXACT * float(weight.abs().max())).sum())
-
-
-def _reaches(weight: Tensor, rank: int, changes: int) -> bool:
-    """Whether alternating projections end at low rank plus so many changes, from either start."""
-    size = float(torch.linalg.norm(weight))
-    for sparse_first in (False, True):
-        sparse = _largest(weight, changes) if sparse_first else torch.zeros_like(weight)
-        for _ in range(_SWEEPS):
-            u, s, vh = torch.linalg.svd(weight - sparse, full_matrices=False)
-            low = (u[:, :rank] * s[:rank]) @ vh[:rank]
-            sparse = _largest(weight - low, changes)
-            if float(torch.linalg.norm(weight - low - sparse)) <= _EXACT * size:
-                return True
-    return False
-
-
-def _largest(matrix: Tensor, count: int) -> Tensor:
-    if count == 0:
-        return torch.zeros_like(matrix)
-    places = matrix.abs().reshape(-1).topk(count).indices
-    kept = torch.zeros_like(matrix).reshape(-1)
-    kept[places] = matrix.reshape(-1)[places]
-    return kept.reshape(matrix.shape)
+    first = qr(dense.conj().T, mode="economic", pivoting=True)[2][:rank]
+    second = qr(dense[first], mode="economic", pivoting=True)[2][:rank]
+    for picked, pivots in zip(chosen, (first, second), strict=True):
+        picked[0] = torch.from_numpy(np.asarray(pivots, dtype=np.int64))
+    floor = _EXACT * float(weight.abs().max())
+    best = weight.numel()
+    for at in torch.arange(_TRIALS).split(max(1, _AT_ONCE // weight.numel())):
+        across, down = weight[chosen[0][at]], weight[:, chosen[1][at]].transpose(0, 1)
+        core = torch.take_along_dim(across, chosen[1][at][:, None, :], 2)
+        regular = torch.linalg.matrix_rank(core) == rank
+        if not bool(regular.any()):
+            continue
+        made = down[regular] @ torch.linalg.solve(core[regular], across[regular])
+        best = min(best, int(((weight - made).abs() > floor).sum((1, 2)).min()))
+    return best

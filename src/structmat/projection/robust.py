@@ -107,8 +107,9 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
     mu = 1.25 / spectral
     most = mu * 1e7
     sparse, low = torch.zeros_like(given), torch.zeros_like(given)
-    residual, step = 1.0, 0
-    for step in range(1, _MOST_STEPS + 1):
+    residual, steps = 1.0, 0
+    while residual >= _TOLERANCE and steps < _MOST_STEPS:
+        steps += 1
         u, s, vh = torch.linalg.svd(given - sparse + dual / mu, full_matrices=False)
         kept = (s - 1 / mu).clamp(min=0)
         low = (u * kept) @ vh
@@ -118,8 +119,6 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
         dual = dual + mu * left
         mu = min(mu * _GROWTH, most)
         residual = float(torch.linalg.norm(left)) / size
-        if residual < _TOLERANCE:
-            break
     u, s, vh = torch.linalg.svd(low, full_matrices=False)
     rank = int((s > _NEGLIGIBLE * spectral).sum())
     low = (u[:, :rank] * s[:rank]) @ vh[:rank]
@@ -128,7 +127,7 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
     nonzeros = int((sparse != 0).sum())
     verdict, succeeded = _verdict(rank, nonzeros, rows, columns, residual)
     incoherence = _incoherence(u[:, :rank], vh[:rank], rank)
-    return RobustPCA(low, sparse, rank, nonzeros, incoherence, step, residual, verdict, succeeded)
+    return RobustPCA(low, sparse, rank, nonzeros, incoherence, steps, residual, verdict, succeeded)
 
 
 def _incoherence(u: Tensor, vh: Tensor, rank: int) -> float:

@@ -41,10 +41,10 @@ class _NearOne:
 class ACDC(Structure):
     """Layers ``C^-1 D C A`` with diagonals ``A`` and ``D`` and the cosine transform ``C``.
 
-    ``a0``, ``d0``, ``a1``, ... (N,) for N the larger of the two sizes; ``order1``, ... are fixed permutations
-    between the layers. 2 N parameters and two transforms a layer. With ``fourier`` the transform is that of Fourier and the diagonals are complex, ``(N, 2)``: 4 N
-    parameters a layer, the real part at the end (AFDF); N such layers make any linear map. The start is near a multiple
-    of the identity, without which deep cascades do not train. Layers are real.
+    ``a0``, ``d0``, ``a1``, ... (N,) for N the larger of the two sizes; ``order1``, ... are fixed permutations between
+    the layers. 2 N parameters and two transforms a layer. With ``fourier`` the transform is that of Fourier and the
+    diagonals are complex, ``(N, 2)``: 4 N parameters a layer, the real part at the end (AFDF); N such layers make any
+    linear map. The start is near a multiple of the identity, without which deep cascades do not train. Real layers.
 
     Projection: alternating least squares from such a start; monotone, no certificate.
     Source: Moczulski, Denil, Appleyard, de Freitas, "ACDC: a structured efficient linear layer" (ICLR 2016).

@@ -131,8 +131,8 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             assert isinstance(stage, Call), f"unknown stage {type(stage).__name__}"
             weights = [tensors[name] for name, _ in stage.tensors]
             eye = torch.eye(stage.width, dtype=weights[0].dtype if weights else torch.float64)
-            matrix = stage.function(eye, *weights)
-            return matrix if stage.transposed else matrix.T
+            called: Tensor = stage.function(eye, *weights)
+            return called if stage.transposed else called.T
 
 
 def _pairs(stage: Pairs, tensors: Tensors) -> Tensor:
