@@ -15,6 +15,7 @@ from hypothesis import given
 import structmat as sm
 from structmat import transforms
 from structmat.errors import ShapeError, StructureError
+from structmat.learn.choices import choice_penalty, harden_choices
 from structmat.projection.orders import usual_orders
 from structmat.structure import count_parameters
 
@@ -392,3 +393,18 @@ def test_by_default_compress_keeps_to_the_usual_families() -> None:
     assert {"LowRank", "Monarch", "Butterfly"} <= names
     assert not names & {"Permutation", "Kaleidoscope", "RelaxedButterfly", "ACDC", "Fastfood", "RealPart"}
     assert families_of(["Kaleidoscope"]) == [sm.Kaleidoscope]
+
+
+def test_choices_of_a_model_are_made_in_place() -> None:
+    soft = sm.nn.StructuredLinear(8, 8, structure=sm.SoftPermutation(), dtype=F64)
+    plain = sm.nn.StructuredLinear(8, 4, structure=sm.LowRank(2), dtype=F64)
+    model = torch.nn.Sequential(soft, torch.nn.ReLU(), torch.nn.Sequential(plain))
+    penalty = choice_penalty(model)
+    assert float(penalty.detach()) > 0
+    penalty.backward()
+    assert soft.logits0.grad is not None
+    assert harden_choices(model) is model
+    assert model[0].structure == sm.Permutation()
+    assert model[2][0] is plain
+    assert float(choice_penalty(model)) == 0
+    torch.testing.assert_close(model[0].bias, soft.bias)

@@ -34,8 +34,8 @@ class SoftPermutation(Structure):
     exchange of two values happens with a probability, the sigmoid of a logit; n / 2 numbers for each of 2 log2 n - 1
     levels, O(n log n) products, rows and columns sum to 1 exactly, every permutation is a corner. A power of two.
 
-    :func:`structmat.learn.permutations.permutation_penalty` measures how far it is from hard. Projection: the nearest
-    permutation, with logits of certainty; optimal among permutations, which need not be among doubly stochastic ones.
+    :func:`structmat.learn.choices.choice_penalty` measures how far it is from hard. Projection: the nearest
+    permutation, with logits of certainty; among all doubly stochastic matrices it need not be optimal.
     Source: Mena et al. (ICLR 2018); Dao et al. (ICLR 2020), soft butterfly permutations.
 
     Args:

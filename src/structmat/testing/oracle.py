@@ -139,7 +139,8 @@ def _pairs(stage: Pairs, tensors: Tensors) -> Tensor:
     if not stage.is_complex:
         half = _stage(stage.stage, tensors)
         if not isinstance(stage.stage, Fourier):
-            return torch.block_diag(half, half)
+            both: Tensor = torch.block_diag(half, half)  # type: ignore[no-untyped-call]
+            return both
     inner = {name: torch.view_as_complex(tensors[name].reshape(-1, 2)) for name in stage.stage.weights}
     matrix = _stage(stage.stage, {**tensors, **inner}).to(torch.complex128)
     imag = -matrix.imag if stage.conjugate else matrix.imag
