@@ -278,7 +278,7 @@ class _Writer:
     def _entries(self, name: str) -> Ints:
         """The circuit's parameters that are the entries of a real tensor, flat."""
         if name not in self._groups:
-            self._groups[name] = self.builder.parameter(name, _numbers(self.tensors[name]).ravel()).ravel()
+            self._groups[name] = self.builder.parameter(name, _numbers(self.tensors[name])).ravel()
         return self._groups[name]
 
     def _derived(self, stage: Derived) -> str:

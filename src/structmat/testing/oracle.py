@@ -139,7 +139,7 @@ def _pairs(stage: Pairs, tensors: Tensors) -> Tensor:
     if not stage.is_complex:
         half = _stage(stage.stage, tensors)
         if not isinstance(stage.stage, Fourier):
-            both: Tensor = torch.block_diag(half, half)  # type: ignore[no-untyped-call]
+            both: Tensor = torch.block_diag(half, half)
             return both
     inner = {name: torch.view_as_complex(tensors[name].reshape(-1, 2)) for name in stage.stage.weights}
     matrix = _stage(stage.stage, {**tensors, **inner}).to(torch.complex128)
