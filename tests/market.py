@@ -64,10 +64,10 @@ def cases(shapes: tuple[Shape, ...] = SMALL_SHAPES, *, everywhere: bool = False)
     ]
 
 
-def one_a_family(*shapes: Shape) -> list[tuple[Structure, Shape]]:
+def one_a_family(*shapes: Shape, others: bool = True) -> list[tuple[Structure, Shape]]:
     """The smallest proposal of each family at each shape: for checks that take a second or more.
 
-    Families that are not tried by default are checked at two small shapes at most.
+    Families that are not tried by default are checked at two small shapes at most, or not if ``others`` is False.
     """
     found = [
         (candidate, shape)
@@ -76,6 +76,8 @@ def one_a_family(*shapes: Shape) -> list[tuple[Structure, Shape]]:
         if family.by_default
         for candidate in proposals(family, shape)[:1]
     ]
+    if not others:
+        return found
     small = ((4, 4), (5, 3)) if len(shapes) > 1 else ((4, 4),)
     return found + [
         (candidate, shape)
