@@ -49,15 +49,40 @@ def members(shape: Shape) -> list[Structure]:
     return list(dict.fromkeys(found))
 
 
-def cases(shapes: tuple[Shape, ...] = SMALL_SHAPES) -> list[tuple[Structure, Shape]]:
-    return [(structure, shape) for shape in shapes for structure in members(shape)]
+FEW_SHAPES: tuple[Shape, ...] = ((1, 1), (4, 4), (5, 3))
+"""Where families that are not tried by default are checked each time: chains of many stages take long. The slow tests
+check them everywhere."""
 
 
-def one_a_family(*shapes: Shape) -> list[tuple[Structure, Shape]]:
-    """The smallest proposal of each family at each shape: for checks that take a second or more."""
+def cases(shapes: tuple[Shape, ...] = SMALL_SHAPES, *, everywhere: bool = False) -> list[tuple[Structure, Shape]]:
+    """All members of the default families, and those of the others at a few shapes, or everywhere."""
     return [
+        (structure, shape)
+        for shape in dict.fromkeys((*shapes, *FEW_SHAPES))
+        for structure in members(shape)
+        if (shape in shapes if everywhere or type(structure).by_default else shape in FEW_SHAPES)
+    ]
+
+
+def one_a_family(*shapes: Shape, others: bool = True) -> list[tuple[Structure, Shape]]:
+    """The smallest proposal of each family at each shape: for checks that take a second or more.
+
+    Families that are not tried by default are checked at two small shapes at most, or not if ``others`` is False.
+    """
+    found = [
         (candidate, shape)
         for shape in shapes
         for family in sm.families().values()
+        if family.by_default
+        for candidate in proposals(family, shape)[:1]
+    ]
+    if not others:
+        return found
+    small = ((4, 4), (5, 3)) if len(shapes) > 1 else ((4, 4),)
+    return found + [
+        (candidate, shape)
+        for shape in small
+        for family in sm.families().values()
+        if not family.by_default
         for candidate in proposals(family, shape)[:1]
     ]

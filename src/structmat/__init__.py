@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from structmat import displacement as displacement
     from structmat import learn as learn
     from structmat import nn as nn
+    from structmat import transforms as transforms
     from structmat.compression.budget import Flops as Flops
     from structmat.compression.budget import Latency as Latency
     from structmat.compression.budget import Parameters as Parameters
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from structmat.matrix import StructuredMatrix as StructuredMatrix
     from structmat.matrix import matmul as matmul
     from structmat.projection.project import project as project
+    from structmat.projection.rigidity import rigidity as rigidity
+    from structmat.projection.robust import robust_pca as robust_pca
     from structmat.structure import Structure as Structure
     from structmat.structures.sum_of import SparsePlusLowRank as SparsePlusLowRank
 
@@ -69,13 +72,15 @@ _HOME = {
     "load": "structmat.io",
     "parameter_groups": "structmat.learn.groups",
     "project": "structmat.projection.project",
+    "rigidity": "structmat.projection.rigidity",
+    "robust_pca": "structmat.projection.robust",
     "save": "structmat.io",
     "scan": "structmat.compression.scan",
     "to_dense": "structmat.compression.replace",
     "tune": "structmat.compression.tune",
     "to_kronecker": "structmat.compression.to_kronecker",
 }
-_MODULES = ("circuit", "displacement", "learn", "nn", "program", "structures", "testing")
+_MODULES = ("circuit", "displacement", "learn", "nn", "program", "structures", "testing", "transforms")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from structmat.errors import ShapeError, StructureError
 from structmat.kernels import apply, apply_columns
-from structmat.program import Cost, Program, build, cost, reference, transpose
+from structmat.program import Cost, Program, build, cost, transpose
+from structmat.program.dense import dense
 from structmat.program.padding import padding_factor
 from structmat.structure import Shape, Structure, allows_complex, check_shape, resolve, specs
 
@@ -29,18 +30,25 @@ class StructuredMatrix:
         shape: of the matrix (before transposition).
         tensors: by the structure's own names, learned and fixed.
         transposed: whether this value stands for the transpose.
+        dtype: of the matrix, for structures without tensors of numbers (permutations); PyTorch's default if None.
 
     Raises:
         ShapeError: the structure refuses the shape, or a tensor is missing, unknown or of the wrong shape.
     """
 
-    __slots__ = ("_shape", "_transposed", "structure", "tensors")
+    __slots__ = ("_dtype", "_shape", "_transposed", "structure", "tensors")
 
     structure: Structure
     tensors: Mapping[str, Tensor]
 
     def __init__(
-        self, structure: Structure, shape: Shape, tensors: Mapping[str, Tensor], *, transposed: bool = False
+        self,
+        structure: Structure,
+        shape: Shape,
+        tensors: Mapping[str, Tensor],
+        *,
+        transposed: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._shape = check_shape(shape)
         self.structure = resolve(structure, self._shape)
@@ -55,6 +63,7 @@ class StructuredMatrix:
                 )
         self.tensors = MappingProxyType(dict(tensors))
         self._transposed = transposed
+        self._dtype = dtype
 
     @classmethod
     def random(
@@ -67,7 +76,8 @@ class StructuredMatrix:
         device: torch.device | str | None = None,
     ) -> Self:
         """A member drawn by the family's own initialisation: the output variance of a dense layer's."""
-        return cls(structure, shape, draw(structure, shape, generator=generator, dtype=dtype, device=device))
+        tensors = draw(structure, shape, generator=generator, dtype=dtype, device=device)
+        return cls(structure, shape, tensors, dtype=dtype)
 
     @property
     def shape(self) -> Shape:
@@ -82,7 +92,8 @@ class StructuredMatrix:
     @property
     def T(self) -> StructuredMatrix:
         """The transpose (not conjugated). ``S.T.T`` has the program of ``S``."""
-        return StructuredMatrix(self.structure, self._shape, self.tensors, transposed=not self._transposed)
+        other = not self._transposed
+        return StructuredMatrix(self.structure, self._shape, self.tensors, transposed=other, dtype=self._dtype)
 
     @property
     def program(self) -> Program:
@@ -119,7 +130,7 @@ class StructuredMatrix:
     @property
     def dtype(self) -> torch.dtype:
         dtypes = [t.dtype for t in self.tensors.values() if t.is_floating_point() or t.is_complex()]
-        return dtypes[0] if dtypes else torch.get_default_dtype()
+        return dtypes[0] if dtypes else self._dtype or torch.get_default_dtype()
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +144,8 @@ class StructuredMatrix:
             name: t.to(device=device, dtype=dtype if t.is_floating_point() or t.is_complex() else None)
             for name, t in self.tensors.items()
         }
-        return StructuredMatrix(self.structure, self._shape, moved, transposed=self._transposed)
+        kept = dtype or self._dtype
+        return StructuredMatrix(self.structure, self._shape, moved, transposed=self._transposed, dtype=kept)
 
     def circuit(self) -> Circuit:
         """The matrix gate by gate: ``circuit().multiplications`` and ``additions`` are those of :attr:`cost`.
@@ -160,13 +172,7 @@ class StructuredMatrix:
 
     def to_dense(self) -> Tensor:
         """The matrix written out, (out_features, in_features)."""
-        out_features, in_features = self.shape
-        # Multiply the smaller identity: n products of the matrix or m of its transpose.
-        if in_features <= out_features:
-            eye = torch.eye(in_features, dtype=self.dtype, device=self.device)
-            return reference.apply(self.program, self.tensors, eye).T
-        eye = torch.eye(out_features, dtype=self.dtype, device=self.device)
-        return reference.apply(transpose(self.program), self.tensors, eye)
+        return dense(self.program, self.tensors, self.dtype, self.device)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return matmul(self, x)

@@ -153,9 +153,12 @@ class Structure(ABC):
     weighs_outputs: ClassVar[bool] = False
     """Whether :meth:`project` honours a target's output moment; otherwise its fit is refined from outside."""
 
-    is_usual: ClassVar[bool] = True
-    """Whether compression tries the family unless told which to try: False where trained weights are hardly ever near
-    a member, or where another family of the library always is as near."""
+    keeps_variance: ClassVar[bool] = True
+    """False for averages, such as soft permutations, whose outputs vary less at the start than those of others."""
+
+    by_default: ClassVar[bool] = True
+    """Whether ``compress`` tries the family where the user names none. False for those that few weights of a network
+    are near to: each is a fit of every layer at every size."""
 
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
@@ -176,6 +179,15 @@ class Structure(ABC):
 
         Empty only if the cheapest member exceeds the budget.
         """
+
+    def harden(self, shape: Shape, tensors: Mapping[str, Tensor]) -> tuple[Structure, Mapping[str, Tensor]]:
+        """What is left when what was soft while learning is decided: another structure and its tensors."""
+        return self, tensors
+
+    def penalty(self, shape: Shape, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """What is added to a loss so that hardening will change little, 0 where it changes nothing; None for families
+        without soft choices."""
+        return None
 
     def restriction(self, shape: Shape) -> str | None:
         """Why this shape is refused, as one sentence with numbers and a remedy, or None."""
@@ -218,6 +230,11 @@ def parts(structure: Structure) -> Iterator[Structure]:
 def allows_complex(structure: Structure) -> bool:
     """Whether the tensors may be complex: the family and all its parts say so."""
     return type(structure).supports_complex and all(allows_complex(part) for part in parts(structure))
+
+
+def keeps_variance(structure: Structure) -> bool:
+    """Whether a fresh member has the output variance of a dense layer's: the family and all its parts say so."""
+    return type(structure).keeps_variance and all(keeps_variance(part) for part in parts(structure))
 
 
 # ---------------------------------------------------------------------------------------------------------- sizes

@@ -100,14 +100,14 @@ def variant_of(structure: Structure) -> Variant:
 
 
 def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
-    """The families that a choice names; all usual ones for None.
+    """The families that a choice names; for None all that are tried by default.
 
     Raises:
         StructureError: a name is no family.
     """
     known = families()
     if structures is None:
-        return [known[name] for name in sorted(known) if known[name].is_usual]
+        return [known[name] for name in sorted(known) if known[name].by_default]
     found = []
     for choice in structures:
         if isinstance(choice, Structure):

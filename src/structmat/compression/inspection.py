@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 from structmat.compression.candidates import Choice, families_of
+from structmat.compression.identify import Measures, Trait, identify
 from structmat.errors import ShapeError, StructureError
 from structmat.projection.project import make_target, project_target
 from structmat.projection.target import Certificate, Target
@@ -70,6 +71,10 @@ class Inspection:
         shares: of the dense parameter count, at which families were tried.
         findings: by family and rising size.
         refused: families that could not be tried, with the reason.
+        traits: what the matrix is, exactly or nearly, by name; exact ones first, then by size. None on noise, or where
+            only certain structures were asked for.
+        measures: ranks, density, bandwidth and distances; None where only certain structures were asked for.
+        weight: the matrix, for pictures.
     """
 
     shape: Shape
@@ -77,6 +82,9 @@ class Inspection:
     shares: tuple[float, ...]
     findings: tuple[Finding, ...]
     refused: Mapping[str, str]
+    traits: tuple[Trait, ...] = ()
+    measures: Measures | None = None
+    weight: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def dense(self) -> int:
@@ -102,11 +110,20 @@ class Inspection:
         """The answer in a sentence."""
         if self.exact:
             first, *others = self.exact
+            if self.traits and self.traits[0].numbers < first.numbers:
+                trait = self.traits[0]
+                also = f" (also exactly {first.structure}, {first.numbers:,} numbers)"
+                return (
+                    f"This matrix is {trait.name}, relative error {trait.error:.1g}: {trait.numbers:,} numbers{also}."
+                )
             also = f" (it is also {' and '.join(str(f.structure) for f in others[:3])})" if others else ""
             return (
                 f"This matrix is exactly {first.structure}: {first.numbers:,} numbers instead of {self.dense:,}, "
                 f"{first.numbers / self.dense:.1%}{also}."
             )
+        if self.traits:
+            trait = self.traits[0]
+            return f"This matrix is {trait.name}, relative error {trait.error:.1g}: {trait.numbers:,} numbers."
         half = self.best(0.5)
         if half is None:
             return "No structure tried fits into half of the dense parameters."
@@ -146,7 +163,11 @@ class Inspection:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table()
+        if self.measures is not None:
+            yield Text(self.measures.sentence)
         yield self.verdict
+        for trait in self.traits[1:]:
+            yield Text(f"It is also {trait.name}, relative error {trait.error:.1g}, {trait.numbers:,} numbers.")
         for name, reason in self.refused.items():
             yield Text(f"{name} was not tried: {reason}", style="dim")
 
@@ -164,6 +185,8 @@ class Inspection:
             "shape": list(self.shape),
             "norm": self.norm,
             "verdict": self.verdict,
+            "traits": [{"name": t.name, "error": t.error, "numbers": t.numbers} for t in self.traits],
+            "measures": None if self.measures is None else dataclasses.asdict(self.measures),
             "exact": [to_json(f.structure) for f in self.exact],
             "findings": [
                 {
@@ -209,6 +232,33 @@ class Inspection:
         axes.legend(fontsize="small", ncols=2)
         return axes
 
+    def picture(self, axes: Any = None) -> Any:
+        """Draw the sizes of the entries, in the order that shows the first trait. Needs matplotlib.
+
+        Args:
+            axes: of matplotlib; a new figure's by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            StructureError: the inspection was made without the matrix.
+        """
+        if self.weight is None:
+            raise StructureError("This inspection does not hold its matrix. Use the one that inspect(matrix) returns.")
+        if axes is None:
+            from matplotlib.figure import Figure
+
+            axes = Figure(figsize=(5, 5), layout="constrained").subplots()
+        shown = self.weight.abs()
+        trait = self.traits[0] if self.traits else None
+        if trait is not None:
+            shown = shown if trait.rows is None else shown[trait.rows]
+            shown = shown if trait.columns is None else shown[:, trait.columns]
+        axes.imshow(shown.numpy(), cmap="viridis", interpolation="nearest")
+        axes.set(title=trait.name if trait is not None else "no structure", xlabel="input", ylabel="output")
+        return axes
+
 
 def inspect(
     matrix: Tensor,
@@ -222,7 +272,10 @@ def inspect(
     """Which structure does this matrix have? Error against parameters for every family.
 
     Each family is tried at its configurations within each share of the dense parameter count. Where it fits exactly,
-    smaller sizes are tried until the smallest exact one is found.
+    smaller sizes are tried until the smallest exact one is found. Without a choice of structures and without weights
+    the matrix is also measured and named: by support, ranks, Kronecker products, butterflies in the usual orders, the
+    classical transforms with rows or columns reordered, and sparse plus low rank
+    (:mod:`structmat.compression.identify`).
 
     Args:
         matrix: (out_features, in_features), real or complex.
@@ -252,7 +305,10 @@ def inspect(
         worker.try_family(kind, tuple(shares))
     order = sorted(worker.found.values(), key=lambda f: (f.family, f.numbers, f.error))
     norm = "Frobenius" if second_moment is None else "activation-weighted"
-    return Inspection(target.shape, norm, tuple(shares), tuple(order), worker.refused)
+    measures, traits = (
+        (None, ()) if structures is not None or second_moment is not None else identify(target, tolerance)
+    )
+    return Inspection(target.shape, norm, tuple(shares), tuple(order), worker.refused, traits, measures, target.weight)
 
 
 class _Worker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from structmat.program import Program
+from structmat.program import Cosine, Derived, Hadamard, Pairs, Program, Reorder
 from structmat.program.stages import (
     Call,
     Chain,
@@ -113,5 +113,6 @@ def _stage(stage: Stage, names: dict[str, int], indices: set[str]) -> str:
     if isinstance(stage, Crop):
         return words("crop", stage.size, stage.kept, stage.before)
     others = Fourier | Real | Complex | Call | Diagonal | Convolution | Generated
+    others |= Pairs | Derived | Hadamard | Cosine | Reorder
     assert isinstance(stage, others), f"unknown stage {type(stage).__name__}"
     raise NotNativeError(f"{stage} has no native kernel")

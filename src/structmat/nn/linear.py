@@ -68,7 +68,7 @@ class StructuredLinear(nn.Module):
         self._program = build(self.structure, shape)
         self._quick = quick(self._program)
         dtype = dtype or torch.get_default_dtype()
-        self._complex = dtype.is_complex
+        self._complex, self._dtype = dtype.is_complex, dtype
         self._names = tuple(specs(self.structure, shape))
         drawn = draw(self.structure, shape, generator=generator, dtype=dtype, device=device)
         for name, spec in specs(self.structure, shape).items():
@@ -114,7 +114,8 @@ class StructuredLinear(nn.Module):
     @property
     def matrix(self) -> StructuredMatrix:
         """The weight as a value that shares the layer's parameters."""
-        return StructuredMatrix(self.structure, (self.out_features, self.in_features), self.tensors())
+        dtype = self._dtype if self.bias is None else self._loaded(self.bias).dtype
+        return StructuredMatrix(self.structure, (self.out_features, self.in_features), self.tensors(), dtype=dtype)
 
     @classmethod
     def from_linear(
@@ -165,6 +166,15 @@ class StructuredLinear(nn.Module):
             if self.bias is not None:
                 linear.bias.copy_(self._loaded(self.bias))
         return linear.train(self.training)
+
+    def harden(self) -> Self:
+        """The layer in which soft choices are made (:meth:`Structure.harden`); the others are copied as they are."""
+        shape = (self.out_features, self.in_features)
+        with torch.no_grad():
+            structure, tensors = self.structure.harden(shape, self.tensors())
+            matrix = StructuredMatrix(structure, shape, tensors, dtype=self.matrix.dtype)
+            bias = None if self.bias is None else self._loaded(self.bias)
+            return type(self).from_matrix(matrix, bias).train(self.training)
 
     def freeze(self, rows: int | None = None) -> FrozenLinear:
         """The layer for deployment: what runs faster put together is put together, nothing is left to train.

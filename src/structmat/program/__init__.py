@@ -2,6 +2,8 @@
 
 from structmat.program.build import build
 from structmat.program.cost import Cost, cost
+from structmat.program.derived import Derived, derive
+from structmat.program.fixed import Cosine, Hadamard, Reorder
 from structmat.program.fuse import (
     FOR_FEW_ROWS,
     FOR_NATIVE,
@@ -12,6 +14,7 @@ from structmat.program.fuse import (
     merge,
     merged_pattern,
 )
+from structmat.program.pairs import Pairs, on_pairs, unsigned
 from structmat.program.reference import affine, apply, form
 from structmat.program.simplify import simplify
 from structmat.program.stages import (
@@ -51,16 +54,21 @@ __all__ = [
     "Complex",
     "Contraction",
     "Convolution",
+    "Cosine",
     "Cost",
     "Crop",
+    "Derived",
     "Diagonal",
     "Fourier",
     "Generated",
+    "Hadamard",
     "Interpolation",
     "Pad",
+    "Pairs",
     "Permute",
     "Program",
     "Real",
+    "Reorder",
     "Shuffle",
     "Sparse",
     "Stage",
@@ -73,14 +81,17 @@ __all__ = [
     "chainable",
     "convolution",
     "cost",
+    "derive",
     "form",
     "fuse",
     "merge",
     "merged_pattern",
+    "on_pairs",
     "rename",
     "simplify",
     "stages",
     "table",
     "tensor_sizes",
     "transpose",
+    "unsigned",
 ]

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from structmat.circuit import Builder, Circuit
 from structmat.circuit.arrays import Ints, Numbers, owners, starts
-from structmat.circuit.catalogue import fourier
+from structmat.circuit.catalogue import cosine, fourier, hadamard
 from structmat.circuit.measure import level_edges
 from structmat.errors import ShapeError
 from structmat.program.compiled import Compiled, from_circuit, from_product
 from structmat.program.convolve import diagonals, spectrum
+from structmat.program.derived import Derived, Phases
+from structmat.program.fixed import Cosine, Hadamard, Reorder, cosine_entries, index_of
+from structmat.program.pairs import Pairs
 from structmat.program.reference import generated_matrix
 from structmat.program.stages import (
     Call,
@@ -78,7 +81,8 @@ def to_circuit(program: Program, tensors: Tensors) -> Circuit:
         _require(stage, tensors)
     own = [tensors[name] for stage in stages(program) for name in stage.weights]
     transforms = any(isinstance(s, Convolution) and s.transform for s in stages(program))
-    split = any(isinstance(s, Real) for s in stages(program)) or (transforms and not any(t.is_complex() for t in own))
+    halved = any(isinstance(s, Real | Pairs) for s in stages(program))
+    split = halved or (transforms and not any(t.is_complex() for t in own))
     writer = _Writer(Builder(program.in_features), tensors, split)
     result = writer.run(program, _Value(writer.builder.inputs))
     return writer.builder.build(result.real if result.imag is None else np.concatenate([result.real, result.imag]))
@@ -126,6 +130,7 @@ class _Writer:
         self.tensors = tensors
         self.split = split
         self._known: dict[str, _Weights] = {}
+        self._groups: dict[str, Ints] = {}
         self._zero: int | None = None
 
     def run(self, program: Program, x: _Value) -> _Value:
@@ -163,6 +168,16 @@ class _Writer:
                 return self._padded(x, before, padded - size - before)
             case Crop(kept=kept, before=before):
                 return x[slice(before, before + kept)]
+            case Derived():
+                return self.run(program.stage.rename(lambda _: self._derived(program)), x)
+            case Pairs():
+                return self._pairs(program, x)
+            case Reorder():
+                return x[index_of(program).numpy()]
+            case Hadamard(size=size):
+                return self._embedded(hadamard(size), x)
+            case Cosine():
+                return self._cosine(program, x)
             case Real():
                 return _Value(x.real)
             case Complex():
@@ -303,6 +318,62 @@ class _Writer:
             if made.imag is not None:
                 imag[level] = made.imag
         return (nodes if is_complex else _Value(nodes.real))[circuit.outputs]
+
+    def _pairs(self, stage: Pairs, x: _Value) -> _Value:
+        half, inner = stage.stage.in_features, stage.stage
+        assert x.imag is None, "pairs are real"
+        if isinstance(inner, Fourier):
+            circuit = fourier(inner.size, inverse=inner.inverse)
+            circuit = replace(circuit, weight=circuit.weight.conj()) if stage.conjugate else circuit
+            made = self._embedded(circuit, _Value(x.real[:half], x.real[half:]))
+        elif stage.is_complex:
+            name = next(iter(inner.weights))
+            key = f"{name}:pairs{', conjugate' * stage.conjugate}"
+            if key not in self._known:
+                self._known[key] = self._of_pairs(name, stage.conjugate)
+            made = self.run(inner.rename(lambda _: key), _Value(x.real[:half], x.real[half:]))
+        else:
+            made = self.run(inner, _Value(x.real[:half], x.real[half:]))
+        made = self._with_imag(made)
+        assert made.imag is not None
+        return _Value(np.concatenate([made.real, made.imag]))
+
+    def _of_pairs(self, name: str, conjugate: bool) -> _Weights:
+        parts = self._entries(name).reshape(-1, 2)
+        ones = np.ones(len(parts), dtype=np.int64)
+        return _Weights(ones, parts[:, 0], -ones if conjugate else ones, parts[:, 1])
+
+    def _entries(self, name: str) -> Ints:
+        """The circuit's parameters that are the entries of a real tensor, flat."""
+        if name not in self._groups:
+            self._groups[name] = self.builder.parameter(name, _numbers(self.tensors[name])).ravel()
+        return self._groups[name]
+
+    def _derived(self, stage: Derived) -> str:
+        """The name of a derived weight: constants of the circuit, beside the parameters that they are functions of."""
+        key = f"{stage.name}:{stage.form}"
+        if key not in self._known:
+            given, made = self.tensors[stage.name], stage.form(self.tensors[stage.name])
+            entries = self._entries(stage.name)
+            if isinstance(stage.form, Phases):  # the entries themselves, scaled to modulus 1
+                self._known[key] = _Weights(_numbers(made / given).ravel(), entries)
+            else:
+                self._known[key] = self._constants(_numbers(made).ravel())
+        return key
+
+    def _cosine(self, stage: Cosine, x: _Value) -> _Value:
+        size = stage.size
+        if size & (size - 1):  # no fast circuit is known here: the matrix
+            matrix = cosine_entries(size).numpy()
+            weights = self._constants((matrix.T if stage.inverse else matrix).ravel())
+            return self._sums(x, np.full(size, size), np.tile(np.arange(size), size), weights)
+        circuit = cosine(size, 2)
+        scale = np.full(size, (2.0 / size) ** 0.5)
+        scale[0] = (1.0 / size) ** 0.5
+        counts, read = np.ones(size, dtype=np.int64), np.arange(size)
+        if stage.inverse:
+            return self._embedded(circuit.transpose(), self._sums(x, counts, read, self._constants(scale)))
+        return self._sums(self._embedded(circuit, x), counts, read, self._constants(scale))
 
     # ------------------------------------------------------------------------------------------------------ numbers
 

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from structmat.program.build import build
+from structmat.program.derived import derive
+from structmat.program.fixed import Cosine, Hadamard
+from structmat.program.pairs import Pairs, unsigned
 from structmat.program.reference import apply
 from structmat.program.scaling import scaling_cut
 from structmat.program.stages import (
     Call,
+    Chain,
     Complex,
     Convolution,
     Crop,
@@ -24,6 +28,7 @@ from structmat.program.stages import (
     Program,
     Real,
     Stage,
+    Sum,
     stages,
 )
 from structmat.structure import DENSE_GAIN, Shape, Structure, resolve, specs
@@ -81,5 +86,25 @@ def _has_no_squares(stage: Stage) -> bool:
 
 
 def _gain(program: Program, tensors: Mapping[str, Tensor]) -> float:
+    program, tensors = derive(program, tensors)
     squares = {name: t.square() if t.is_floating_point() else t for name, t in tensors.items()}
-    return float(apply(program, squares, torch.ones(program.in_features, dtype=torch.float64)).mean())
+    return float(_spread(unsigned(program), squares, torch.ones(1, program.in_features, dtype=torch.float64)).mean())
+
+
+def _spread(program: Program, squares: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The variances that leave a program whose weights have these mean squares."""
+    if isinstance(program, Chain):
+        for step in program.steps:
+            x = _spread(step, squares, x)
+        return x
+    if isinstance(program, Sum):
+        return torch.stack([_spread(part, squares, x) for part in program.parts]).sum(0)
+    if isinstance(program, Hadamard):  # all squares of its entries are 1
+        return x.sum(-1, keepdim=True).expand(-1, program.size)
+    if isinstance(program, Cosine):  # orthonormal, and nearly even
+        return x.mean(-1, keepdim=True).expand(-1, program.size)
+    if isinstance(program, Pairs) and isinstance(program.stage, Fourier):
+        # What is transformed forth and back stays real, but for what lies between.
+        total = x.sum(-1, keepdim=True) / (program.stage.size**2 if program.stage.inverse else 1)
+        return torch.cat([total.expand(-1, program.stage.size), total.new_zeros(len(x), program.stage.size)], 1)
+    return apply(program, squares, x)

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from structmat.errors import ShapeError
 from structmat.program.convolve import convolve
+from structmat.program.derived import Derived
+from structmat.program.fixed import Cosine, Hadamard, Reorder, cosine_entries, index_entries, index_of
+from structmat.program.pairs import Pairs
 from structmat.program.stages import (
     Call,
     Chain,
@@ -50,6 +53,7 @@ class Form(enum.Enum):
     MATERIALISED = "one product with the materialised matrix"
     ELEMENTWISE = "elementwise"
     TRANSFORM = "fast Fourier transform"
+    HADAMARD = "fast Hadamard transform"
     MOVE = "moves data only"
     FUNCTION = "the given function"
 
@@ -63,6 +67,10 @@ MATERIALISED_DENSITY = 1.0 / 64.0
 
 def form(stage: Stage) -> Form:
     """The form in which the reference runs a stage."""
+    if isinstance(stage, Pairs | Derived):
+        return form(stage.stage)
+    if isinstance(stage, Hadamard):
+        return Form.HADAMARD
     if isinstance(stage, Contraction):
         if (stage.a == 1 or stage.shared_a) and (stage.d == 1 or stage.shared_d):
             return Form.MATMUL
@@ -78,7 +86,7 @@ def form(stage: Stage) -> Form:
         return Form.TRANSFORM if stage.transform else Form.MATERIALISED
     if isinstance(stage, Diagonal):
         return Form.ELEMENTWISE
-    if isinstance(stage, Fourier):
+    if isinstance(stage, Fourier | Cosine):
         return Form.TRANSFORM
     if isinstance(stage, Call):
         return Form.FUNCTION
@@ -174,6 +182,17 @@ def _run(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
         return x.real if x.is_complex() else x
     if isinstance(program, Complex):
         return x if x.is_complex() else torch.complex(_wide(x), torch.zeros_like(_wide(x)))
+    if isinstance(program, Derived):
+        return _run(program.stage, {**tensors, program.name: program.form(tensors[program.name])}, x)
+    if isinstance(program, Pairs):
+        return _pairs(program, tensors, x)
+    if isinstance(program, Reorder):
+        index = index_entries(program) if torch.compiler.is_compiling() else index_of(program)
+        return x.index_select(-1, index.to(x.device))
+    if isinstance(program, Hadamard):
+        return _hadamard(program, x)
+    if isinstance(program, Cosine):
+        return _cosine(program, x)
     assert isinstance(program, Call), f"unknown stage {type(program).__name__}"
     return _call(program, tensors, x)
 
@@ -292,6 +311,76 @@ def _window_side(content: Tensor, start: Tensor, width: Tensor, total: int, size
 def _windowed(stage: Windowed, tensors: Tensors, x: Tensor) -> Tensor:
     left, right = window_matrices(stage, tensors)
     return (x @ left) @ right if stage.transposed else (x @ right.T) @ left.T
+
+
+def _pairs(stage: Pairs, tensors: Tensors, x: Tensor) -> Tensor:
+    inner, batch = stage.stage, x.shape[0]
+    if isinstance(inner, Fourier):
+        return _fourier_of_pairs(inner, stage.conjugate, x)
+    planes = x.reshape(2 * batch, inner.in_features)
+    if not stage.is_complex:
+        return _run(inner, tensors, planes).reshape(batch, stage.out_features)
+    name, numel = next(iter(inner.weights.items()))
+    weight = tensors[name].reshape(numel, 2)
+    real, imag = (
+        _run(inner, {**tensors, name: weight[:, part]}, planes).reshape(batch, 2, inner.out_features) for part in (0, 1)
+    )
+    if stage.unsigned:
+        return torch.cat([real[:, 0] + imag[:, 1], real[:, 1] + imag[:, 0]], 1)
+    if stage.conjugate:
+        return torch.cat([real[:, 0] + imag[:, 1], real[:, 1] - imag[:, 0]], 1)
+    return torch.cat([real[:, 0] - imag[:, 1], real[:, 1] + imag[:, 0]], 1)
+
+
+def _fourier_of_pairs(stage: Fourier, conjugate: bool, x: Tensor) -> Tensor:
+    size = stage.size
+    if torch.compiler.is_compiling():  # code generators and exporters know no complex numbers
+        index = torch.arange(size, device=x.device, dtype=torch.float64)
+        angle = torch.outer(index, index).remainder(size) * (2 * torch.pi / size)
+        cosines, sines = torch.cos(angle), torch.sin(angle) * (1.0 if stage.inverse != conjugate else -1.0)
+        if stage.inverse:
+            cosines, sines = cosines / size, sines / size
+        cosines, sines = cosines.to(x.dtype), sines.to(x.dtype)
+        re, im = x[:, :size], x[:, size:]
+        return torch.cat([re @ cosines - im @ sines, re @ sines + im @ cosines], 1)
+    wide = _wide(x)
+    values = torch.complex(wide[:, :size], -wide[:, size:] if conjugate else wide[:, size:])
+    result = _ifft(values) if stage.inverse else _fft(values)
+    return torch.cat([result.real, -result.imag if conjugate else result.imag], 1).to(x.dtype)
+
+
+def _hadamard(stage: Hadamard, x: Tensor) -> Tensor:
+    batch = x.shape[0]
+    for level in range(stage.levels):
+        pair = x.reshape(batch, stage.size >> (level + 1), 2, 1 << level)
+        x = torch.stack([pair[:, :, 0] + pair[:, :, 1], pair[:, :, 0] - pair[:, :, 1]], 2).reshape(batch, stage.size)
+    return x
+
+
+def _cosine(stage: Cosine, x: Tensor) -> Tensor:
+    size = stage.size
+    if torch.compiler.is_compiling() or x.numel() == 0 or x.is_complex():
+        matrix = cosine_entries(size).to(device=x.device, dtype=x.dtype)
+        return x @ (matrix if stage.inverse else matrix.T)
+    # Makhoul 1980: a Fourier transform of the evens, then the odds backwards. Its halves are conjugates, so that the
+    # product with a rotation holds the transform of k in its real part and that of n - k in its imaginary one.
+    wide = _wide(x)
+    angle = torch.arange(size, device=x.device, dtype=wide.dtype) * (-torch.pi / (2 * size))
+    scale = torch.full((size,), (2.0 / size) ** 0.5, device=x.device, dtype=wide.dtype)
+    scale[0] = (1.0 / size) ** 0.5
+    turn = torch.polar(scale, angle)
+    if not stage.inverse:
+        evens, odds = wide[:, ::2], wide[:, 1::2].flip(1)
+        spectrum = torch.fft.fft(torch.cat([evens, odds], 1))
+        turned: Tensor = (spectrum * turn).real
+        return turned.to(x.dtype)
+    # The transpose of the above, step by step.
+    spectrum = torch.fft.fft(wide * turn)
+    moved, half = spectrum.real, (size + 1) // 2
+    result = torch.empty_like(wide)
+    result[:, ::2] = moved[:, :half]
+    result[:, 1::2] = moved[:, half:].flip(1)
+    return result.to(x.dtype)
 
 
 def _call(stage: Call, tensors: Tensors, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from structmat.program.pairs import Pairs
 from structmat.program.stages import (
     Chain,
     Contraction,
@@ -49,6 +50,8 @@ def _cut(program: Program, uses: Counter[str]) -> Counter[str] | None:
 
 def _linear_in(stage: Stage) -> str | None:
     match stage:
+        case Pairs(stage=inner):
+            return _linear_in(inner)
         case Contraction(weight=name) | Diagonal(weight=name) | Convolution(weight=name):
             return name
         case Sparse(values=name) | Windowed(left=name):

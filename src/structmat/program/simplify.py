@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 from math import prod
 from operator import mul
 
+from structmat.program.fixed import Cosine, Hadamard, Reorder
 from structmat.program.stages import Chain, Complex, Crop, Fourier, Pad, Permute, Program, Real, Shuffle, Stage, Sum
 
 
@@ -51,6 +52,8 @@ def _is_identity(step: Program) -> bool:
     match step:
         case Pad(size=size, padded=other) | Crop(size=size, kept=other):
             return size == other
+        case Hadamard(size=size) | Cosine(size=size):
+            return size == 1
         case Shuffle(axes=axes, sizes=sizes):
             moved = [axis for axis in axes if sizes[axis] != 1]
             return moved == sorted(moved)
@@ -72,6 +75,10 @@ def _merge(first: Program, second: Program) -> tuple[Program, ...] | None:
         case Fourier(inverse=p), Fourier(inverse=q) if p != q:
             return ()
         case Complex(), Real():
+            return ()
+        case Cosine(inverse=p), Cosine(inverse=q) if p != q:
+            return ()
+        case Reorder(order=i, inverse=p), Reorder(order=j, inverse=q) if i == j and p != q:
             return ()
         case Shuffle(), Shuffle():
             return _merge_shuffles(first, second)

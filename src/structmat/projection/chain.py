@@ -14,6 +14,12 @@ from structmat.projection.slices import Blocks
 from structmat.projection.target import Certificate, Fit, Target
 from structmat.sizes import Pattern
 
+EXACT = 1e-13
+"""Relative errors up to this are rounding: the matrix is a member, and nothing is left to bound or to improve."""
+
+EXACTLY = "hierarchical factorization, exact"
+"""The method of such a fit."""
+
 _PROGRESS = 1e-3
 """The descent ends when a sweep lowers the squared error by less than this share."""
 
@@ -28,11 +34,14 @@ def fit_chain(target: Target, patterns: Sequence[Pattern]) -> Fit:
     if target.second_moment is not None or target.output_moment is not None:
         return _fit_weighted(target, patterns)
     weight = target.weight
-    errors = split_errors(weight, patterns)
     factors = factorize(weight, patterns)
     if len(patterns) <= 2:
+        errors = split_errors(weight, patterns)
         return Fit(_named(factors), Certificate.OPTIMAL, max(errors), "truncated SVD of every block")
     error = float(torch.linalg.norm(weight - dense_product(factors, patterns)))
+    if error <= EXACT * float(torch.linalg.norm(weight)):
+        return Fit(_named(factors), Certificate.BOUND, 0.0, EXACTLY)
+    errors = split_errors(weight, patterns)
     spent = 0
     for _ in range(target.sweeps):
         better = sweep(weight, factors, patterns)

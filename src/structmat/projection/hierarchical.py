@@ -21,7 +21,11 @@ import torch
 from torch import Tensor
 
 from structmat.program import Chain, Contraction, apply, chainable, merged_pattern
+from structmat.program.dense import dense
 from structmat.sizes import Pattern
+
+_NARROW = 8
+"""Blocks with at most as many rows or columns are decomposed by their Gram matrices."""
 
 
 def product_pattern(patterns: Sequence[Pattern]) -> Pattern:
@@ -36,7 +40,7 @@ def dense_product(factors: Sequence[Tensor], patterns: Sequence[Pattern]) -> Ten
     """The (out, in) matrix that a chain of factors (a, b, c, d), in order of application, multiplies to."""
     program = Chain(tuple(Contraction(str(i), *pattern) for i, pattern in enumerate(patterns)))
     tensors = {str(i): factor for i, factor in enumerate(factors)}
-    return apply(program, tensors, torch.eye(program.in_features, dtype=factors[0].dtype)).T
+    return dense(program, tensors, factors[0].dtype, factors[0].device)
 
 
 def restrict(matrix: Tensor, pattern: Pattern) -> Tensor:
@@ -160,6 +164,9 @@ def _blocks(tensor: Tensor, left: Pattern, right: Pattern) -> tuple[Tensor, int]
 
 def _split(tensor: Tensor, left: Pattern, right: Pattern) -> tuple[Tensor, Tensor]:
     blocks, rank = _blocks(tensor, left, right)
+    if rank == 1 and 1 < min(blocks.shape[-2:]) <= _NARROW:
+        first, second = _nearest_of_rank_1(blocks)
+        return _from_left(first, left), _from_right(second, right)
     u, s, vh = torch.linalg.svd(blocks, full_matrices=False)
     kept = min(rank, s.shape[-1])
     root = s[..., :kept].sqrt()
@@ -168,6 +175,25 @@ def _split(tensor: Tensor, left: Pattern, right: Pattern) -> tuple[Tensor, Tenso
         first = torch.nn.functional.pad(first, (0, rank - kept))
         second = torch.nn.functional.pad(second, (0, 0, 0, rank - kept))
     return _from_left(first, left), _from_right(second, right)
+
+
+def _nearest_of_rank_1(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The best columns times rows for a batch of matrices, narrow in one direction, by their small Gram matrices.
+
+    Squaring costs digits of the small singular values only, and those are what is cut off: the leading vector comes out
+    to rounding wherever it matters, so that matrices of rank 1 are met to rounding. One pass over the entries.
+    """
+    blocks = blocks.resolve_conj()
+    low, high = torch.aminmax(torch.view_as_real(blocks) if blocks.is_complex() else blocks)
+    largest = max(-float(low), float(high))
+    scaled = blocks if largest == 0 or 1e-100 < largest < 1e100 else blocks / largest  # squares must not overflow
+    is_tall = blocks.shape[-2] > blocks.shape[-1]
+    vectors = torch.linalg.eigh(scaled.mH @ scaled if is_tall else scaled @ scaled.mH)[1]
+    top = vectors[..., -1:]
+    other = blocks @ top if is_tall else top.mH @ blocks
+    root = torch.linalg.vector_norm(other, dim=(-2, -1), keepdim=True).sqrt()
+    even = torch.where(root > 0, root, 1.0)
+    return (other / even, even * top.mH) if is_tall else (top * even, other / even)
 
 
 def _left_frames(tensor: Tensor, left: Pattern, right: Pattern) -> Tensor:

@@ -117,7 +117,7 @@ def project_target(target: Target, structure: Structure, *, dtype: torch.dtype, 
     """Project a prepared target. Fits of one target share what they compute of it."""
     structure = resolve(structure, target.shape)
     found = fit(structure, target)
-    wide = StructuredMatrix(structure, target.shape, found.tensors)
+    wide = StructuredMatrix(structure, target.shape, found.tensors, dtype=target.weight.dtype)
     error, size = target.error(wide.to_dense()), target.norm()
     scale = 1.0 / size if size > 0 else 0.0
     return Projection(
@@ -152,4 +152,5 @@ def fit(structure: Structure, target: Target) -> Fit:
 
 
 def _error(structure: Structure, found: Fit, target: Target) -> float:
-    return target.error(StructuredMatrix(structure, target.shape, found.tensors).to_dense())
+    member = StructuredMatrix(structure, target.shape, found.tensors, dtype=target.weight.dtype)
+    return target.error(member.to_dense())

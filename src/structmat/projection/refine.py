@@ -21,6 +21,7 @@ from structmat.program import (
     Chain,
     Complex,
     Contraction,
+    Derived,
     Diagonal,
     Generated,
     Program,
@@ -193,7 +194,7 @@ def _is_linear(program: Program, name: str) -> bool:
     if isinstance(program, Stage):
         if isinstance(program, Generated):
             return name not in program.weights or name in program.linear
-        return name not in program.weights or not isinstance(program, Call)
+        return name not in program.weights or not isinstance(program, Call | Derived)
     if isinstance(program, Sum):
         return all(_is_linear(part, name) for part in program.parts)
     return sum(_reads(step, name) for step in program.steps) <= 1 and all(_is_linear(s, name) for s in program.steps)

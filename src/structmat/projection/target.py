@@ -231,6 +231,8 @@ class Target:
 
     def norm(self) -> float:
         """The size of the target in its own norm."""
+        if self.second_moment is None and self.output_moment is None:
+            return float(torch.linalg.norm(self.weight))
         return self.error(torch.zeros_like(self.weight))
 
 

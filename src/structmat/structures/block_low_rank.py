@@ -43,7 +43,7 @@ class BlockLowRank(Structure):
     """
 
     weighs_outputs: ClassVar[bool] = True
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     blocks: int | tuple[int, int] = 4
     rank: int | float = 1

@@ -31,7 +31,7 @@ class Cauchy(Structure):
     Source: Golub and Van Loan, Matrix Computations, section 12.1.
     """
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         total = float(cauchy_kernel(torch.zeros(shape[0]), torch.full((shape[1],), 0.5)).square().sum())

@@ -48,7 +48,7 @@ class CauchyLike(Structure):
 
     rank: int | float = 2
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_size(self, "rank", self.rank)

@@ -46,7 +46,7 @@ class HankelLike(Structure):
 
     rank: int | float = 2
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_size(self, "rank", self.rank)

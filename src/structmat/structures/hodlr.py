@@ -52,7 +52,7 @@ class HODLR(Structure):
     rank: int | float = 1
     nested: bool = False
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self, "levels", self.levels)

@@ -37,7 +37,7 @@ class LDRTridiagonal(Structure):
 
     rank: int | float = 1
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_size(self, "rank", self.rank)

@@ -39,7 +39,7 @@ class OrthogonalPolynomial(Structure):
     kind: str = "legendre"
     exponents: tuple[float, float] = (0.0, 0.0)
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         given: object = self.exponents

@@ -39,7 +39,7 @@ class RecurrenceWidth(Structure):
 
     width: int = 2
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_count(self, "width", self.width)

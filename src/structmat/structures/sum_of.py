@@ -100,7 +100,8 @@ class Sum(Structure):
 def SparsePlusLowRank(rank: int | float = 2, density: float = 0.1) -> Sum:
     """``Sum(LowRank(rank), Sparse(density=density))``: what robust principal component analysis looks for.
 
-    Fitted by alternation; the recovery guarantees of convex robust principal component analysis are not claimed.
+    Fitted by alternation for the given sizes, without a guarantee. Where the sizes are to be found,
+    :func:`structmat.projection.robust.robust_pca` has one, under conditions, and says when it fails.
 
     Args:
         rank: an integer, or a fraction of the dense parameter count.

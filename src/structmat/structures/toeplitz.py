@@ -28,7 +28,7 @@ class Toeplitz(Structure):
     Source: Golub and Van Loan, Matrix Computations, section 4.7.
     """
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         return {"weight": ParameterSpec((sum(shape) - 1,), Normal((DENSE_GAIN / shape[1]) ** 0.5))}

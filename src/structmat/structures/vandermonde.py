@@ -31,7 +31,7 @@ class Vandermonde(Structure):
     Golub and Van Loan, Matrix Computations, section 4.6; Gautschi 1975.
     """
 
-    is_usual: ClassVar[bool] = False
+    by_default: ClassVar[bool] = False
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         nodes = Spread(-0.7, 0.7)

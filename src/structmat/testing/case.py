@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,17 +18,24 @@ from structmat.program import (
     Chain,
     Complex,
     Convolution,
+    Cosine,
+    Derived,
     Diagonal,
     Fourier,
     Generated,
+    Hadamard,
+    Pairs,
     Program,
     Real,
     Stage,
     Sum,
     apply,
     cost,
+    derive,
     stages,
+    unsigned,
 )
+from structmat.program.derived import Form, derived_functions
 from structmat.structure import Shape, Structure, resolve
 
 
@@ -109,7 +117,8 @@ def roundings(program: Program) -> int:
     constants account for the operands and the comparison.
     """
     generated = sum(stage.roundings for stage in stages(program) if isinstance(stage, Generated))
-    return 2 * cost(program).depth + len(stages(program)) + generated + 4
+    made = sum(stage.form.roundings for stage in stages(program) if isinstance(stage, Derived))
+    return 2 * cost(program).depth + len(stages(program)) + generated + made + 4
 
 
 def magnitude(
@@ -144,6 +153,15 @@ def magnitude(
     if isinstance(program, Fourier):  # entries of modulus 1, or 1 / n
         total = x.sum(-1, keepdim=True) / (program.size if program.inverse else 1)
         return total.expand(-1, program.size)
+    if isinstance(program, Hadamard):
+        return x.sum(-1, keepdim=True).expand(-1, program.size)
+    if isinstance(program, Cosine):  # entries of modulus at most sqrt(2 / n)
+        return (x.sum(-1, keepdim=True) * math.sqrt(2 / program.size)).expand(-1, program.size)
+    if isinstance(program, Pairs):
+        if isinstance(program.stage, Fourier):
+            total = x.sum(-1, keepdim=True) / (program.stage.size if program.stage.inverse else 1)
+            return total.expand(-1, program.out_features)
+        return apply(unsigned(program), tensors, x)
     if isinstance(program, Diagonal) and program.spectrum:
         return x * tensors[program.weight].sum()
     if isinstance(program, Call):  # nothing is known of the function but its matrix
@@ -200,7 +218,8 @@ def allowed_error(program: Program, tensors: Mapping[str, Tensor], x: Tensor, dt
     """Largest rounding error that ``apply(program, tensors, x)`` may show in ``dtype``, entry by entry."""
     rows = x.detach().abs().to(torch.float64)
     flat = rows.reshape(-1, program.in_features)
-    size = magnitude(program, absolute(tensors), flat, tensors).reshape(*x.shape[:-1], program.out_features)
+    plain, made = derive(program, tensors)
+    size = magnitude(plain, absolute(made), flat, made).reshape(*x.shape[:-1], program.out_features)
     return roundings(program) * torch.finfo(dtype).eps * size
 
 
@@ -208,13 +227,34 @@ def allowed_gradient_errors(
     program: Program, tensors: Mapping[str, Tensor], x: Tensor, weights: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same for the gradients of ``(apply(program, tensors, x) * weights).sum()``: in ``x`` and each tensor."""
-    sizes = absolute(tensors)
+    given, constants = (
+        [name for name, t in tensors.items() if t.is_floating_point() or t.is_complex()],
+        roundings(program),
+    )
+    functions = {made: (name, form) for made, (name, form) in derived_functions(program).items()}
+    program, made = derive(program, tensors)
+    sizes = absolute(made)
     learned = [name for name, t in sizes.items() if t.is_floating_point()]
     for name in learned:
         sizes[name].requires_grad_()
     rows = x.detach().abs().to(torch.float64).requires_grad_()
-    total = (magnitude(program, sizes, rows, tensors) * weights.detach().abs().to(torch.float64)).sum()
+    total = (magnitude(program, sizes, rows, made) * weights.detach().abs().to(torch.float64)).sum()
     grads = torch.autograd.grad(total, [rows, *(sizes[name] for name in learned)], materialize_grads=True)
     # Forward and backward both round, and a gradient of a tensor sums over the batch.
-    scale = 2 * (roundings(program) + x.shape[0]) * torch.finfo(dtype).eps
-    return scale * grads[0], {name: scale * g for name, g in zip(learned, grads[1:], strict=True)}
+    scale = 2 * (constants + x.shape[0]) * torch.finfo(dtype).eps
+    limits = {name: scale * g for name, g in zip(learned, grads[1:], strict=True)}
+    for name, (source, form) in functions.items():
+        limits[source] = limits[source] + _pulled_back(form, tensors[source], limits.pop(name))
+    return scale * grads[0], {name: limits[name] for name in given}
+
+
+def _pulled_back(form: Form, tensor: Tensor, limit: Tensor) -> Tensor:
+    """What errors of at most ``limit`` in the gradient of ``form(tensor)`` may do to that of the tensor: ``|J|^T``."""
+    value, pull = torch.func.vjp(form, tensor.detach())[:2]
+    flat, total = limit.reshape(-1), torch.zeros(tensor.numel(), dtype=torch.float64)
+    for rows in torch.arange(value.numel()).split(256):
+        units = value.new_zeros(len(rows), value.numel())
+        units[torch.arange(len(rows)), rows] = 1.0
+        moved = torch.func.vmap(pull)(units.reshape(-1, *value.shape))[0]
+        total += (moved.abs().to(torch.float64).reshape(len(rows), -1) * flat[rows, None]).sum(0)
+    return total.reshape(tensor.shape)

@@ -11,8 +11,8 @@ from torch import Tensor
 from structmat.matrix import StructuredMatrix
 from structmat.projection.project import Projection, fit, make_target, project
 from structmat.projection.target import Certificate, Target
-from structmat.structure import DENSE_GAIN, allows_complex, count_stored, resolve
-from structmat.testing.case import Case
+from structmat.structure import DENSE_GAIN, allows_complex, count_stored, keeps_variance, resolve
+from structmat.testing.case import Case, SkippedCheckError
 
 EPS = torch.finfo(torch.float64).eps
 SWEEPS = (0, 1, 3)
@@ -235,6 +235,8 @@ def check_initialisation(case: Case) -> None:
     draws must be within 10 %. Draws are added until the standard error of that mean is a quarter of this; where they
     stay too noisy, four standard errors are allowed.
     """
+    if not keeps_variance(case.structure):
+        raise SkippedCheckError(f"{case.structure} declares that it averages")
     wanted = DENSE_GAIN if type(case.structure).closed_under_scaling else 1.0
     generator = case.generator()
     gains: list[float] = []

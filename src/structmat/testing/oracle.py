@@ -17,15 +17,20 @@ from structmat.program import (
     Complex,
     Contraction,
     Convolution,
+    Cosine,
     Crop,
+    Derived,
     Diagonal,
     Fourier,
     Generated,
+    Hadamard,
     Interpolation,
     Pad,
+    Pairs,
     Permute,
     Program,
     Real,
+    Reorder,
     Shuffle,
     Sparse,
     Stage,
@@ -112,14 +117,43 @@ def _stage(stage: Stage, tensors: Tensors) -> Tensor:
             matrix = torch.zeros(stage.out_features, stage.in_features, dtype=torch.float64)
             matrix.diagonal(offset)[: len(ones)] = ones
             return matrix
+        case Derived():
+            return _stage(stage.stage, {**tensors, stage.name: stage.form(tensors[stage.name])})
+        case Pairs():
+            return _pairs(stage, tensors)
+        case Reorder():
+            matrix = torch.zeros(stage.size, stage.size, dtype=torch.float64)
+            for i, j in enumerate(stage.order.index().tolist()):
+                matrix[(j, i) if stage.inverse else (i, j)] = 1.0
+            return matrix
+        case Hadamard(size=size):
+            signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+            return torch.tensor(signs, dtype=torch.float64)
+        case Cosine(size=size, inverse=inverse):
+            number = torch.arange(size, dtype=torch.float64)
+            matrix = torch.cos(torch.outer(number, 2 * number + 1) * (math.pi / (2 * size))) * math.sqrt(2 / size)
+            matrix[0] *= 0.5**0.5
+            return matrix.T if inverse else matrix
         case Real() | Complex():
             return torch.eye(stage.out_features, dtype=torch.float64)
         case _:
             assert isinstance(stage, Call), f"unknown stage {type(stage).__name__}"
             weights = [tensors[name] for name, _ in stage.tensors]
             eye = torch.eye(stage.width, dtype=weights[0].dtype if weights else torch.float64)
-            matrix = stage.function(eye, *weights)
-            return matrix if stage.transposed else matrix.T
+            called: Tensor = stage.function(eye, *weights)
+            return called if stage.transposed else called.T
+
+
+def _pairs(stage: Pairs, tensors: Tensors) -> Tensor:
+    if not stage.is_complex:
+        half = _stage(stage.stage, tensors)
+        if not isinstance(stage.stage, Fourier):
+            both: Tensor = torch.block_diag(half, half)
+            return both
+    inner = {name: torch.view_as_complex(tensors[name].reshape(-1, 2)) for name in stage.stage.weights}
+    matrix = _stage(stage.stage, {**tensors, **inner}).to(torch.complex128)
+    imag = -matrix.imag if stage.conjugate else matrix.imag
+    return torch.cat([torch.cat([matrix.real, -imag], 1), torch.cat([imag, matrix.real], 1)], 0)
 
 
 def _fourier(size: int) -> Tensor:
@@ -186,10 +220,25 @@ def count_operations(program: Program, tensors: Tensors) -> tuple[int, int, int]
             return None
         joins = program.out_features * (len(inner) - 1) if isinstance(program, Sum) else 0
         return sum(c[0] for c in known), sum(c[1] for c in known) + joins, sum(c[2] for c in known)
-    if isinstance(program, Fourier | Call) or (isinstance(program, Convolution) and program.transform):
+    if isinstance(program, Fourier | Cosine | Call) or (isinstance(program, Convolution) and program.transform):
         return None
+    if isinstance(program, Pairs) and isinstance(program.stage, Fourier):
+        return None
+    if isinstance(program, Hadamard):
+        return 0, program.size * (program.size.bit_length() - 1), 0
+    if isinstance(program, Derived):  # which entries there are does not depend on their values
+        sizes = program.stage.weights
+        return count_operations(program.stage, {**tensors, **{name: torch.ones(sizes[name]) for name in sizes}})
     if not program.weights:
         return 0, 0, 0
+    if isinstance(program, Pairs):  # 4 real products, 2 joins of results
+        sizes = program.stage.weights
+        half = count_operations(program.stage, {**tensors, **{name: torch.ones(sizes[name]) for name in sizes}})
+        if half is None:
+            return None
+        if not program.is_complex:
+            return 2 * half[0], 2 * half[1], 2 * half[2]
+        return 4 * half[0], 4 * half[1] + 2 * program.stage.out_features, 2 * half[2]
     ones = {name: torch.ones_like(t) if t.is_floating_point() else t for name, t in tensors.items()}
     if isinstance(program, Windowed):
         left, right = _window_factors(program, ones)

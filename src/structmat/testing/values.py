@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structmat.matrix import StructuredMatrix, matmul
 from structmat.nn.linear import StructuredLinear
-from structmat.program import apply, stages, transpose
+from structmat.program import apply, derive, stages, transpose
 from structmat.structure import allows_complex
 from structmat.testing.case import Case, SkippedCheckError, absolute, allowed_error, magnitude, roundings
 from structmat.testing.oracle import explicit
@@ -46,8 +46,9 @@ def check_dense(case: Case) -> None:
     forward = 2 * allowed_error(matrix.program, matrix.tensors, x, torch.float64)
     backward = 2 * allowed_error(transpose(matrix.program), matrix.tensors, y, torch.float64)
     if small_enough_to_write_out(case):
+        plain, made = derive(matrix.program, matrix.tensors)
         eye = torch.eye(in_features, dtype=torch.float64)
-        size = magnitude(matrix.program, absolute(matrix.tensors), eye, matrix.tensors).T
+        size = magnitude(plain, absolute(made), eye, made).T
         allowed = 2 * roundings(matrix.program) * FLOAT64_EPS * size
         case.compare("to_dense()", dense, explicit(matrix.program, matrix.tensors), allowed)
     case.compare("S @ X against the dense matrix", matrix @ x.T, dense @ x.T, forward.T)
@@ -169,6 +170,7 @@ def check_complex(case: Case) -> None:
             matrix.structure,
             case.shape,
             {n: t.to(torch.complex128) if t.is_complex() else t for n, t in matrix.tensors.items()},
+            dtype=torch.complex128,
         )
         truth = x.to(torch.complex128) @ wide.to_dense().T
         got = apply(matrix.program, matrix.tensors, x)

@@ -1,4 +1,4 @@
-"""Classical fast transforms as structured matrices: exact members of the chain families.
+"""The fast Fourier transform as a chain of any radices.
 
 The discrete Fourier transform is ``F[k, j] = exp(-2 pi i j k / n)``, not normalised. It is a chain only up to a fixed
 order of its inputs: ``F @ x == S @ x[order]``.
@@ -15,26 +15,10 @@ from torch import Tensor
 
 from structmat.errors import ShapeError
 from structmat.matrix import StructuredMatrix
+from structmat.projection.orders import digit_reversal
 from structmat.sizes import divisors
-from structmat.structures.butterfly import Butterfly
 from structmat.structures.chain import Chain
 from structmat.structures.monarch import Monarch
-
-
-def hadamard(size: int, *, dtype: torch.dtype = torch.float64) -> StructuredMatrix:
-    """The Sylvester-Hadamard matrix (entries 1 and -1) as a butterfly: ``log2 size`` factors of ``[[1, 1], [1, -1]]``.
-
-    Raises:
-        ShapeError: ``size`` is no power of two of at least 2.
-    """
-    if size < 2 or size & (size - 1):
-        raise ShapeError(f"A Hadamard butterfly has a size of 2, 4, 8, ...; got {size}. Pad to the next power of two.")
-    block = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=dtype)[None, :, :, None]
-    tensors = {}
-    for level in range(size.bit_length() - 1):
-        stride = 2**level
-        tensors[f"factor{level}"] = block.expand(size // (2 * stride), 2, 2, stride).contiguous()
-    return StructuredMatrix(Butterfly(), (size, size), tensors)
 
 
 def fourier(
@@ -53,7 +37,7 @@ def fourier(
     Raises:
         ShapeError: the radices do not multiply to ``size``, or one is below 2.
     """
-    radices = tuple(_prime_factors(size) if radices is None else radices)
+    radices = tuple(prime_factors(size) if radices is None else radices)
     if not radices or min(radices) < 2 or math.prod(radices) != size:
         raise ShapeError(
             f"The radices {radices} of a Fourier transform of size {size} must be at least 2 and multiply to it."
@@ -63,11 +47,11 @@ def fourier(
         groups = size // (span * radix)
         row, column, offset = torch.arange(radix), torch.arange(radix), torch.arange(span)
         exponent = column[None, :, None] * (row[:, None, None] * span + offset[None, None, :])
-        factor = _roots(exponent, span * radix, dtype)
+        factor = roots(exponent, span * radix, dtype)
         patterns.append((groups, radix, radix, span))
         tensors[f"factor{level}"] = factor.expand(groups, radix, radix, span).contiguous()
         span *= radix
-    return StructuredMatrix(Chain(tuple(patterns)), (size, size), tensors), _digit_reversal(size, radices)
+    return StructuredMatrix(Chain(tuple(patterns)), (size, size), tensors), digit_reversal(size, radices)
 
 
 def fourier_monarch(
@@ -92,35 +76,26 @@ def fourier_monarch(
         )
     width = size // blocks
     block, column = torch.arange(blocks), torch.arange(width)
-    right = _roots(column[:, None] * column, width, dtype).expand(blocks, width, width).contiguous()
+    right = roots(column[:, None] * column, width, dtype).expand(blocks, width, width).contiguous()
     # left[l, k, j] = exp(-2 pi i (j k / n + l k / blocks))
     exponent = block[None, :, None] * column[None, None, :] + width * block[:, None, None] * block[None, :, None]
     matrix = StructuredMatrix(
-        Monarch((blocks, width), 1), (size, size), {"left": _roots(exponent, size, dtype), "right": right}
+        Monarch((blocks, width), 1), (size, size), {"left": roots(exponent, size, dtype), "right": right}
     )
     return matrix, torch.arange(size).reshape(width, blocks).T.flatten()
 
 
-def _roots(exponent: Tensor, order: int, dtype: torch.dtype) -> Tensor:
+def roots(exponent: Tensor, order: int, dtype: torch.dtype) -> Tensor:
     """``exp(-2 pi i exponent / order)``, exact in the exponent however large it is."""
     angle = (exponent % order).to(torch.float64) * (-2 * math.pi / order)
     return torch.polar(torch.ones_like(angle), angle).to(dtype)
 
 
-def _prime_factors(size: int) -> list[int]:
+def prime_factors(size: int) -> list[int]:
+    """In ascending order."""
     factors = []
     while size > 1:
         prime = divisors(size)[1]
         factors.append(prime)
         size //= prime
     return factors
-
-
-def _digit_reversal(size: int, radices: tuple[int, ...]) -> Tensor:
-    def reorder(index: Tensor, radices: tuple[int, ...]) -> Tensor:
-        if len(radices) <= 1:
-            return index
-        last = radices[-1]
-        return torch.cat([reorder(index[c::last], radices[:-1]) for c in range(last)])
-
-    return reorder(torch.arange(size), radices)

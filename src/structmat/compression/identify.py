@@ -1,0 +1,386 @@
+"""What a matrix is, by measures that name a structure with no hint: shapes of its support, ranks, known transforms.
+
+Every detector looks for one kind of structure and answers with traits: a name, how far the matrix is from it, and how
+many numbers it takes. They are independent, listed in :data:`DETECTORS`, and each costs at most a few products or
+decompositions of the size of the matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import sparse
+from scipy.sparse.csgraph import connected_components, reverse_cuthill_mckee
+from torch import Tensor
+
+from structmat import transforms
+from structmat.matrix import StructuredMatrix
+from structmat.projection.assignment import assignment
+from structmat.projection.chain import fit_chain
+from structmat.projection.hierarchical import dense_product
+from structmat.projection.orders import find_orders
+from structmat.projection.robust import robust_pca
+from structmat.projection.target import Target
+from structmat.sizes import divisors, smallest_chain, smooth_size
+
+NEAR = 0.02
+"""A matrix is nearly what it is within this relative error of."""
+
+_WORTH = 0.5
+"""What takes more than this share of the dense numbers is no structure."""
+
+_LARGEST_TRANSFORM = 2048
+"""Sizes up to this are compared with the known transforms."""
+
+
+_LARGEST_REARRANGED = 1 << 20
+"""Matrices of up to so many entries are rearranged for Kronecker ranks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trait:
+    """One thing that a matrix is, or is near to.
+
+    Args:
+        name: with an article: ``"a banded matrix of bandwidth 2"``.
+        error: relative, in the Frobenius norm.
+        numbers: that describe it.
+        rows, columns: the orders that show it, ``W[rows][:, columns]``; None for the given ones.
+    """
+
+    name: str
+    error: float
+    numbers: int
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Numbers that say how structured a matrix is, to the tolerance of its dtype.
+
+    Args:
+        rank: singular values that are not rounding.
+        block_ranks: the largest rank of a block, by the number of blocks of a side (2, 4, 8).
+        kronecker_rank: the least number of Kronecker products over shapes of factors, and the shape of the left one.
+        density: share of the entries that are not zero.
+        bandwidth: the largest distance from the diagonal of an entry that is not zero.
+        reordered_bandwidth: the same after reordering rows and columns alike (Cuthill and McKee); None if not square.
+        butterfly, monarch: relative errors of the nearest ones, in the given order.
+        permuted_butterfly: the same in the best of the usual orders.
+    """
+
+    rank: int
+    block_ranks: dict[int, int]
+    kronecker_rank: tuple[int, tuple[int, int]] | None
+    density: float
+    bandwidth: int
+    reordered_bandwidth: int | None
+    butterfly: float | None
+    monarch: float | None
+    permuted_butterfly: float | None
+
+    @property
+    def sentence(self) -> str:
+        """All of them in words."""
+        said = [f"rank {self.rank}"]
+        said += [f"blocks of a {count} x {count} grid of rank {rank}" for count, rank in self.block_ranks.items()]
+        if self.kronecker_rank is not None:
+            (rank, (rows, columns)) = self.kronecker_rank
+            said.append(f"Kronecker rank {rank} with {rows} x {columns} factors")
+        said += [f"{self.density:.1%} of the entries", f"bandwidth {self.bandwidth}"]
+        if self.reordered_bandwidth is not None and self.reordered_bandwidth < self.bandwidth:
+            said.append(f"{self.reordered_bandwidth} reordered")
+        for name, error in (
+            ("butterfly", self.butterfly),
+            ("butterfly in a usual order", self.permuted_butterfly),
+            ("Monarch", self.monarch),
+        ):
+            if error is not None:
+                said.append(f"{name} error {error:.2g}")
+        return ", ".join(said) + "."
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A matrix with what all detectors need of it."""
+
+    target: Target
+    tolerance: float
+    measures: Measures
+
+    @property
+    def weight(self) -> Tensor:
+        return self.target.weight
+
+    @property
+    def norm(self) -> float:
+        return self.target.norm()
+
+
+Detector = Callable[[Subject], Iterator[Trait]]
+
+
+def identify(target: Target, tolerance: float) -> tuple[Measures, tuple[Trait, ...]]:
+    """Measures of a matrix, and what it is, exactly or nearly: the traits that take at most half of the dense numbers
+    and are within ``NEAR``, exact ones first, then by numbers. None on noise.
+
+    Args:
+        target: in the Frobenius norm.
+        tolerance: relative errors up to it are rounding.
+    """
+    measures = measured(target, tolerance)
+    if target.norm() == 0:
+        return measures, (Trait("zero", 0.0, 0),)
+    subject = Subject(target, tolerance, measures)
+    found = [trait for detector in DETECTORS for trait in detector(subject)]
+    limit = _WORTH * target.weight.numel()
+    kept = [trait for trait in found if trait.error <= max(NEAR, tolerance) and trait.numbers <= limit]
+    return measures, tuple(sorted(kept, key=lambda t: (t.error > tolerance, t.numbers, t.error)))
+
+
+def measured(target: Target, tolerance: float) -> Measures:
+    """The measures of a matrix."""
+    weight = target.weight
+    floor = tolerance * target.norm()
+    held = weight.abs() > floor / max(1.0, math.sqrt(weight.numel()))
+    rows, columns = torch.nonzero(held, as_tuple=True)
+    values = target.unweighted().whitened_svd[1]
+    blocks = {}
+    for count in (2, 4, 8):
+        if min(weight.shape) >= 2 * count:
+            height, width = weight.shape[0] // count, weight.shape[1] // count
+            grid = weight[: height * count, : width * count].reshape(count, height, count, width).permute(0, 2, 1, 3)
+            singular = torch.linalg.svdvals(grid)
+            blocks[count] = int((singular > floor).sum(-1).max())
+    butterfly, monarch, permuted = _chains(target)
+    is_square = weight.shape[0] == weight.shape[1]
+    return Measures(
+        int((values > floor).sum()),
+        blocks,
+        _kronecker(target, floor),
+        float(held.float().mean()),
+        int((rows - columns).abs().max()) if len(rows) else 0,
+        _bandwidth(held[_cuthill_mckee(held)][:, _cuthill_mckee(held)]) if is_square else None,
+        butterfly,
+        monarch,
+        permuted,
+    )
+
+
+def _kronecker(target: Target, floor: float) -> tuple[int, tuple[int, int]] | None:
+    weight = target.weight
+    height, width = weight.shape
+    if weight.numel() > _LARGEST_REARRANGED:
+        return None
+    best = None
+    for rows in divisors(height):
+        for columns in divisors(width):
+            whole = (rows, columns) in ((1, 1), (height, width))
+            if whole or abs(math.log(rows) * math.log(width) - math.log(columns) * math.log(height)) > 1e-9:
+                continue  # factors in the proportions of the whole
+            grid = weight.reshape(rows, height // rows, columns, width // columns).permute(0, 2, 1, 3)
+            values = torch.linalg.svdvals(grid.reshape(rows * columns, -1))
+            rank = int((values > floor).sum())
+            if best is None or rank < best[0]:
+                best = rank, (rows, columns)
+    return best
+
+
+def _chains(target: Target) -> tuple[float | None, float | None, float | None]:
+    """Errors of the nearest butterfly, Monarch matrix and butterfly in the usual orders."""
+    shape, size = target.native, target.norm()
+    if (smooth_size(shape[0]), smooth_size(shape[1])) != shape or min(shape) < 4 or size == 0:
+        return None, None, None
+    quick = target.unweighted().replace_sweeps(0)
+    patterns, two = smallest_chain(shape), smallest_chain(shape, 2)
+
+    def error(weight: Tensor, chain: tuple[tuple[int, int, int, int], ...]) -> float:
+        found = fit_chain(Target(weight, None, shape, 0), chain)
+        product = dense_product([found.tensors[f"factor{i}"] for i in range(len(chain))], chain)
+        return float(torch.linalg.norm(weight - product)) / size
+
+    plain = error(quick.weight, patterns)
+    permuted = plain
+    for orders in find_orders(quick.weight, patterns):
+        if not orders.is_plain:
+            permuted = min(permuted, error(quick.weight[orders.rows[:, None], orders.columns], patterns))
+    return plain, error(quick.weight, two), permuted
+
+
+def _cuthill_mckee(held: Tensor) -> Tensor:
+    graph = sparse.csr_array((held | held.T).to(torch.int8).numpy())
+    return torch.from_numpy(reverse_cuthill_mckee(graph, symmetric_mode=True).astype(np.int64))
+
+
+def _bandwidth(held: Tensor) -> int:
+    rows, columns = torch.nonzero(held, as_tuple=True)
+    return int((rows - columns).abs().max()) if len(rows) else 0
+
+
+# ---------------------------------------------------------------------------------------------------------- detectors
+
+
+def by_rank(subject: Subject) -> Iterator[Trait]:
+    """Low rank, exactly or nearly; identity or diagonal plus low rank."""
+    values = subject.target.unweighted().whitened_svd[1]
+    tails = values.square().flip(0).cumsum(0).flip(0).sqrt() / subject.norm
+    for limit in (subject.tolerance, NEAR):
+        rank = int((tails > limit).sum())
+        if 0 < rank < len(values):
+            yield Trait(f"a matrix of rank {rank}", float(tails[rank]), rank * sum(subject.weight.shape))
+            break
+
+
+def by_support(subject: Subject) -> Iterator[Trait]:
+    """Diagonal, permutation, banded, block diagonal and sparse matrices, as given and reordered."""
+    weight, norm = subject.weight, subject.norm
+    rows, columns = weight.shape
+    held = weight.abs() > max(subject.tolerance, 1e-12) * norm / math.sqrt(weight.numel())
+    count = int(held.sum())
+    if rows == columns:
+        order = assignment(weight.abs())
+        kept = weight[torch.arange(rows), order]
+        error = _beside(weight, torch.arange(rows), order) / norm
+        scale = float(kept.abs().mean())
+        is_one = bool((kept - kept.mean()).abs().max() <= max(subject.tolerance, NEAR) * max(scale, 1e-300))
+        if torch.equal(order, torch.arange(rows)):
+            yield Trait("a multiple of the identity" if is_one else "a diagonal matrix", error, 1 if is_one else rows)
+        elif is_one:
+            yield Trait(
+                "a permutation" if abs(scale - 1) < NEAR else "a multiple of a permutation", error, rows, None, order
+            )
+        else:
+            yield Trait("a diagonal matrix with its columns reordered", error, 2 * rows, None, order)
+        width = _bandwidth(held)
+        if width > 0:
+            yield Trait(f"a banded matrix of bandwidth {width}", 0.0, rows * (2 * width + 1))
+            alike = _cuthill_mckee(held)
+            moved = _bandwidth(held[alike][:, alike])
+            if 2 * moved < width:
+                name = f"a banded matrix of bandwidth {moved}, rows and columns reordered"
+                yield Trait(name, 0.0, rows * (2 * moved + 2), alike, alike)
+    parts, label = connected_components(
+        sparse.block_array([[None, sparse.csr_array(held.numpy())], [sparse.csr_array(held.numpy()).T, None]]),
+        directed=False,
+    )
+    if 1 < parts < min(rows, columns):
+        by_row, by_column = torch.from_numpy(label[:rows]), torch.from_numpy(label[rows:])
+        area = int((by_row.bincount(minlength=parts) * by_column.bincount(minlength=parts)).sum())
+        in_order = bool((by_row.diff() >= 0).all() and (by_column.diff() >= 0).all())
+        name = f"a block diagonal matrix of {parts} blocks{'' if in_order else ', rows and columns reordered'}"
+        orders = (by_row.argsort(stable=True), by_column.argsort(stable=True))
+        yield Trait(name, 0.0, area + (0 if in_order else rows + columns), *(None, None) if in_order else orders)
+    if count < weight.numel():
+        yield Trait(f"a sparse matrix with {count} entries", 0.0, 2 * count)
+
+
+def by_kronecker(subject: Subject) -> Iterator[Trait]:
+    """Kronecker products of two matrices, and sums of a few."""
+    found = subject.measures.kronecker_rank
+    if found is None:
+        return
+    rank, (rows, columns) = found
+    height, width = subject.weight.shape
+    if rank == 0:
+        return
+    numbers = rank * (rows * columns + (height // rows) * (width // columns))
+    name = "a Kronecker product" if rank == 1 else f"a sum of {rank} Kronecker products"
+    yield Trait(f"{name} of {rows} x {columns} and {height // rows} x {width // columns} matrices", 0.0, numbers)
+
+
+def by_transform(subject: Subject) -> Iterator[Trait]:
+    """The classical transforms, scaled, with their rows or columns reordered and scaled."""
+    size = subject.weight.shape[0]
+    if size != subject.weight.shape[1] or not 4 <= size <= _LARGEST_TRANSFORM:
+        return
+    for name, made in _transforms(size, subject.weight.is_complex()).items():
+        known = made().to_dense()
+        known = known / (torch.linalg.norm(known) / math.sqrt(size))
+        wide = torch.promote_types(known.dtype, subject.weight.dtype)
+        known, wanted = known.to(wide), subject.weight.to(wide)
+        for side in ("columns", "rows"):
+            # W = T P (or P T) for an orthogonal T: what is left is a permutation with factors.
+            left = known.mH @ wanted if side == "columns" else (wanted @ known.mH).mT
+            order = left.abs().argmax(0)
+            values = torch.take_along_dim(left, order[None], 0)[0]
+            error = _beside(left, order, torch.arange(size)) / subject.norm
+            if error > NEAR or len(order.unique()) < size:
+                continue
+            is_plain = bool((values - values.mean()).abs().max() <= NEAR * values.abs().mean())
+            in_order = torch.equal(order, torch.arange(size))
+            words = [f"{side} reordered"] * (not in_order) + [f"{side} scaled"] * (not is_plain)
+            shown = torch.argsort(order)
+            yield Trait(
+                ", ".join([f"a {name} transform", *words]),
+                error,
+                size * (not in_order) + (1 if is_plain else size),
+                None if in_order or side == "columns" else shown,
+                None if in_order or side == "rows" else shown,
+            )
+            break
+
+
+def _beside(matrix: Tensor, rows: Tensor, columns: Tensor) -> float:
+    """The size of what is not at these places. (A difference of squares would lose half of the digits.)"""
+    rest = matrix.clone()
+    rest[rows, columns] = 0
+    return float(torch.linalg.norm(rest))
+
+
+def _transforms(size: int, is_complex: bool) -> dict[str, Callable[[], StructuredMatrix]]:
+    found: dict[str, Callable[[], StructuredMatrix]] = {}
+    if size & (size - 1) == 0:
+        found |= {"Hadamard": lambda: transforms.hadamard(size), "Haar": lambda: transforms.haar(size)}
+    if is_complex:
+        found |= {
+            "discrete Fourier": lambda: transforms.dft(size),
+            "inverse discrete Fourier": lambda: transforms.dft(size, inverse=True),
+        }
+    found["Hartley"] = lambda: transforms.hartley(size)
+    for kind, numeral in ((1, "I"), (2, "II"), (3, "III"), (4, "IV")):
+        if kind != 1:  # type I is orthogonal with other weights at its ends
+            found[f"cosine (type {numeral})"] = lambda k=kind: transforms.dct(size, k, orthonormal=True)  # type: ignore[misc]
+        found[f"sine (type {numeral})"] = lambda k=kind: transforms.dst(size, k, orthonormal=True)  # type: ignore[misc]
+    return found
+
+
+def by_butterfly(subject: Subject) -> Iterator[Trait]:
+    """Butterfly and Monarch matrices, as given and in the usual orders."""
+    shape = subject.weight.shape
+    measures = subject.measures
+    if measures.butterfly is None or measures.monarch is None or measures.permuted_butterfly is None:
+        return
+    size = sum(a * b * c * d for a, b, c, d in smallest_chain((shape[0], shape[1])))
+    two = sum(a * b * c * d for a, b, c, d in smallest_chain((shape[0], shape[1]), 2))
+    yield Trait("a butterfly matrix", measures.butterfly, size)
+    if measures.permuted_butterfly < measures.butterfly:
+        yield Trait("a butterfly matrix in another order", measures.permuted_butterfly, size + sum(shape))
+    yield Trait("a Monarch matrix", measures.monarch, two)
+
+
+def by_separation(subject: Subject) -> Iterator[Trait]:
+    """Diagonal plus low rank, and sparse plus low rank (robust principal component analysis)."""
+    weight = subject.weight
+    if min(weight.shape) < 8 or max(weight.shape) > 1024:
+        return
+    if subject.measures.rank < min(weight.shape) // 4 or subject.measures.density < 0.5:
+        return
+    found = robust_pca(weight)
+    if not found.succeeded:
+        return
+    rows, columns = torch.nonzero(found.sparse, as_tuple=True)
+    error = float(torch.linalg.norm(weight - found.low_rank - found.sparse)) / subject.norm
+    low = found.rank * sum(weight.shape)
+    if bool((rows == columns).all()):
+        yield Trait(f"a diagonal matrix plus rank {found.rank}", error, low + len(rows))
+    else:
+        yield Trait(f"a sparse matrix with {found.nonzeros} entries plus rank {found.rank}", error, low + 2 * len(rows))
+
+
+DETECTORS: tuple[Detector, ...] = (by_support, by_rank, by_kronecker, by_transform, by_butterfly, by_separation)
+"""What is looked for. A detector of another structure is one more function here."""

@@ -1,0 +1,124 @@
+"""Fits of kaleidoscope matrices: good starts, then alternating least squares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from structmat.circuit.kaleidoscope import permutation
+from structmat.program import Program, apply
+from structmat.projection.chain import fit_chain
+from structmat.projection.refine import refine, rescale
+from structmat.projection.target import Certificate, Fit, Target
+from structmat.sizes import Pattern
+
+
+@lru_cache(maxsize=256)
+def kaleidoscope_patterns(size: int, width: int) -> tuple[Pattern, ...]:
+    """The factors of ``(BB*)^width`` in order of application, neighbours of one stride merged.
+
+    Args:
+        size: a power of two.
+        width: at least 1.
+    """
+    if size == 1:
+        return ((1, 1, 1, 1),)
+    falling = [size >> (level + 1) for level in range(size.bit_length() - 1)]
+    strides = list(falling)
+    for number in range(width):
+        strides += falling[-2::-1]
+        if number + 1 < width:
+            strides += falling[1:]
+    return tuple((size // (2 * stride), 2, 2, stride) for stride in strides)
+
+
+def identity_factor(pattern: Pattern, dtype: torch.dtype) -> Tensor:
+    """The factor (a, b, b, d) that changes nothing."""
+    a, b, c, d = pattern
+    return torch.eye(b, c, dtype=dtype)[None, :, :, None].expand(a, b, c, d).contiguous()
+
+
+def fit_kaleidoscope(target: Target, patterns: Sequence[Pattern], program: Program) -> Fit:
+    """A member near the target: the best of the nearest butterfly, transposed butterfly, permutation and zero, improved
+    by alternating least squares.
+
+    Args:
+        target: of a square power of two.
+        patterns: of the factors, from :func:`kaleidoscope_patterns`, of the target's size or a multiple of it.
+        program: that runs them between a pad and a crop.
+    """
+    size, dtype = target.native[0], target.weight.dtype
+    inner = patterns[0][0] * patterns[0][2] * patterns[0][3]
+    starts = [(name, _placed(factors, patterns, inner, dtype)) for name, factors in _starts(target)]
+    starts = [(name, rescale(program, start, "factor0", target)) for name, start in starts]
+    eye = torch.eye(size, dtype=dtype)
+    errors = [target.error(apply(program, start, eye).T) for _, start in starts]
+    best = min(range(len(starts)), key=lambda i: errors[i])
+    name, tensors = starts[best]
+    if errors[best] > 1e-13 * target.norm():
+        tensors = refine(program, tensors, target, target.sweeps)
+    return Fit(tensors, Certificate.NONE, 0.0, f"from the nearest {name}, alternating least squares")
+
+
+def _starts(target: Target) -> list[tuple[str, dict[int, Tensor]]]:
+    """Known members: factors of the target's own size by their place in (BB*), counted from the middle stride 1."""
+    size, weight = target.native[0], target.weight
+    if size == 1:
+        return [("scalar", {0: weight.reshape(1, 1, 1, 1)})]
+    patterns = kaleidoscope_patterns(size, 1)
+    middle = len(patterns) // 2
+    rising = patterns[middle:]
+    up, down = fit_chain(target, rising), fit_chain(_transposed(target), rising)
+    found = [
+        ("butterfly", {i: up.tensors[f"factor{i}"] for i in range(middle + 1)}),
+        ("transposed butterfly", {-i: down.tensors[f"factor{i}"].transpose(1, 2) for i in range(middle + 1)}),
+    ]
+    monomial = _monomial(weight)
+    if monomial is not None:
+        order, values = monomial
+        routed = permutation(order.numpy()).stages
+        factors: dict[int, Tensor] = {}
+        for number, stage in enumerate(routed):  # two of them have stride 1, and are one factor here
+            factor = torch.from_numpy(stage.weight.astype(float)).to(weight.dtype)
+            place = number - middle if number <= middle else number - middle - 1
+            factors[place] = torch.einsum("abcd,aced->abed", factor, factors[place]) if place in factors else factor
+        last = factors[middle]
+        factors[middle] = last * values.reshape(1, 2, 1, size // 2)
+        found.append(("permutation", factors))
+    return found
+
+
+def _transposed(target: Target) -> Target:
+    """The problem of the transposed member."""
+    inputs, outputs = (None if m is None else m.T.contiguous() for m in (target.output_moment, target.second_moment))
+    weight = target.weight.T.contiguous()
+    return Target(weight, inputs, target.shape[::-1], target.sweeps, target.seed, outputs)
+
+
+def _monomial(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """``(p, values)`` with ``W[i, p[i]] = values[i]`` and zeros elsewhere for a permutation ``p``, or None."""
+    held = weight != 0
+    if int(held.sum()) != len(weight) or not bool((held.sum(0) == 1).all() and (held.sum(1) == 1).all()):
+        return None
+    order = held.to(torch.int64).argmax(1)
+    return order, weight[torch.arange(len(weight)), order]
+
+
+def _placed(
+    factors: Mapping[int, Tensor], patterns: Sequence[Pattern], inner: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Factors of a size in the first product of a larger and wider kaleidoscope, identities elsewhere."""
+    levels = inner.bit_length() - 1
+    middle = max(0, levels - 1)
+    made = {}
+    for number, pattern in enumerate(patterns):
+        factor = identity_factor(pattern, dtype)
+        place = number - middle
+        if place in factors:
+            small = factors[place]
+            factor[tuple(slice(0, length) for length in small.shape)] = small
+        made[f"factor{number}"] = factor
+    return made

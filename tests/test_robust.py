@@ -1,0 +1,107 @@
+"""Robust principal component analysis and rigidity: recovery, failure, counting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import structmat as sm
+from structmat import transforms
+
+F64 = torch.float64
+
+
+def planted(size: int, rank: int, density: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (torch.randn(size, rank, generator=generator, dtype=F64) for _ in range(2))
+    sparse = torch.randn(size, size, generator=generator, dtype=F64) * rank**0.5 * 3
+    sparse[torch.rand(size, size, generator=generator) >= density] = 0
+    return left @ right.T, sparse
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "density"),
+    [(100, 5, 0.05), pytest.param(200, 10, 0.10), pytest.param(400, 20, 0.05, marks=pytest.mark.slow)],
+)
+def test_circuits_L3_robust_pca_recovers(size: int, rank: int, density: float) -> None:
+    low, sparse = planted(size, rank, density)
+    found = sm.robust_pca(low + sparse)
+    assert found.succeeded
+    assert found.verdict.startswith("Separated into")
+    assert found.steps < 40
+    assert float(torch.linalg.norm(found.low_rank - low) / torch.linalg.norm(low)) < 1e-6
+    assert found.rank == rank
+    assert abs(found.nonzeros - int((sparse != 0).sum())) <= 0.01 * sparse.numel()
+    assert 1 <= found.incoherence < size
+    member = found.matrix
+    error = float(torch.linalg.norm(member.to_dense() - low - sparse) / torch.linalg.norm(low + sparse))
+    assert error < 1e-5
+    assert isinstance(member.structure, sm.Sum)
+
+
+def test_robust_pca_reports_failure() -> None:
+    """The Hadamard matrix is neither: everything goes into one part, and that is said."""
+    hadamard = transforms.hadamard(32).to_dense()
+    noise = torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for matrix in (hadamard, noise, torch.eye(32, dtype=F64)):
+        found = sm.robust_pca(matrix)
+        assert not found.succeeded
+        assert "separat" in found.verdict.lower()
+        torch.testing.assert_close(found.low_rank + found.sparse, matrix, rtol=0, atol=1e-4)
+    assert sm.robust_pca(torch.zeros(3, 4)).rank == 0
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_circuits_L2_rigidity_of_the_hadamard_matrix(size: int) -> None:
+    """No fewer than ``n^2 / (4 r)`` changes are found, and the same number is proved necessary."""
+    found = sm.rigidity(transforms.hadamard(size).to_dense(), ranks=[1, 2, 4])
+    for rank, low, high in zip(found.ranks, found.lower, found.upper, strict=True):
+        assert low >= size**2 // (4 * rank)
+        assert high >= low
+        assert found.numbers(rank) >= size**1.5
+    assert found.rank == size
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rigidity_of_small_integer_matrices(seed: int) -> None:
+    """Rank 0 needs every nonzero entry changed; rank 2 of a regular 3 x 3 matrix one, with a cofactor that is not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randint(-2, 3, (3, 3), generator=generator).to(F64)
+    found = sm.rigidity(matrix, ranks=[0, 1, 2])
+    nonzeros, regular = int((matrix != 0).sum()), abs(float(torch.linalg.det(matrix))) > 1e-9
+    assert (found.lower[0], found.upper[0]) == (nonzeros, nonzeros)
+    assert found.lower[1] <= found.upper[1] <= nonzeros
+    assert (found.lower[2], found.upper[2]) == (int(regular), int(regular))
+    # Any 2 x 2 minor that is not 0 needs a change of its own; 4 changes are enough, in a row and a column's rest.
+    assert found.upper[1] <= 4
+
+
+def test_rigidity_of_low_rank_plus_sparse() -> None:
+    low, _ = planted(16, 2, 0.0)
+    matrix = low.clone()
+    for i, j in ((0, 3), (5, 5), (11, 2)):
+        matrix[i, j] += 5.0
+    found = sm.rigidity(matrix, ranks=[2, 5])
+    assert found.upper == (3, 0)
+    assert 1 <= found.lower[0] <= 3
+    assert "at most" in str(found)
+
+
+def test_rigidity_plot() -> None:
+    pytest.importorskip("matplotlib")
+    axes = sm.rigidity(transforms.hadamard(4).to_dense()).plot()
+    assert axes.get_xlabel() == "rank"
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_circuits_L1_closed_forms(size: int) -> None:
+    """Root mean square errors of a flat unitary matrix: sparse and low rank at the budget of a butterfly."""
+    matrix = transforms.hadamard(size).to_dense() / size**0.5
+    levels = size.bit_length() - 1
+    count = min(2 * size * levels, size * size - 1)
+    sparse = sm.project(matrix, sm.Sparse(nonzeros=count)).error / size**0.5
+    assert sparse == pytest.approx(((1 - count / size**2) / size) ** 0.5, rel=1e-9)
+    low = sm.project(matrix, sm.LowRank(levels)).error / size**0.5
+    assert low == pytest.approx(((1 - levels / size) / size) ** 0.5, rel=1e-9)
+    if size == 64:
+        assert (round(sparse, 4), round(low, 4)) == (0.1127, 0.1190)
