@@ -97,9 +97,11 @@ def _least_squares(system: Tensor, wanted: Tensor) -> Tensor:
     return solution
 
 
-def most_rank(shape: Shape) -> int:
-    """The largest displacement rank worth proposing: with more, the parameters are nearly those of a dense matrix."""
-    return max(1, min(shape) // 4)
+def most_rank(shape: Shape, most: int | None = None) -> int:
+    """The largest displacement rank worth proposing: with more, the parameters are nearly those of a dense matrix.
+    ``most`` is a limit for families whose Krylov matrices are written out, of so many times the dense matrix's size."""
+    rank = max(1, min(shape) // 4)
+    return rank if most is None else min(rank, most)
 
 
 def low_rank_factors(displacement: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,6 @@ class LDRTridiagonal(Structure):
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: (r + 3) * sum(shape), budget, most_rank(shape), grid=1)
+        rank = largest_fitting(lambda r: (r + 3) * sum(shape), budget, most_rank(shape, 4), grid=1)
         if rank:
             yield cls(rank)

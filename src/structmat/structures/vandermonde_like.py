@@ -91,7 +91,7 @@ class VandermondeLike(Structure):
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: r * sum(shape) + shape[0], budget, most_rank(shape), grid=1)
+        rank = largest_fitting(lambda r: r * sum(shape) + shape[0], budget, most_rank(shape, 4), grid=1)
         if rank:
             yield cls(rank)
 
