@@ -25,24 +25,37 @@ from structmat.program import (
     Chain,
     Complex,
     Contraction,
+    Convolution,
+    Cosine,
     Crop,
+    Derived,
     Diagonal,
     Fourier,
+    Generated,
+    Hadamard,
     Interpolation,
     Pad,
+    Pairs,
     Permute,
     Program,
     Real,
+    Reorder,
     Shuffle,
     Sparse,
     Sum,
     Windowed,
     reference,
 )
+from structmat.program.derived import Phases
+from structmat.program.fixed import EvensFirst
 
 
 def _doubled(x: Tensor, weight: Tensor) -> Tensor:
     return 2 * weight * x
+
+
+def _outer(u: Tensor, v: Tensor) -> Tensor:
+    return u[:, None] * v
 
 
 # Sizes that are no multiples of a register, blocks of every size that has a kernel of its own, both directions.
@@ -66,6 +79,13 @@ LINES: Mapping[str, tuple[Program, ...]] = {
     "Permute": (Permute("p", 37), Permute("p", 37, inverse=True)),
     "Shuffle": (Shuffle((3, 4, 5), (2, 0, 1)),),
     "Fourier": (Fourier(16), Fourier(16, inverse=True)),
+    "Convolution": (Convolution("w", 1, 1, 21, 37), Convolution("w", 2, 3, 16, 16, 1.0, 16, transform=True)),
+    "Generated": (Generated(_outer, (("u", 21), ("v", 37)), (), 21, 37, linear=("u", "v")),),
+    "Hadamard": (Hadamard(32),),
+    "Cosine": (Cosine(32), Cosine(32, inverse=True)),
+    "Reorder": (Reorder(EvensFirst(32, 16)), Reorder(EvensFirst(32, 16), inverse=True)),
+    "Derived": (Derived(Diagonal("w", 37), Phases()),),
+    "Pairs": (Pairs(Contraction("w", 3, 5, 7, 1)),),
     "Sparse": (Sparse("w", "p", 21, 37, 90), Sparse("w", "p", 21, 37, 90, transposed=True)),
     "Interpolation": (Interpolation("w", "p", 9, 37), Interpolation("w", "p", 9, 37, transposed=True)),
     "Windowed": (
@@ -124,7 +144,9 @@ GAPS: tuple[Gap, ...] = (
     Gap("no program on parts is known", stages=("Interpolation", "Windowed"), dtypes=("complex64", "complex128")),
     Gap("half precision has no complex numbers", stages=("Complex",), dtypes=("bfloat16", "float16")),
     Gap("nothing is done", stages=("Real",), dtypes=("float32", "float64", "bfloat16", "float16")),
-    Gap("a Python function has no kernel", stages=("Call",)),
+    Gap("a Python function has no kernel", stages=("Call", "Generated")),
+    Gap("PyTorch's transforms and one product with the matrix serve", stages=("Convolution", "Cosine", "Hadamard")),
+    Gap("no kernel yet", stages=("Reorder", "Derived", "Pairs")),
 )
 """Everything that does not run natively. A gap that is not here fails the tests, and so does one that is none."""
 

@@ -259,7 +259,7 @@ def test_bench_compares_with_a_dense_layer(tmp_path: Path) -> None:
     assert min(*layer["microseconds"].values(), *layer["dense_by"].values(), *layer["floor"].values()) > 0
     assert layer["microseconds"].keys() >= {"dense", "auto", "reference"}
     shown = run(*arguments, "--family", "LowRank").stdout  # not measured again
-    assert "times faster" in shown
+    assert "faster" in shown  # the head of a column, which may be broken after "times"
     assert f"{layer['microseconds']['auto']:.1f}" in shown
     assert "efficiency" in shown
 

@@ -258,7 +258,7 @@ class Circulant(sm.Structure):
         ({"pooling": "average", "semiring": Plain()}, "not supported"),
         ({"weights": sm.LowRank(9)}, "LowRank"),
         ({"weights": sm.TensorTrain(rank=1), "constraint": "other"}, "other"),
-        ({"weights": Circulant(), "constraint": "simplex", "width": 8, "channels": 8}, "both signs"),
+        ({"weights": Circulant(), "constraint": "simplex", "width": 8, "channels": 8}, "signs say nothing"),
         ({"weights": sm.Sparse(density=0.1), "constraint": "simplex", "width": 8, "channels": 8}, "without entries"),
         ({"width": (2, 2)}, "2 levels|3 levels"),
         ({"sharing": ("shared",)}, "sharing"),

@@ -139,8 +139,11 @@ def index_entries(stage: Reorder) -> Tensor:
     return torch.argsort(index) if stage.inverse else index
 
 
-index_of = lru_cache(maxsize=256)(index_entries)
-"""The same, made once; compilers do not trace what is kept."""
+@lru_cache(maxsize=256)
+def index_of(stage: Reorder) -> Tensor:
+    """The same, made once; compilers do not trace what is kept."""
+    with torch.inference_mode(False):  # what is made in inference mode can't be used with gradients later
+        return index_entries(stage)
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,13 @@ def padding_factor(structure: Structure, shape: Shape) -> tuple[float, frozenset
     A family initialises for its native shape. Where inputs are padded with zeros and outputs cropped, the sums that are
     kept have fewer terms. For independent weights of mean zero the variances obey the same linear circuit with every
     weight replaced by its mean square, so one product gives the output variances. Nothing is done for families that are
-    not closed under scaling, nor for programs with Fourier transforms or functions of the user.
+    not closed under scaling or are averages, nor for programs with Fourier transforms or functions of the user.
 
     Cost: one more draw and one product with a vector, once for each structure and shape.
     """
     structure = resolve(structure, shape)
     program = build(structure, shape)
-    if not structure.closed_under_scaling or not any(isinstance(s, Pad | Crop) for s in stages(program)):
+    if not structure.closed_under_scaling or not structure.keeps_variance or not any(isinstance(s, Pad | Crop) for s in stages(program)):
         return 1.0, frozenset()
     cut = scaling_cut(program)
     if cut is None or any(map(_has_no_squares, stages(program))):

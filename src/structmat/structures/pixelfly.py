@@ -179,10 +179,10 @@ class Pixelfly(Structure):
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        """Blocks on a grid of 4, 8 or 16 with the neighbours of one stride, two thirds of the budget at most."""
+        """Blocks on a grid of 2 to 64 with the neighbours of one stride, two thirds of the budget at most."""
         found = False
-        for blocks in (16, 8, 4, 2):
-            if blocks > max(shape):
+        for blocks in (64, 32, 16, 8, 4, 2):
+            if blocks > max(shape) or (blocks > 16 and 16 * blocks > max(shape)):
                 continue
             native = cls(blocks).native_shape(shape)
             held = 2 * native[0] * native[1] // blocks
