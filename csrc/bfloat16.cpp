@@ -136,42 +136,41 @@ void store_by_features(const Bits* tile, int64_t columns, const Bits* bias, Bits
 // Panels hold pair after pair of columns, of each the rows of the panel; the number that an odd column lacks is zero.
 void pack(const Contract& s, const Bits* weight, Bits* panels, int64_t begin, int64_t end) {
   const int64_t pairs = (s.c + 1) / 2, matrix = 2 * pairs * s.b, deep = s.stride_d ? s.d : 1;
-  const int64_t groups = (deep + pack_pairs_together - 1) / pack_pairs_together;
+  const int64_t groups = (deep + pack_pairs_together - 1) / pack_pairs_together, tall = (s.b + lines - 1) / lines;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t a = unit / groups, first = unit % groups * pack_pairs_together;
+    const int64_t a = unit / (groups * tall), first = unit / tall % groups * pack_pairs_together;
     const int64_t last = first + pack_pairs_together < deep ? first + pack_pairs_together : deep;
-    for (int64_t b = 0; b < s.b; b += lines) {
-      const int64_t height = s.b - b < lines ? s.b - b : lines;
-      const Bits* from = weight + a * s.stride_a + b * s.stride_b;
-      Bits* to = panels + a * deep * matrix + b * 2 * pairs;
-      int64_t j = 0;
-      // 32 matrices of neighbouring d at a time: four columns of eight rows become one line of each.
-      if (s.stride_d == 1 && height == lines && last - first == pack_pairs_together)
-        for (; 2 * j + 4 <= s.c; j += 2) {
-          __m512i low[16], high[16];
+    const int64_t b = unit % tall * lines;
+    const int64_t height = s.b - b < lines ? s.b - b : lines;
+    const Bits* from = weight + a * s.stride_a + b * s.stride_b;
+    Bits* to = panels + a * deep * matrix + b * 2 * pairs;
+    int64_t j = 0;
+    // 32 matrices of neighbouring d at a time: four columns of eight rows become one line of each.
+    if (s.stride_d == 1 && height == lines && last - first == pack_pairs_together)
+      for (; 2 * j + 4 <= s.c; j += 2) {
+        __m512i low[16], high[16];
 #pragma GCC unroll 16
-          for (int q = 0; q < 16; ++q) {
-            const Bits* own = from + first + q % 8 * s.stride_b + 2 * (j + q / 8) * s.stride_c;
-            const __m512i one = line(own), two = line(own + s.stride_c);
-            low[q] = _mm512_unpacklo_epi16(one, two), high[q] = _mm512_unpackhi_epi16(one, two);
-          }
-          turn(low), turn(high);
+        for (int q = 0; q < 16; ++q) {
+          const Bits* own = from + first + q % 8 * s.stride_b + 2 * (j + q / 8) * s.stride_c;
+          const __m512i one = line(own), two = line(own + s.stride_c);
+          low[q] = _mm512_unpacklo_epi16(one, two), high[q] = _mm512_unpackhi_epi16(one, two);
+        }
+        turn(low), turn(high);
 #pragma GCC unroll 16
-          for (int q = 0; q < 16; ++q) {
-            const int64_t d = first + q / 4 * 8 + q % 4;
-            _mm512_storeu_si512(to + d * matrix + 2 * j * lines, low[q]);
-            _mm512_storeu_si512(to + (d + 4) * matrix + 2 * j * lines, high[q]);
-          }
+        for (int q = 0; q < 16; ++q) {
+          const int64_t d = first + q / 4 * 8 + q % 4;
+          _mm512_storeu_si512(to + d * matrix + 2 * j * lines, low[q]);
+          _mm512_storeu_si512(to + (d + 4) * matrix + 2 * j * lines, high[q]);
         }
-      for (; j < pairs; ++j)
-        for (int64_t i = 0; i < height; ++i) {
-          const Bits *one = from + i * s.stride_b + 2 * j * s.stride_c, *two = one + s.stride_c;
-          for (int64_t d = first; d < last; ++d) {
-            Bits* pair = to + d * matrix + 2 * (j * height + i);
-            pair[0] = one[d * s.stride_d], pair[1] = 2 * j + 1 < s.c ? two[d * s.stride_d] : Bits(0);
-          }
+      }
+    for (; j < pairs; ++j)
+      for (int64_t i = 0; i < height; ++i) {
+        const Bits *one = from + i * s.stride_b + 2 * j * s.stride_c, *two = one + s.stride_c;
+        for (int64_t d = first; d < last; ++d) {
+          Bits* pair = to + d * matrix + 2 * (j * height + i);
+          pair[0] = one[d * s.stride_d], pair[1] = 2 * j + 1 < s.c ? two[d * s.stride_d] : Bits(0);
         }
-    }
+      }
   }
 }
 

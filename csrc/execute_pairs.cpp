@@ -46,7 +46,8 @@ std::vector<const Bits*> weights_of(const Plan& plan, const Array* tensors, cons
     weights[i] = static_cast<const Bits*>(tensors[weight_of(s)].data);
     if (reads_directly(c)) continue;
     const int64_t a = c.stride_a ? c.a : 1, deep = c.stride_d ? c.d : 1;
-    packing.add(c, weights[i], &weights[i], a * ((deep + pack_pairs_together - 1) / pack_pairs_together),
+    const int64_t tall = (c.b + pair_panel_rows - 1) / pair_panel_rows;
+    packing.add(c, weights[i], &weights[i], a * ((deep + pack_pairs_together - 1) / pack_pairs_together) * tall,
                 a * deep * c.b * ((c.c + 1) / 2 * 2));
   }
   packing.run(scratch, parallel);

@@ -81,8 +81,8 @@ struct Kernels {
                             int64_t stride, int64_t count, int64_t features);
   void (*contract)(const Contract& stage, const Real* weight, const Real* x, Real* y, int64_t columns, bool add);
   void (*radix)(const Radix& stage, const Real* const* tensors, const Real* x, Real* y, int64_t columns);  // x may be y
-  // Units begin .. end of the weights as panels, of a * ceil(d / pack_together) units (a = 1 where a is shared); and what
-  // reads panels.
+  // Units begin .. end of the weights as panels, of a * ceil(d / pack_together) * ceil(b / panel_rows) units (a = 1 where
+  // a is shared); and what reads panels.
   void (*pack)(const Contract& stage, const Real* weight, Real* panels, int64_t begin, int64_t end);
   void (*contract_packed)(const Contract& stage, const Real* panels, const Real* x, Real* y, int64_t columns, bool add);
   void (*quads)(const Quads& stage, const Real* const* panels, const Real* x, Real* y, int64_t columns);  // x may be y
@@ -148,8 +148,8 @@ struct PairKernels {
                            int64_t columns);
   void (*store_by_features)(const uint16_t* tile, int64_t columns, const uint16_t* bias, uint16_t* y, int64_t stride,
                             int64_t count, int64_t features);
-  // Units begin .. end of the weights as panels, of a * ceil(d / pack_pairs_together) units (1 where an axis is shared);
-  // the last pair of an odd c is filled up with zeros.
+  // Units begin .. end of the weights as panels, of a * ceil(d / pack_pairs_together) * ceil(b / pair_panel_rows) units
+  // (1 where an axis is shared); the last pair of an odd c is filled up with zeros.
   void (*pack)(const Contract& stage, const uint16_t* weight, uint16_t* panels, int64_t begin, int64_t end);
   // From panels, or from the tensor itself where pairs of columns lie side by side and d is shared; `scratch`, on a
   // line of the cache, has room for `pair_columns` columns of c rows.

@@ -26,35 +26,35 @@ inline void pack_block(const Real* from, int64_t down, int64_t across, Real* to,
   for (int q = 0; q < n; ++q) put(to + q * matrix, r[q]);
 }
 
-// Units of work: the matrices of one a and up to `pack_together` neighbouring d.
+// Units of work: one panel of the matrices of one a and up to `pack_together` neighbouring d.
 template <class Real>
 void pack(const Contract& s, const Real* weight, Real* panels, int64_t begin, int64_t end) {
   constexpr int n = Vector<Real>::lanes, few = n < 4 ? n : 4;
   const int64_t groups = (s.d + pack_together - 1) / pack_together, matrix = s.b * s.c;
+  const int64_t tall = (s.b + panel_rows - 1) / panel_rows;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t a = unit / groups, first = unit % groups * pack_together;
+    const int64_t a = unit / (groups * tall), first = unit / tall % groups * pack_together;
     const int64_t last = first + pack_together < s.d ? first + pack_together : s.d;
-    for (int64_t b = 0; b < s.b; b += panel_rows) {
-      const int64_t height = s.b - b < panel_rows ? s.b - b : panel_rows;
-      const Real* from = weight + a * s.stride_a + b * s.stride_b;
-      Real* to = panels + a * s.d * matrix + b * s.c;
-      int64_t d = first;
-      if (s.stride_d == 1 && height % n == 0)
-        for (; d + n <= last; d += n)
-          for (int64_t j = 0; j < s.c; ++j)
-            for (int64_t i = 0; i < height; i += n)
-              pack_block<Real, n>(from + d + j * s.stride_c + i * s.stride_b, s.stride_b, s.stride_c,
-                                  to + d * matrix + j * height + i, matrix);
-      else if (s.stride_d == 1 && height == few && s.c % (n / few) == 0)
-        for (; d + n <= last; d += n)
-          for (int64_t j = 0; j < s.c; j += n / few)
-            pack_block<Real, few>(from + d + j * s.stride_c, s.stride_b, s.stride_c, to + d * matrix + j * few, matrix);
-      for (int64_t j = 0; j < s.c; ++j)
-        for (int64_t i = 0; i < height; ++i) {
-          const Real* own = from + j * s.stride_c + i * s.stride_b;
-          for (int64_t k = d; k < last; ++k) to[k * matrix + j * height + i] = own[k * s.stride_d];
-        }
-    }
+    const int64_t b = unit % tall * panel_rows;
+    const int64_t height = s.b - b < panel_rows ? s.b - b : panel_rows;
+    const Real* from = weight + a * s.stride_a + b * s.stride_b;
+    Real* to = panels + a * s.d * matrix + b * s.c;
+    int64_t d = first;
+    if (s.stride_d == 1 && height % n == 0)
+      for (; d + n <= last; d += n)
+        for (int64_t j = 0; j < s.c; ++j)
+          for (int64_t i = 0; i < height; i += n)
+            pack_block<Real, n>(from + d + j * s.stride_c + i * s.stride_b, s.stride_b, s.stride_c,
+                                to + d * matrix + j * height + i, matrix);
+    else if (s.stride_d == 1 && height == few && s.c % (n / few) == 0)
+      for (; d + n <= last; d += n)
+        for (int64_t j = 0; j < s.c; j += n / few)
+          pack_block<Real, few>(from + d + j * s.stride_c, s.stride_b, s.stride_c, to + d * matrix + j * few, matrix);
+    for (int64_t j = 0; j < s.c; ++j)
+      for (int64_t i = 0; i < height; ++i) {
+        const Real* own = from + j * s.stride_c + i * s.stride_b;
+        for (int64_t k = d; k < last; ++k) to[k * matrix + j * height + i] = own[k * s.stride_d];
+      }
   }
 }
 

@@ -288,7 +288,7 @@ class Layout {
     Instruction& i = emit(Instruction::contract, source, to, v[0] * v[1] * v[3], add);
     const Contract& c = i.contraction = strides(v);
     i.tensor = tensor(v[7], (c.stride_a ? c.a : 1) * c.b * c.c * (c.stride_d ? c.d : 1), false);
-    i.packs = use_ == Use::tiles && c.stride_d && c.b >= panel_rows / 2 && c.c > 1;
+    i.packs = use_ == Use::tiles && c.stride_d && c.b >= panel_rows / 2 && c.c > 1 && c.d >= pack_together;
   }
 
   static Contract strides(const std::vector<int64_t>& v) {

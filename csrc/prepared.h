@@ -251,7 +251,8 @@ void pack_weights(Prepared<Real>& p, const Plan& plan, const Kernels<Real>& kern
       return;
     }
     const int64_t a = stage.stride_a ? stage.a : 1;
-    packing.add(stage, p.learned[tensor], panels, a * ((stage.d + pack_together - 1) / pack_together),
+    const int64_t tall = (stage.b + panel_rows - 1) / panel_rows;
+    packing.add(stage, p.learned[tensor], panels, a * ((stage.d + pack_together - 1) / pack_together) * tall,
                 a * stage.b * stage.c * stage.d);
   };
   for (size_t i = 0; i < plan.instructions.size(); ++i) {

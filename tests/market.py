@@ -51,17 +51,25 @@ def members(shape: Shape) -> list[Structure]:
 
 FEW_SHAPES: tuple[Shape, ...] = ((1, 1), (4, 4), (5, 3))
 """Where families that are not tried by default are checked each time: chains of many stages take long. The slow tests
-check them everywhere."""
+check them at more."""
 
 
-def cases(shapes: tuple[Shape, ...] = SMALL_SHAPES, *, everywhere: bool = False) -> list[tuple[Structure, Shape]]:
-    """All members of the default families, and those of the others at a few shapes, or everywhere."""
+def cases(shapes: tuple[Shape, ...] = SMALL_SHAPES) -> list[tuple[Structure, Shape]]:
+    """All members of the default families, and those of the others at a few shapes."""
     return [
         (structure, shape)
         for shape in dict.fromkeys((*shapes, *FEW_SHAPES))
         for structure in members(shape)
-        if (shape in shapes if everywhere or type(structure).by_default else shape in FEW_SHAPES)
+        if shape in (shapes if type(structure).by_default else FEW_SHAPES)
     ]
+
+
+OTHER_SHAPES: tuple[Shape, ...] = ((1, 7), (5, 1), (8, 8), (13, 17), (33, 64))
+
+
+def other_cases() -> list[tuple[Structure, Shape]]:
+    """Members of the families that are not tried by default where :func:`cases` leaves them out."""
+    return [(s, shape) for shape in OTHER_SHAPES for s in members(shape) if not type(s).by_default]
 
 
 def one_a_family(*shapes: Shape, others: bool = True) -> list[tuple[Structure, Shape]]:

@@ -147,7 +147,8 @@ def test_the_settings_are_those_that_must_be_measured() -> None:
 def test_every_family_is_measured() -> None:
     for shape in ((1024, 1024), (768, 3072)):
         names = {type(member).__name__ for member in every_member(shape)}
-        assert names == sm.families().keys() - {"Dense"}
+        square = {"OrthogonalButterfly", "Permutation", "SoftPermutation"}  # which know no rectangles
+        assert names == sm.families().keys() - {"Dense"} - (square if shape[0] != shape[1] else set())
         assert every_member(shape)[: len(typical_members(shape))] == typical_members(shape)
     assert {type(member) for member in members_within((64, 64), 0.2, ["LowRank", "Monarch"])} == {
         sm.LowRank,

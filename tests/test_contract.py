@@ -29,8 +29,8 @@ def test_circuits_Families_contract(structure: Structure, shape: Shape) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("structure", "shape"), market.cases(everywhere=True), ids=name)
-def test_circuits_Families_contract_everywhere(structure: Structure, shape: Shape) -> None:
+@pytest.mark.parametrize(("structure", "shape"), market.other_cases(), ids=name)
+def test_circuits_Families_contract_of_the_others(structure: Structure, shape: Shape) -> None:
     check_structure(structure, shape, groups=CHEAP)
 
 

@@ -53,7 +53,11 @@ def padding_factor(structure: Structure, shape: Shape) -> tuple[float, frozenset
     """
     structure = resolve(structure, shape)
     program = build(structure, shape)
-    if not structure.closed_under_scaling or not structure.keeps_variance or not any(isinstance(s, Pad | Crop) for s in stages(program)):
+    if (
+        not structure.closed_under_scaling
+        or not structure.keeps_variance
+        or not any(isinstance(s, Pad | Crop) for s in stages(program))
+    ):
         return 1.0, frozenset()
     cut = scaling_cut(program)
     if cut is None or any(map(_has_no_squares, stages(program))):
