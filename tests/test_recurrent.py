@@ -309,16 +309,22 @@ def test_given_and_returned_states_share_no_memory_with_what_is_written() -> Non
     assert c.shape == (1, 3, 8)
 
 
-def test_sequences_can_be_continued() -> None:
-    layer = StructuredGRU(4, 8, 2, structure=sm.Monarch(2), dtype=torch.float64)
-    x = drawn(9, 3, 4)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_sequences_can_be_continued_time_by_time(kind: str, batch_first: bool, count: int) -> None:
+    made, more = KINDS[kind]
+    layer = made(4, 8, count, batch_first=batch_first, structure=sm.Monarch(2), dtype=torch.float64, **more)
+    x, axis = drawn(9, 5, 4), 1 if batch_first else 0
     with torch.no_grad():
         whole, end = layer(x)
         state, parts = None, []
-        for now in x.split(1):
+        for now in x.split(1, axis):
             y, state = layer(now, state)
-            parts.append(y)
-    torch.testing.assert_close(torch.cat(parts), whole)
+            parts.append(y.clone())
+            for tensor in flat(y):
+                tensor.zero_()  # states share no memory with it
+    torch.testing.assert_close(torch.cat(parts, axis), whole)
     torch.testing.assert_close(state, end)
 
 
@@ -418,8 +424,9 @@ def test_on_the_meta_device() -> None:
     assert all(p.is_meta for p in layer.parameters())
 
 
-def test_autocast() -> None:
-    layer = StructuredGRU(4, 8, structure=sm.LowRank(2))
+@pytest.mark.parametrize("kind", [StructuredLSTM, StructuredGRU])
+def test_autocast(kind: type[StructuredLSTM | StructuredGRU]) -> None:
+    layer = kind(4, 8, structure=sm.LowRank(2))
     x = torch.randn(5, 3, 4)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = layer(x)[0]

@@ -64,15 +64,18 @@ class LSTMCell(Cell):
     has_memory = True
 
     def step(self, x: Tensor, s: Tensor, state: State) -> State:
-        i, f, g, o = (x + s).chunk(4, -1)
-        memory = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(memory), memory
+        before = x + s
+        size = before.shape[-1] // 4
+        # Few operations: for one sequence each takes as long to call as to do.
+        i, f, _, o = torch.sigmoid(before).chunk(4, -1)
+        memory = torch.addcmul(i * torch.tanh(before.narrow(-1, 2 * size, size)), f, state[1])
+        return o * torch.tanh(memory), memory
 
     def loop(self, x: Tensor, product: Product, projection: Product | None, state: State, y: Sequence[Tensor]) -> State:
         hidden, memory = state[0], state[1].clone()
         size = memory.shape[-1]
         gates = x.new_empty(x.shape[1:])
-        read, (i, f, g, o) = gates[:, : 2 * size], gates.split(size, -1)
+        read, (i, f, g, o) = gates.narrow(-1, 0, 2 * size), gates.chunk(4, -1)
         squashed = torch.empty_like(memory)
         for now, out in zip(x.unbind(0), y, strict=True):
             torch.add(now, product(hidden), out=gates)
@@ -93,18 +96,21 @@ class GRUCell(Cell):
     adds_biases = False
 
     def step(self, x: Tensor, s: Tensor, state: State) -> State:
-        xr, xz, xn = x.chunk(3, -1)
-        sr, sz, sn = s.chunk(3, -1)
-        fresh = torch.tanh(xn + torch.sigmoid(xr + sr) * sn)
-        return (fresh + torch.sigmoid(xz + sz) * (state[0] - fresh),)
+        hidden = state[0]
+        size = hidden.shape[-1]
+        gated, now = x.split_with_sizes((2 * size, size), -1)
+        read, own = s.split_with_sizes((2 * size, size), -1)
+        reset, update = torch.sigmoid(gated + read).chunk(2, -1)
+        fresh = torch.tanh(torch.addcmul(now, reset, own))
+        return (torch.lerp(fresh.to(hidden.dtype), hidden, update.to(hidden.dtype)),)
 
     def loop(self, x: Tensor, product: Product, projection: Product | None, state: State, y: Sequence[Tensor]) -> State:
         hidden = state[0]
         size = hidden.shape[-1]
         gates, fresh = x.new_empty(*x.shape[1:-1], 2 * size), x.new_empty(*x.shape[1:-1], size)
-        reset, update = gates.split(size, -1)
-        parts = zip(x[..., : 2 * size].unbind(0), x[..., 2 * size :].unbind(0), y, strict=True)
-        for gated, now, out in parts:
+        reset, update = gates.chunk(2, -1)
+        parts = (part.unbind(0) for part in x.split_with_sizes((2 * size, size), -1))
+        for gated, now, out in zip(*parts, y, strict=True):
             read, own = product(hidden).split_with_sizes((2 * size, size), -1)
             torch.add(gated, read, out=gates).sigmoid_()
             torch.addcmul(now, reset, own, out=fresh).tanh_()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from structmat.errors import ShapeError, StructureError
 from structmat.structure import Shape
@@ -80,6 +81,14 @@ class Options:
         for layer in range(self.num_layers):
             for ending in ("", "_reverse")[: self.directions]:
                 yield layer, f"_l{layer}{ending}"
+
+    @cached_property
+    def suffixes(self) -> tuple[tuple[str, ...], ...]:
+        """The suffixes of the names, by layer and direction."""
+        found: list[tuple[str, ...]] = [()] * self.num_layers
+        for layer, suffix in self.runs():
+            found[layer] = (*found[layer], suffix)
+        return tuple(found)
 
     def shapes(self, gates: int) -> Iterator[tuple[str, Shape, bool]]:
         """Name, shape and whether it has a bias of every matrix: ``ih_l0``, ``hh_l0``, ``hr_l0`` and so on.

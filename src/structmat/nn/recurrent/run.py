@@ -12,6 +12,7 @@ from structmat.nn.recurrent.cells import Cell, State
 from structmat.nn.recurrent.directions import may_write, run_direction
 from structmat.nn.recurrent.options import Options
 from structmat.nn.recurrent.sequences import Given, Sequences, sequences, stack_states
+from structmat.nn.recurrent.tokens import run_token
 
 
 def run_layers(
@@ -30,6 +31,9 @@ def run_layers(
         ShapeError: an axis of the input or of a state has another size.
         DataError: a state has another dtype than the input.
     """
+    found = run_token(owner, cell, options, given, hx)
+    if found is not None:
+        return found
     read = sequences(given, options)
     start = read.states(options, hx, cell.has_memory)
     if any(part.dtype != read.x.dtype for part in start):
@@ -39,11 +43,8 @@ def run_layers(
         )
     states = list(zip(*(part.unbind(0) for part in start), strict=True))
     writes = read.sizes is None and may_write(read.x, start)
-    layers: dict[int, list[str]] = {}
-    for layer, suffix in options.runs():
-        layers.setdefault(layer, []).append(suffix)
     x, ends = read.x, list[State]()
-    for layer, suffixes in layers.items():
+    for layer, suffixes in enumerate(options.suffixes):
         if layer and options.dropout and owner.training:
             x = F.dropout(x, options.dropout, True)
         x = _layer(owner, cell, options, suffixes, read, x, states, ends, writes)
@@ -54,7 +55,7 @@ def _layer(
     owner: nn.Module,
     cell: Cell,
     options: Options,
-    suffixes: list[str],
+    suffixes: tuple[str, ...],
     read: Sequences,
     x: Tensor,
     states: list[State],
