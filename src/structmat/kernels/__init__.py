@@ -22,11 +22,13 @@ from structmat.kernels.library import Native, native
 from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import arguments, is_by_features, is_by_rows, run, run_into, takes
 from structmat.kernels.quick import quick
+from structmat.kernels.repeated import Product, repeated
 from structmat.program import Program, reference
 
 __all__ = [
     "Backend",
     "Native",
+    "Product",
     "affine",
     "apply",
     "apply_columns",
@@ -36,6 +38,7 @@ __all__ = [
     "parts_form",
     "prefers_native",
     "quick",
+    "repeated",
     "runs_native",
     "writing_for",
 ]

@@ -83,7 +83,7 @@ def run(x: Tensor, given: list[Tensor], words: str) -> Tensor:
 
 def run_rows(x: Tensor, given: list[Tensor], words: str) -> Tensor:
     """The same of an input that is contiguous or by rows."""
-    result: Tensor = _multiply()(x, given, words)
+    result: Tensor = multiplier()(x, given, words)
     return result
 
 
@@ -111,7 +111,8 @@ def run_backward(x: Tensor, grad: Tensor, given: list[Tensor], grad_x: Tensor, g
 
 
 @cache
-def _multiply() -> Callable[..., Tensor]:
+def multiplier() -> Callable[..., Tensor]:
+    """What :func:`run_rows` calls, for those who call it many times."""
     return _called("multiply")
 
 

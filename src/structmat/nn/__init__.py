@@ -4,6 +4,7 @@ from structmat.nn.convac import ConvAC, ModeTree, TensorialMixture
 from structmat.nn.kronecker import KroneckerBlock, KroneckerNetwork
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.matrices import FusedLinear, MatrixConv2d
+from structmat.nn.recurrent import StructuredGRU, StructuredLSTM, StructuredRNN
 from structmat.nn.windows import WindowedLinear
 
 __all__ = [
@@ -13,7 +14,10 @@ __all__ = [
     "KroneckerNetwork",
     "MatrixConv2d",
     "ModeTree",
+    "StructuredGRU",
+    "StructuredLSTM",
     "StructuredLinear",
+    "StructuredRNN",
     "TensorialMixture",
     "WindowedLinear",
 ]

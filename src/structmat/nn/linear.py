@@ -109,7 +109,7 @@ class StructuredLinear(nn.Module):
             if found is not None:
                 return found
         bias = None if self.bias is None else self._loaded(self.bias)
-        return _multiply(self._program, self.tensors(), x, bias)
+        return multiply(self._program, self.tensors(), x, bias)
 
     @property
     def matrix(self) -> StructuredMatrix:
@@ -261,7 +261,7 @@ class FrozenLinear(nn.Module):
         found it to be the fastest way, and is no part of what is saved."""
         self.dense = None
         if hold:
-            tensors = {name: getattr(self, name) for name in self._names}
+            tensors = self.tensors()
             like = next((t for t in tensors.values() if t.dtype != torch.int64), torch.empty(0))
             with torch.no_grad():
                 unit = torch.eye(self.program.in_features, dtype=like.dtype, device=like.device)
@@ -293,7 +293,11 @@ class FrozenLinear(nn.Module):
             found = self._quick(x, self._buffers)
             if found is not None:
                 return found
-        return _multiply(self.program, {name: getattr(self, name) for name in self._names}, x, self.bias)
+        return multiply(self.program, self.tensors(), x, self.bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the program reads, by name."""
+        return {name: getattr(self, name) for name in self._names}
 
     def _is_denser(self, x: Tensor) -> bool:
         """Whether the dense matrix was measured to be the fastest way for so many rows."""
@@ -307,7 +311,7 @@ class FrozenLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, stages={patterns}"
 
 
-def _multiply(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     """``S x + b``, in the dtype of autocast where it is on."""
     kind = x.device.type
     # The meta device knows no autocast, and asking it is an error.
