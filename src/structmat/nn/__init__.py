@@ -1,19 +1,37 @@
 """Modules: structured layers as drop-in replacements of PyTorch's."""
 
 from structmat.nn.convac import ConvAC, ModeTree, TensorialMixture
+from structmat.nn.convolution import (
+    CP,
+    KroneckerKernel,
+    Separable,
+    StructuredConv1d,
+    StructuredConv2d,
+    StructuredConvTranspose1d,
+    StructuredConvTranspose2d,
+    Tucker,
+)
 from structmat.nn.kronecker import KroneckerBlock, KroneckerNetwork
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.matrices import FusedLinear, MatrixConv2d
 from structmat.nn.windows import WindowedLinear
 
 __all__ = [
+    "CP",
     "ConvAC",
     "FusedLinear",
     "KroneckerBlock",
+    "KroneckerKernel",
     "KroneckerNetwork",
     "MatrixConv2d",
     "ModeTree",
+    "Separable",
+    "StructuredConv1d",
+    "StructuredConv2d",
+    "StructuredConvTranspose1d",
+    "StructuredConvTranspose2d",
     "StructuredLinear",
     "TensorialMixture",
+    "Tucker",
     "WindowedLinear",
 ]
