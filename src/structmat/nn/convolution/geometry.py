@@ -129,7 +129,7 @@ class Geometry:
         """
         chosen = set(axes)
         if any(self.padding[axis][0] != self.padding[axis][1] for axis in chosen):
-            widths = []
+            widths: list[int] = []
             for axis in reversed(range(self.dims)):
                 widths += self.padding[axis] if axis in chosen else (0, 0)
             x, padding = F.pad(x, widths), [0] * self.dims

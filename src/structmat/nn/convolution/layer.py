@@ -113,7 +113,8 @@ class _StructuredConv(nn.Module):
         if x.dim() == 1 + dims:
             return self._run(x.unsqueeze(0), geometry)[0]
         geometry.check(x.shape[2:])
-        tensors, bias = self._stacked(), self.bias
+        tensors = self._stacked()
+        bias: Tensor | None = self.bias
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -169,7 +170,7 @@ class _StructuredConv(nn.Module):
 
     def _fitted(self, conv: nn.Module, second_moment: Tensor | None, sweeps: int, seed: int) -> Self:
         """Itself, with the projection of a dense layer's kernel."""
-        weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias") if conv.bias is not None else None
+        weight, bias = conv.get_parameter("weight"), dict(conv.named_parameters()).get("bias")
         found = [
             project(matrix, self.structure, second_moment=moment, sweeps=sweeps, seed=seed).matrix
             for matrix, moment in zip(_unfolded(weight, self), _moments(second_moment, self), strict=True)
@@ -263,8 +264,9 @@ def _folded(dense: Sequence[Tensor], layer: _StructuredConv) -> Tensor:
     axes = [0, 1, *(2 + order.index(axis) for axis in range(len(order)))]
     kernel = torch.stack(list(dense)).unflatten(2, [sizes[axis] for axis in order]).permute(axes)
     if layer.is_transposed:  # (groups, in, out, ..)
-        return kernel.transpose(1, 2).flatten(0, 1).contiguous()
-    return kernel.flatten(0, 1).contiguous()
+        kernel = kernel.transpose(1, 2)
+    result: Tensor = kernel.flatten(0, 1).contiguous()
+    return result
 
 
 def _unfolded(weight: Tensor, layer: _StructuredConv) -> list[Tensor]:
@@ -502,7 +504,7 @@ class StructuredConv2d(_Forwards):
             self.dilation,  # type: ignore[arg-type]
             self.groups,
             self.bias is not None,
-            self.padding_mode,
+            self.padding_mode,  # type: ignore[arg-type]
             kernel.device,
             kernel.dtype,
         )
@@ -542,7 +544,7 @@ class StructuredConv1d(_Forwards):
             self.dilation,  # type: ignore[arg-type]
             self.groups,
             self.bias is not None,
-            self.padding_mode,
+            self.padding_mode,  # type: ignore[arg-type]
             kernel.device,
             kernel.dtype,
         )
