@@ -76,13 +76,23 @@ class Geometry:
                 f"dilation={self.dilation} and padding={self.padding}: the output would be {self.out_sizes(sizes)}."
             )
 
-    def padded(self, x: Tensor) -> tuple[Tensor, Geometry]:
-        """The input (.., *sizes) with all padding that is not of zeros done, and what is left to do."""
-        if self.mode == "zeros" or not any(map(any, self.padding)):
-            return x, self
-        widths = [width for before, after in reversed(self.padding) for width in (before, after)]
+    @property
+    def pads_first(self) -> bool:
+        """Whether the padding is not of zeros, and so is done before anything else."""
+        return self.mode != "zeros" and any(before or after for before, after in self.padding)
+
+    @property
+    def after_padding(self) -> Geometry:
+        """What is left to do after :meth:`padded`."""
         none = ((0, 0),) * self.dims
-        return F.pad(x, widths, mode=self.mode), Geometry(self.kernel, self.stride, self.dilation, none)
+        return Geometry(self.kernel, self.stride, self.dilation, none) if self.pads_first else self
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input (.., *sizes) with all padding that is not of zeros done."""
+        if not self.pads_first:
+            return x
+        widths = [width for before, after in reversed(self.padding) for width in (before, after)]
+        return F.pad(x, widths, mode=self.mode)
 
     def select(self, x: Tensor, axis: int, tap: int) -> Tensor:
         """What one tap of one axis reads at every place of the output: (.., *sizes) with that axis done."""

@@ -15,7 +15,7 @@ from structmat.matrix import StructuredMatrix, draw
 from structmat.nn.convolution.forms import KernelForm
 from structmat.nn.convolution.geometry import PADDING_MODES, Geometry, as_padding, as_sizes, places
 from structmat.nn.convolution.plan import Axis, Plan, is_lowered, lower, unfolded
-from structmat.nn.convolution.run import Run, multiply_adds
+from structmat.nn.convolution.run import Run, multiply_adds, run_simple, simple
 from structmat.nn.convolution.text import lines
 from structmat.program import Program, build, table
 from structmat.projection.project import DEFAULT_SWEEPS, project
@@ -75,6 +75,7 @@ class _StructuredConv(nn.Module):
         self.structure = resolve(structure, shape)
         self._shape = shape
         self._plan = _plan(self.structure, shape, geometry.kernel, self.order)
+        self._simple = simple(self._plan, geometry.after_padding, groups)
         declared = specs(self.structure, shape)
         self._names = tuple(declared)
         drawn = [
@@ -113,6 +114,10 @@ class _StructuredConv(nn.Module):
         if x.dim() == 1 + dims:
             return self._run(x.unsqueeze(0), geometry)[0]
         geometry.check(x.shape[2:])
+        if self._simple is not None:
+            return run_simple(
+                self._simple, {name: getattr(self, name) for name in self._names}, geometry.padded(x), self.bias
+            )
         tensors = self._stacked()
         bias: Tensor | None = self.bias
         kind = x.device.type
@@ -120,8 +125,7 @@ class _StructuredConv(nn.Module):
             dtype = torch.get_autocast_dtype(kind)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-        x, geometry = geometry.padded(x)
-        return Run(geometry, self.groups, tensors)(self._plan, x, bias)
+        return Run(geometry.after_padding, self.groups, tensors)(self._plan, geometry.padded(x), bias)
 
     def _stacked(self) -> dict[str, Tensor]:
         """The tensors with a leading axis of groups."""
@@ -192,12 +196,9 @@ class _StructuredConv(nn.Module):
     def macs(self, *sizes: int) -> int:
         """Multiply-adds for one input of these sizes (height, width), as it runs."""
         self._geometry.check(as_sizes(sizes, self.dims, "sizes", 1))
-        _, geometry = self._geometry.padded(torch.empty(1, 1, *sizes, device="meta"))
-        wide = [
-            n + (sum(p) if geometry is not self._geometry else 0)
-            for n, p in zip(sizes, self._geometry.padding, strict=True)
-        ]
-        return multiply_adds(self._plan, geometry, self.groups, wide)
+        own = self._geometry
+        wide = [n + sum(p) if own.pads_first else n for n, p in zip(sizes, own.padding, strict=True)]
+        return multiply_adds(self._plan, own.after_padding, self.groups, wide)
 
     def dense_macs(self, *sizes: int) -> int:
         """Those of the dense layer."""

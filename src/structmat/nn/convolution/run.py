@@ -237,6 +237,55 @@ def _kernels(step: Convolve, weight: Tensor, groups: int, dims: int) -> Tensor:
     return weight.permute(order).reshape(*outer, groups, flat_a, flat_d, stage.b, flat_c, *kernel)
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A step that is one call of PyTorch's convolution, whose kernel is a view of a stored weight."""
+
+    weight: str
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def simple(plan: Plan, geometry: Geometry, groups: int) -> tuple[Convolution, ...] | None:
+    """A plan that is nothing but such calls; None if it is not. Running these has no cost beside PyTorch's own."""
+    found = []
+    for step in plan:
+        if not isinstance(step, Convolve) or not _is_plain(step) or step.stage.transposed or geometry.transposed:
+            return None
+        inner = [-1 if axis.tap is None else axis.tap for axis in step.c]
+        along = [axis in step.along for axis in range(geometry.dims)]
+        padding = [pair if used else (0, 0) for pair, used in zip(geometry.padding, along, strict=True)]
+        if inner != sorted(inner) or any(before != after for before, after in padding):
+            return None
+        count = groups * (1 if step.stage.shared_a else channels(step.a))
+        kernel = [size if axis in inner else 1 for axis, size in enumerate(geometry.kernel)]
+        found.append(
+            Convolution(
+                step.stage.weight,
+                (count * step.stage.b, channels(step.c), *kernel),
+                tuple(size if used else 1 for size, used in zip(geometry.stride, along, strict=True)),
+                tuple(before for before, _ in padding),
+                tuple(size if used else 1 for size, used in zip(geometry.dilation, along, strict=True)),
+                count,
+            )
+        )
+    return tuple(found)
+
+
+def run_simple(steps: Sequence[Convolution], tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """What :class:`Run` makes of the plan, by one call a step."""
+    convolve = F.conv1d if len(steps[0].stride) == 1 else F.conv2d
+    last = steps[-1]
+    for step in steps:
+        kernel = tensors[step.weight].reshape(step.kernel)
+        added = bias if step is last else None
+        x = convolve(x, kernel, added, step.stride, step.padding, step.dilation, step.groups)
+    return x
+
+
 def multiply_adds(plan: Plan, geometry: Geometry, groups: int, sizes: Sequence[int]) -> int:
     """Of one input of these sizes: products with weights, whatever is padding."""
     return _count(plan, geometry, groups, list(sizes))
