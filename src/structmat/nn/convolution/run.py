@@ -239,10 +239,16 @@ def _kernels(step: Convolve, weight: Tensor, groups: int, dims: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A step that is one call of PyTorch's convolution, whose kernel is a view of a stored weight."""
+    """A step that is one call of PyTorch's convolution.
+
+    Its kernel is the stored weight in another shape; if the weight holds taps before channels, its axes are permuted:
+    viewed as ``view``, permuted to ``order``.
+    """
 
     weight: str
     kernel: tuple[int, ...]
+    view: tuple[int, ...]
+    order: tuple[int, ...] | None
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -258,7 +264,7 @@ def simple(plan: Plan, geometry: Geometry, groups: int) -> tuple[Convolution, ..
         inner = [-1 if axis.tap is None else axis.tap for axis in step.c]
         along = [axis in step.along for axis in range(geometry.dims)]
         padding = [pair if used else (0, 0) for pair, used in zip(geometry.padding, along, strict=True)]
-        if inner != sorted(inner) or any(before != after for before, after in padding):
+        if any(before != after for before, after in padding):
             return None
         count = groups * (1 if step.stage.shared_a else channels(step.a))
         kernel = [size if axis in inner else 1 for axis, size in enumerate(geometry.kernel)]
@@ -266,6 +272,10 @@ def simple(plan: Plan, geometry: Geometry, groups: int) -> tuple[Convolution, ..
             Convolution(
                 step.stage.weight,
                 (count * step.stage.b, channels(step.c), *kernel),
+                (count * step.stage.b, *(axis.size for axis in step.c)),
+                None
+                if inner == sorted(inner)
+                else (0, *(1 + i for i in sorted(range(len(inner)), key=inner.__getitem__))),
                 tuple(size if used else 1 for size, used in zip(geometry.stride, along, strict=True)),
                 tuple(before for before, _ in padding),
                 tuple(size if used else 1 for size, used in zip(geometry.dilation, along, strict=True)),
@@ -280,7 +290,10 @@ def run_simple(steps: Sequence[Convolution], tensors: Mapping[str, Tensor], x: T
     convolve = F.conv1d if len(steps[0].stride) == 1 else F.conv2d
     last = steps[-1]
     for step in steps:
-        kernel = tensors[step.weight].reshape(step.kernel)
+        weight = tensors[step.weight]
+        if step.order is not None:
+            weight = weight.reshape(step.view).permute(step.order)
+        kernel = weight.reshape(step.kernel)
         added = bias if step is last else None
         x = convolve(x, kernel, added, step.stride, step.padding, step.dilation, step.groups)
     return x
