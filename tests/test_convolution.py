@@ -456,6 +456,20 @@ def test_the_start_has_the_variance_of_a_dense_layer() -> None:
     assert not torch.equal(first.to_dense(), second.to_dense())
 
 
+def test_optimizer_groups_are_those_of_the_unfolded_kernel() -> None:
+    linear = sm.nn.StructuredLinear(36, 6, structure=sm.LowRank(2))
+    for kind in (StructuredConv2d, StructuredConvTranspose2d):
+        layer = kind(8, 12, 3, groups=2, structure=sm.LowRank(2))
+        assert layer.unfolded_shape == (6, 36)
+        rates = [
+            {name: group["lr"] for name, p in module.named_parameters() for group in groups if p is group["params"][0]}
+            for module in (linear, layer)
+            for groups in [sm.parameter_groups(module, lr=0.1, weight_decay=0.1)]
+        ]
+        assert rates[0] == rates[1]
+        assert rates[0]["left"] != rates[0]["right"]
+
+
 def test_output_size_of_a_transposed_layer() -> None:
     layer = StructuredConvTranspose2d(2, 3, 3, 2, structure=sm.LowRank(2), dtype=torch.float64)
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64)

@@ -135,6 +135,11 @@ class _StructuredConv(nn.Module):
     # ----------------------------------------------------------------------------------------------------- matrices
 
     @property
+    def unfolded_shape(self) -> Shape:
+        """Of the unfolded kernel of one group: (out_channels / groups, in_channels / groups * taps)."""
+        return self._shape
+
+    @property
     def program(self) -> Program:
         """What one group multiplies a patch by, as a linear circuit."""
         return build(self.structure, self._shape)
