@@ -9,11 +9,19 @@ from typing import Any
 
 from torch import nn
 
+from structmat.nn.convolution import (
+    StructuredConv1d,
+    StructuredConv2d,
+    StructuredConvTranspose1d,
+    StructuredConvTranspose2d,
+)
 from structmat.nn.kronecker import KroneckerBlock, rate_multipliers
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.windows import WindowedLinear
 from structmat.program import Chain, Diagonal, Program, Stage, Windowed, build
 from structmat.structure import Shape, Structure, resolve
+
+_CONVOLUTIONS = (StructuredConv1d, StructuredConv2d, StructuredConvTranspose1d, StructuredConvTranspose2d)
 
 
 @lru_cache(maxsize=4096)
@@ -117,11 +125,10 @@ def _grouped(
                 if isinstance(module, StructuredLinear)
                 else module.learning_rate_multipliers()
             )
-            for name, factor in factors.items():
-                if not scaled:
-                    factor = math.prod(factors.values()) ** (1 / len(factors)) if len(factors) > 1 else 1.0
-                decay = weight_decay / (factor * len(factors)) if decays else 0.0
-                roles[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, decay)
+            roles |= _roles(module, factors, lr, weight_decay, scaled, decays)
+        elif isinstance(module, _CONVOLUTIONS):
+            factors = learning_rate_multipliers(module.structure, module.unfolded_shape)
+            roles |= _roles(module, factors, lr, weight_decay, scaled, decays)
         elif isinstance(module, KroneckerBlock):
             held = dict(module.named_parameters())
             for name, factor in rate_multipliers(module, lr).items():
@@ -136,3 +143,16 @@ def _grouped(
         {"params": members, "lr": rate, "weight_decay": decay, "role": role}
         for (role, rate, decay), members in groups.items()
     ]
+
+
+def _roles(
+    module: nn.Module, factors: Mapping[str, float], lr: float, weight_decay: float, scaled: bool, decays: bool
+) -> dict[int, tuple[str, float, float]]:
+    """Role, rate and decay of a structured layer's tensors, by identity."""
+    found = {}
+    for name, factor in factors.items():
+        if not scaled:
+            factor = math.prod(factors.values()) ** (1 / len(factors)) if len(factors) > 1 else 1.0
+        decay = weight_decay / (factor * len(factors)) if decays else 0.0
+        found[id(getattr(module, name))] = (f"structured, {factor:.4g} times", lr * factor, decay)
+    return found

@@ -1,6 +1,16 @@
 """Modules: structured layers as drop-in replacements of PyTorch's."""
 
 from structmat.nn.convac import ConvAC, ModeTree, TensorialMixture
+from structmat.nn.convolution import (
+    CP,
+    KroneckerKernel,
+    Separable,
+    StructuredConv1d,
+    StructuredConv2d,
+    StructuredConvTranspose1d,
+    StructuredConvTranspose2d,
+    Tucker,
+)
 from structmat.nn.kronecker import KroneckerBlock, KroneckerNetwork
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.matrices import FusedLinear, MatrixConv2d
@@ -8,16 +18,24 @@ from structmat.nn.recurrent import StructuredGRU, StructuredLSTM, StructuredRNN
 from structmat.nn.windows import WindowedLinear
 
 __all__ = [
+    "CP",
     "ConvAC",
     "FusedLinear",
     "KroneckerBlock",
+    "KroneckerKernel",
     "KroneckerNetwork",
     "MatrixConv2d",
     "ModeTree",
+    "Separable",
+    "StructuredConv1d",
+    "StructuredConv2d",
+    "StructuredConvTranspose1d",
+    "StructuredConvTranspose2d",
     "StructuredGRU",
     "StructuredLSTM",
     "StructuredLinear",
     "StructuredRNN",
     "TensorialMixture",
+    "Tucker",
     "WindowedLinear",
 ]

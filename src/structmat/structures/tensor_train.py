@@ -44,7 +44,8 @@ class TensorTrain(Structure):
     alternating least squares. The lower bound is the largest tail of an unfolding.
 
     Args:
-        rank: at most, of every interface; an integer of at least 1, or a fraction of the dense parameter count.
+        rank: at most, of every interface; an integer of at least 1, or a fraction of the dense parameter count. Or a
+            tuple, one an interface.
         cores: how many, at least 2.
         out_factors: (m_0, m_1, ...); chosen as even as possible where not given.
         in_factors: (n_0, n_1, ...); likewise.
@@ -52,14 +53,23 @@ class TensorTrain(Structure):
 
     weighs_outputs: ClassVar[bool] = True
 
-    rank: int | float = 4
+    rank: int | float | tuple[int, ...] = 4
     cores: int = 3
     out_factors: tuple[int, ...] | None = None
     in_factors: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_size(self, "rank", self.rank)
         check_count(self, "cores", self.cores, minimum=2)
+        if isinstance(self.rank, tuple):
+            if len(self.rank) != self.cores - 1:
+                raise StructureError(
+                    f"TensorTrain(rank={self.rank!r}): {self.cores} cores have {self.cores - 1} interfaces. Give one "
+                    "rank an interface, or one for all."
+                )
+            for rank in self.rank:
+                check_count(self, "rank", rank)
+        else:
+            check_size(self, "rank", self.rank)
         for name, factors in (("out_factors", self.out_factors), ("in_factors", self.in_factors)):
             if factors is None:
                 continue
@@ -87,7 +97,11 @@ class TensorTrain(Structure):
                 "Use larger factors, or leave them out."
             )
         largest = max(_limits(rows, columns))
-        if isinstance(self.rank, int) and self.rank > largest:
+        if isinstance(self.rank, tuple):
+            limits = tuple(_limits(rows, columns))
+            if any(rank > limit for rank, limit in zip(self.rank, limits, strict=True)):
+                return f"the ranks of its interfaces are at most {limits}. Use these or lower ones."
+        elif isinstance(self.rank, int) and self.rank > largest:
             return f"the ranks of its interfaces are at most {largest}. Use rank={largest} or less."
         return None
 
@@ -104,7 +118,9 @@ class TensorTrain(Structure):
     @property
     def _shapes(self) -> list[tuple[int, int, int, int]]:
         rows, columns = self._factors
-        ranks = [1, *(min(whole(self.rank), limit) for limit in _limits(rows, columns)), 1]
+        limits = _limits(rows, columns)
+        own = self.rank if isinstance(self.rank, tuple) else [whole(self.rank)] * len(limits)
+        ranks = [1, *(min(rank, limit) for rank, limit in zip(own, limits, strict=True)), 1]
         return [(ranks[k], rows[k], columns[k], ranks[k + 1]) for k in range(self.cores)]
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:

@@ -1,0 +1,646 @@
+"""Convolutions whose kernel, unfolded, is a structured matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import ClassVar, Self, final
+
+import torch
+from torch import Tensor, nn
+
+from structmat.errors import ShapeError, StructureError
+from structmat.matrix import StructuredMatrix, draw
+from structmat.nn.convolution.forms import KernelForm
+from structmat.nn.convolution.geometry import PADDING_MODES, Geometry, as_padding, as_sizes, places
+from structmat.nn.convolution.plan import Axis, Plan, is_lowered, lower, unfolded
+from structmat.nn.convolution.run import Run, multiply_adds, run_simple, simple
+from structmat.nn.convolution.text import lines
+from structmat.program import Program, build, table
+from structmat.projection.project import DEFAULT_SWEEPS, project
+from structmat.structure import Shape, Structure, resolve, specs
+
+Order = tuple[int, ...]
+"""A permutation of the axes (channels, *kernel), as of ``torch.permute``: how the unfolded index runs over them."""
+
+
+class _StructuredConv(nn.Module):
+    """What the four layers share; see :class:`StructuredConv2d`."""
+
+    dims: ClassVar[int]
+    is_transposed: ClassVar[bool] = False
+
+    structure: Structure
+    bias: nn.Parameter | None
+
+    def _build(
+        self,
+        in_channels: int,
+        out_channels: int,
+        geometry: Geometry,
+        padding: int | str | Sequence[int],
+        groups: int,
+        bias: bool,
+        structure: Structure | KernelForm,
+        order: Sequence[int] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        if groups < 1 or in_channels < 1 or out_channels < 1 or in_channels % groups or out_channels % groups:
+            raise ShapeError(
+                f"{in_channels} channels to {out_channels} are not {groups} equal groups. Use a common divisor."
+            )
+        if geometry.mode not in PADDING_MODES:
+            raise ShapeError(f"padding_mode={geometry.mode!r} is none of {', '.join(PADDING_MODES)}.")
+        dtype = dtype or torch.get_default_dtype()
+        if dtype.is_complex:
+            raise StructureError(f"A structured convolution has real tensors, not {dtype}. Use a floating dtype.")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size, self.stride, self.dilation = geometry.kernel, geometry.stride, geometry.dilation
+        self.padding = padding if isinstance(padding, str) else as_sizes(padding, self.dims, "padding", 0)
+        self.padding_mode, self.output_padding = geometry.mode, geometry.output_padding
+        self._geometry = geometry
+        shape = (out_channels // groups, in_channels // groups * geometry.taps)
+        if isinstance(structure, KernelForm):
+            if order is not None:
+                raise StructureError(f"{structure} brings its own order; got order={tuple(order)}. Leave it out.")
+            structure, order = structure.unfolded(shape[0], in_channels // groups, geometry.kernel)
+        self.order = tuple(range(1 + self.dims)) if order is None else tuple(order)
+        if sorted(self.order) != list(range(1 + self.dims)):
+            raise StructureError(
+                f"order={self.order} is no permutation of the axes (channels, *kernel), {tuple(range(1 + self.dims))}."
+            )
+        self.structure = resolve(structure, shape)
+        self._shape = shape
+        self._plan = _plan(self.structure, shape, geometry.kernel, self.order)
+        self._simple = simple(self._plan, geometry.after_padding, groups)
+        declared = specs(self.structure, shape)
+        self._names = tuple(declared)
+        drawn = [
+            draw(self.structure, shape, generator=generator, dtype=dtype, device=device)
+            for _ in range(groups if device is None or torch.device(device).type != "meta" else 1)
+        ]
+        for name, spec in declared.items():
+            tensor = drawn[0][name]
+            if groups > 1:
+                meta = tensor.is_meta
+                tensor = tensor.new_empty(groups, *tensor.shape) if meta else torch.stack([d[name] for d in drawn])
+            if spec.learned:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        if bias:
+            where = drawn[0][self._names[0]].device if self._names else device
+            values = torch.empty(out_channels, device=where, dtype=dtype)
+            if not values.is_meta:
+                bound = shape[1] ** -0.5
+                cpu = torch.empty(out_channels, dtype=torch.promote_types(dtype, torch.float32))
+                values.copy_(cpu.uniform_(-bound, bound, generator=generator))
+            self.bias = nn.Parameter(values)
+        else:
+            self.register_parameter("bias", None)
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def _run(self, x: Tensor, geometry: Geometry) -> Tensor:
+        dims = self.dims
+        if x.dim() not in (1 + dims, 2 + dims) or x.shape[-1 - dims] != self.in_channels:
+            raise ShapeError(
+                f"The input has shape {tuple(x.shape)}; the layer takes (batch, {self.in_channels}, "
+                f"{', '.join(('height', 'width')[2 - dims :])}), with or without the batch."
+            )
+        if x.dim() == 1 + dims:
+            return self._run(x.unsqueeze(0), geometry)[0]
+        geometry.check(x.shape[2:])
+        if self._simple is not None:
+            return run_simple(
+                self._simple, {name: getattr(self, name) for name in self._names}, geometry.padded(x), self.bias
+            )
+        tensors = self._stacked()
+        bias: Tensor | None = self.bias
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+            tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        return Run(geometry.after_padding, self.groups, tensors)(self._plan, geometry.padded(x), bias)
+
+    def _stacked(self) -> dict[str, Tensor]:
+        """The tensors with a leading axis of groups."""
+        held = {name: getattr(self, name) for name in self._names}
+        return held if self.groups > 1 else {name: tensor.unsqueeze(0) for name, tensor in held.items()}
+
+    # ----------------------------------------------------------------------------------------------------- matrices
+
+    @property
+    def unfolded_shape(self) -> Shape:
+        """Of the unfolded kernel of one group: (out_channels / groups, in_channels / groups * taps)."""
+        return self._shape
+
+    @property
+    def program(self) -> Program:
+        """What one group multiplies a patch by, as a linear circuit."""
+        return build(self.structure, self._shape)
+
+    @property
+    def matrices(self) -> tuple[StructuredMatrix, ...]:
+        """The unfolded kernel of each group, (out / groups, in / groups * taps), sharing the layer's parameters."""
+        held = self._stacked()
+        return tuple(
+            StructuredMatrix(self.structure, self._shape, {name: tensor[group] for name, tensor in held.items()})
+            for group in range(self.groups)
+        )
+
+    @property
+    def matrix(self) -> StructuredMatrix:
+        """The unfolded kernel of a layer with one group.
+
+        Raises:
+            StructureError: there are several.
+        """
+        if self.groups > 1:
+            raise StructureError(f"The layer has {self.groups} groups, each with a matrix of its own. Use matrices.")
+        return self.matrices[0]
+
+    @property
+    def kernel(self) -> Tensor:
+        """The kernel written out, shaped as the weight of the dense layer."""
+        return _folded([matrix.to_dense() for matrix in self.matrices], self)
+
+    def _load(self, matrices: Sequence[StructuredMatrix], bias: Tensor | None) -> None:
+        with torch.no_grad():
+            for name in self._names:
+                made = [matrix.tensors[name] for matrix in matrices]
+                getattr(self, name).copy_(torch.stack(made) if self.groups > 1 else made[0])
+            if self.bias is not None and bias is not None:
+                self.bias.copy_(bias)
+
+    def _fitted(self, conv: nn.Module, second_moment: Tensor | None, sweeps: int, seed: int) -> Self:
+        """Itself, with the projection of a dense layer's kernel."""
+        weight, bias = conv.get_parameter("weight"), dict(conv.named_parameters()).get("bias")
+        found = [
+            project(matrix, self.structure, second_moment=moment, sweeps=sweeps, seed=seed).matrix
+            for matrix, moment in zip(_unfolded(weight, self), _moments(second_moment, self), strict=True)
+        ]
+        self.to_empty(device=weight.device)
+        self._load(found, bias)
+        return self.train(conv.training)
+
+    def _copied(self, linear: nn.Module) -> None:
+        """Kernel and bias into a dense layer."""
+        with torch.no_grad():
+            linear.get_parameter("weight").copy_(self.kernel)
+            if self.bias is not None:
+                linear.get_parameter("bias").copy_(self.bias)
+        linear.train(self.training)
+
+    # --------------------------------------------------------------------------------------------------------- text
+
+    def macs(self, *sizes: int) -> int:
+        """Multiply-adds for one input of these sizes (height, width), as it runs."""
+        self._geometry.check(as_sizes(sizes, self.dims, "sizes", 1))
+        own = self._geometry
+        wide = [n + sum(p) if own.pads_first else n for n, p in zip(sizes, own.padding, strict=True)]
+        return multiply_adds(self._plan, own.after_padding, self.groups, wide)
+
+    def dense_macs(self, *sizes: int) -> int:
+        """Those of the dense layer."""
+        at = sizes if self.is_transposed else self._geometry.out_sizes(sizes)
+        return places(at) * self.groups * self._shape[0] * self._shape[1]
+
+    @property
+    def is_lowered(self) -> bool:
+        """Whether it runs without writing patches out."""
+        return is_lowered(self._plan)
+
+    def explain(self, *sizes: int) -> str:
+        """What runs: the program of the unfolded kernel, the steps on maps, and with sizes the multiply-adds."""
+        text = [table(self.program), "", *lines(self._plan, self._geometry, self.groups)]
+        if sizes:
+            own, dense = self.macs(*sizes), self.dense_macs(*sizes)
+            size = " x ".join(map(str, sizes))
+            text.append(f"An input of {size}: {own} multiply-adds, {own / dense:.1%} of the dense layer's")
+        return "\n".join(text)
+
+    def extra_repr(self) -> str:
+        learned = [name for name, spec in specs(self.structure, self._shape).items() if spec.learned]
+        share = sum(getattr(self, name).numel() for name in learned) / (self._shape[0] * self._shape[1] * self.groups)
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        none = (0,) * self.dims
+        for name, plain in (
+            ("padding", none),
+            ("dilation", (1,) * self.dims),
+            ("groups", 1),
+            ("padding_mode", "zeros"),
+        ):
+            if getattr(self, name) != plain:
+                text += f", {name}={getattr(self, name)!r}"
+        if any(self.output_padding):
+            text += f", output_padding={self.output_padding}"
+        if self.bias is None:
+            text += ", bias=False"
+        if self.order != tuple(range(1 + self.dims)):
+            text += f", order={self.order}"
+        return f"{text}, structure={self.structure}, {share:.1%} of dense"
+
+
+@lru_cache(maxsize=1024)
+def _plan(structure: Structure, shape: Shape, kernel: tuple[int, ...], order: Order) -> Plan:
+    taps = 1
+    for size in kernel:
+        taps *= size
+    all_axes = (Axis(shape[1] // taps), *(Axis(size, axis) for axis, size in enumerate(kernel)))
+    axes = tuple(all_axes[position] for position in order)
+    program = build(structure, shape)
+    plan = lower(program, axes, len(kernel))
+    # Where some patches are written out anyway, it is done once and at the start.
+    return plan if is_lowered(plan) else unfolded(program, axes, len(kernel))
+
+
+def _sizes(layer: _StructuredConv) -> list[int]:
+    """(channels of a group, *kernel)."""
+    return [layer.in_channels // layer.groups, *layer.kernel_size]
+
+
+def _folded(dense: Sequence[Tensor], layer: _StructuredConv) -> Tensor:
+    """Unfolded kernels of the groups as a weight of the dense layer."""
+    sizes, order = _sizes(layer), layer.order
+    axes = [0, 1, *(2 + order.index(axis) for axis in range(len(order)))]
+    kernel = torch.stack(list(dense)).unflatten(2, [sizes[axis] for axis in order]).permute(axes)
+    if layer.is_transposed:  # (groups, in, out, ..)
+        kernel = kernel.transpose(1, 2)
+    result: Tensor = kernel.flatten(0, 1).contiguous()
+    return result
+
+
+def _unfolded(weight: Tensor, layer: _StructuredConv) -> list[Tensor]:
+    """The weight of a dense layer as one matrix a group."""
+    kernel = weight.detach().unflatten(0, (layer.groups, -1))
+    kernel = kernel.transpose(1, 2) if layer.is_transposed else kernel
+    return list(kernel.permute(0, 1, *(2 + axis for axis in layer.order)).flatten(2))
+
+
+def _moments(moment: Tensor | None, layer: _StructuredConv) -> list[Tensor | None]:
+    """The second moment of the patches of each group, in the order of the unfolded index."""
+    if moment is None:
+        return [None] * layer.groups
+    size = layer._shape[1]
+    wanted = (size, size) if layer.groups == 1 else (layer.groups, size, size)
+    if tuple(moment.shape) != wanted:
+        raise ShapeError(f"The second moment of the patches has shape {wanted}; got {tuple(moment.shape)}.")
+    sizes = _sizes(layer)
+    number = torch.arange(size, device=moment.device).reshape(sizes).permute(layer.order).flatten()
+    return [m[number][:, number] for m in moment.reshape(layer.groups, size, size)]
+
+
+class _Forwards(_StructuredConv):
+    """What the layers of one and two dimensions share."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        structure: Structure | KernelForm,
+        order: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        kernel = as_sizes(kernel_size, self.dims, "kernel_size", 1)
+        steps = as_sizes(stride, self.dims, "stride", 1)
+        apart = as_sizes(dilation, self.dims, "dilation", 1)
+        geometry = Geometry(kernel, steps, apart, as_padding(padding, kernel, steps, apart), padding_mode)
+        self._build(
+            in_channels, out_channels, geometry, padding, groups, bias, structure, order, device, dtype, generator
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_channels, *sizes) to (batch, out_channels, *places), or without the batch."""
+        return self._run(x, self._geometry)
+
+    @classmethod
+    def _from(
+        cls,
+        conv: nn.Conv1d | nn.Conv2d,
+        structure: Structure | KernelForm,
+        second_moment: Tensor | None,
+        order: Sequence[int] | None,
+        sweeps: int,
+        seed: int,
+    ) -> Self:
+        made = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            "meta",
+            conv.weight.dtype,
+            structure=structure,
+            order=order,
+        )
+        return made._fitted(conv, second_moment, sweeps, seed)
+
+
+class _Transposed(_StructuredConv):
+    """What the transposed layers of one and two dimensions share."""
+
+    is_transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: int | Sequence[int] = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        structure: Structure | KernelForm,
+        order: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if padding_mode != "zeros" or isinstance(padding, str):
+            raise ShapeError(
+                f"A transposed convolution pads with numbers of zeros; got padding={padding!r} and "
+                f"padding_mode={padding_mode!r}."
+            )
+        kernel = as_sizes(kernel_size, self.dims, "kernel_size", 1)
+        steps = as_sizes(stride, self.dims, "stride", 1)
+        apart = as_sizes(dilation, self.dims, "dilation", 1)
+        extra = as_sizes(output_padding, self.dims, "output_padding", 0)
+        widths = as_padding(padding, kernel, steps, apart)
+        geometry = Geometry(kernel, steps, apart, widths, "zeros", True, extra)
+        if any(e >= max(s, d) for e, s, d in zip(extra, steps, apart, strict=True)):
+            raise ShapeError(f"output_padding={extra} must be below the stride {steps} or the dilation {apart}.")
+        self._build(
+            in_channels, out_channels, geometry, padding, groups, bias, structure, order, device, dtype, generator
+        )
+
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """(batch, in_channels, *sizes) to (batch, out_channels, *places), or without the batch.
+
+        Args:
+            x: the input.
+            output_size: the places wanted, as of ``nn.ConvTranspose2d``: it replaces ``output_padding``.
+        """
+        if output_size is None:
+            return self._run(x, self._geometry)
+        wanted = tuple(output_size)[-self.dims :]
+        least = replace(self._geometry, output_padding=(0,) * self.dims).out_sizes(x.shape[-self.dims :])
+        extra = tuple(w - n for w, n in zip(wanted, least, strict=True))
+        most = tuple(n + s - 1 for n, s in zip(least, self.stride, strict=True))
+        if any(not 0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
+            raise ShapeError(f"output_size={tuple(output_size)}: from this input it is between {least} and {most}.")
+        return self._run(x, replace(self._geometry, output_padding=extra))
+
+    @classmethod
+    def _from(
+        cls,
+        conv: nn.ConvTranspose1d | nn.ConvTranspose2d,
+        structure: Structure | KernelForm,
+        second_moment: Tensor | None,
+        order: Sequence[int] | None,
+        sweeps: int,
+        seed: int,
+    ) -> Self:
+        made = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,  # type: ignore[arg-type]
+            conv.output_padding,
+            conv.groups,
+            conv.bias is not None,
+            conv.dilation,
+            conv.padding_mode,
+            "meta",
+            conv.weight.dtype,
+            structure=structure,
+            order=order,
+        )
+        return made._fitted(conv, second_moment, sweeps, seed)
+
+
+@final
+class StructuredConv2d(_Forwards):
+    """``nn.Conv2d`` whose kernel, unfolded, is a member of ``structure``: a matrix of shape
+    (out_channels / groups, in_channels / groups * height * width) for each group.
+
+    It runs as convolutions and products on channels, without patches being written out, where the structure's first
+    stages allow it (:mod:`structmat.nn.convolution.plan` says which): dense, low rank, block diagonal and Monarch
+    matrices whose blocks are of whole channels, Kronecker sums and tensor trains whose factors hold whole axes of the
+    kernel, and the forms :class:`Separable`, :class:`Tucker`, :class:`CP` and :class:`KroneckerKernel`. Other families
+    multiply patches, written out for a few images at a time. :meth:`explain` says what runs, :meth:`macs` counts it.
+
+    The tensors are ordinary parameters and buffers under the structure's own names, with a leading axis of groups if
+    there are several.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as of ``nn.Conv2d``; ``padding`` may be "same" or "valid".
+        structure: the family (fractions are resolved for the unfolded kernel of a group), or a form of the kernel.
+        order: how the unfolded index runs over (channels, height, width), as of ``torch.permute``. (0, 1, 2), the
+            default, is the order of ``weight.flatten(1)`` and of ``F.unfold``; with (1, 2, 0) blocks of columns are
+            taps, and strided ones channels.
+        generator: source of randomness of the initialisation, which has the output variance of ``nn.Conv2d``'s.
+
+    Raises:
+        ShapeError: the structure refuses the shape, or the groups do not divide the channels.
+        StructureError: no permutation is given as the order, or a complex dtype.
+    """
+
+    dims = 2
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv2d,
+        structure: Structure | KernelForm,
+        second_moment: Tensor | None = None,
+        *,
+        order: Sequence[int] | None = None,
+        sweeps: int = DEFAULT_SWEEPS,
+        seed: int = 0,
+    ) -> Self:
+        """The layer whose kernel is the projection of a dense layer's, group by group; see :func:`project`.
+
+        Args:
+            conv: the dense layer.
+            structure: the family or the form of the kernel.
+            second_moment: (n, n) of the patches that the kernel meets, ``E[x x^T]``, in the order (channels, *kernel)
+                of ``F.unfold`` whatever ``order`` is; (groups, n, n) if there are several groups.
+            order: of the unfolded index.
+            sweeps, seed: of the fit.
+        """
+        return cls._from(conv, structure, second_moment, order, sweeps, seed)
+
+    def to_conv(self) -> nn.Conv2d:
+        """The dense layer with the same kernel and bias."""
+        kernel = self.kernel
+        made = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,  # type: ignore[arg-type]
+            kernel.device,
+            kernel.dtype,
+        )
+        self._copied(made)
+        return made
+
+
+@final
+class StructuredConv1d(_Forwards):
+    """:class:`StructuredConv2d` as ``nn.Conv1d``."""
+
+    dims = 1
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.Conv1d,
+        structure: Structure | KernelForm,
+        second_moment: Tensor | None = None,
+        *,
+        order: Sequence[int] | None = None,
+        sweeps: int = DEFAULT_SWEEPS,
+        seed: int = 0,
+    ) -> Self:
+        """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
+        return cls._from(conv, structure, second_moment, order, sweeps, seed)
+
+    def to_conv(self) -> nn.Conv1d:
+        """The dense layer with the same kernel and bias."""
+        kernel = self.kernel
+        made = nn.Conv1d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,  # type: ignore[arg-type]
+            kernel.device,
+            kernel.dtype,
+        )
+        self._copied(made)
+        return made
+
+
+@final
+class StructuredConvTranspose2d(_Transposed):
+    """:class:`StructuredConv2d` as ``nn.ConvTranspose2d``.
+
+    The kernel is unfolded as that of the convolution that reads at each place of the output the inputs that reach it:
+    (out_channels / groups, in_channels / groups * taps).
+    """
+
+    dims = 2
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.ConvTranspose2d,
+        structure: Structure | KernelForm,
+        second_moment: Tensor | None = None,
+        *,
+        order: Sequence[int] | None = None,
+        sweeps: int = DEFAULT_SWEEPS,
+        seed: int = 0,
+    ) -> Self:
+        """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
+        return cls._from(conv, structure, second_moment, order, sweeps, seed)
+
+    def to_conv(self) -> nn.ConvTranspose2d:
+        """The dense layer with the same kernel and bias."""
+        kernel = self.kernel
+        made = nn.ConvTranspose2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,  # type: ignore[arg-type]
+            self.groups,
+            self.bias is not None,
+            self.dilation,  # type: ignore[arg-type]
+            device=kernel.device,
+            dtype=kernel.dtype,
+        )
+        self._copied(made)
+        return made
+
+
+@final
+class StructuredConvTranspose1d(_Transposed):
+    """:class:`StructuredConv2d` as ``nn.ConvTranspose1d``.
+
+    The kernel is unfolded as that of the convolution that reads at each place of the output the inputs that reach it:
+    (out_channels / groups, in_channels / groups * taps).
+    """
+
+    dims = 1
+
+    @classmethod
+    def from_conv(
+        cls,
+        conv: nn.ConvTranspose1d,
+        structure: Structure | KernelForm,
+        second_moment: Tensor | None = None,
+        *,
+        order: Sequence[int] | None = None,
+        sweeps: int = DEFAULT_SWEEPS,
+        seed: int = 0,
+    ) -> Self:
+        """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
+        return cls._from(conv, structure, second_moment, order, sweeps, seed)
+
+    def to_conv(self) -> nn.ConvTranspose1d:
+        """The dense layer with the same kernel and bias."""
+        kernel = self.kernel
+        made = nn.ConvTranspose1d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,  # type: ignore[arg-type]
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.output_padding,  # type: ignore[arg-type]
+            self.groups,
+            self.bias is not None,
+            self.dilation,  # type: ignore[arg-type]
+            device=kernel.device,
+            dtype=kernel.dtype,
+        )
+        self._copied(made)
+        return made
