@@ -261,7 +261,7 @@ def test_bench_compares_with_a_dense_layer(tmp_path: Path) -> None:
     shown = run(*arguments, "--family", "LowRank").stdout  # not measured again
     assert "faster" in shown  # the head of a column, which may be broken after "times"
     assert f"{layer['microseconds']['auto']:.1f}" in shown
-    assert "efficiency" in shown
+    assert "effic" in shown  # cut short where the terminal is narrow
 
 
 def test_bench_refuses_a_folder_of_something_else(tmp_path: Path) -> None:

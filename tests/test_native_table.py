@@ -13,7 +13,6 @@ from native_table import DIRECTIONS, DTYPES, GAPS, LINES, Cell, Gap, problems, t
 
 from structmat.kernels import native
 from structmat.program import Stage
-from structmat.program import stages as all_stages
 
 here = native()
 
@@ -39,7 +38,7 @@ def kinds() -> set[str]:
     while pending:
         kind = pending.pop()
         pending += kind.__subclasses__()
-        if dataclasses.is_dataclass(kind) and kind.__module__ == all_stages.__module__:
+        if dataclasses.is_dataclass(kind) and kind.__module__.startswith("structmat."):
             found.add(kind.__name__)
     return found
 

@@ -67,14 +67,13 @@ class _StructuredConv(nn.Module):
             if order is not None:
                 raise StructureError(f"{structure} brings its own order; got order={tuple(order)}. Leave it out.")
             structure, order = structure.unfolded(shape[0], in_channels // groups, geometry.kernel)
-        self.order = tuple(range(1 + self.dims)) if order is None else tuple(order)
-        if sorted(self.order) != list(range(1 + self.dims)):
-            raise StructureError(
-                f"order={self.order} is no permutation of the axes (channels, *kernel), {tuple(range(1 + self.dims))}."
-            )
+        self.axis_order = tuple(range(1 + self.dims)) if order is None else tuple(order)
+        axes = tuple(range(1 + self.dims))
+        if sorted(self.axis_order) != list(axes):
+            raise StructureError(f"order={self.axis_order} is no permutation of the axes (channels, *kernel), {axes}.")
         self.structure = resolve(structure, shape)
         self._shape = shape
-        self._plan = _plan(self.structure, shape, geometry.kernel, self.order)
+        self._plan = _plan(self.structure, shape, geometry.kernel, self.axis_order)
         self._simple = simple(self._plan, geometry.after_padding, groups)
         declared = specs(self.structure, shape)
         self._names = tuple(declared)
@@ -241,8 +240,8 @@ class _StructuredConv(nn.Module):
             text += f", output_padding={self.output_padding}"
         if self.bias is None:
             text += ", bias=False"
-        if self.order != tuple(range(1 + self.dims)):
-            text += f", order={self.order}"
+        if self.axis_order != tuple(range(1 + self.dims)):
+            text += f", order={self.axis_order}"
         return f"{text}, structure={self.structure}, {share:.1%} of dense"
 
 
@@ -266,7 +265,7 @@ def _sizes(layer: _StructuredConv) -> list[int]:
 
 def _folded(dense: Sequence[Tensor], layer: _StructuredConv) -> Tensor:
     """Unfolded kernels of the groups as a weight of the dense layer."""
-    sizes, order = _sizes(layer), layer.order
+    sizes, order = _sizes(layer), layer.axis_order
     axes = [0, 1, *(2 + order.index(axis) for axis in range(len(order)))]
     kernel = torch.stack(list(dense)).unflatten(2, [sizes[axis] for axis in order]).permute(axes)
     if layer.is_transposed:  # (groups, in, out, ..)
@@ -279,7 +278,7 @@ def _unfolded(weight: Tensor, layer: _StructuredConv) -> list[Tensor]:
     """The weight of a dense layer as one matrix a group."""
     kernel = weight.detach().unflatten(0, (layer.groups, -1))
     kernel = kernel.transpose(1, 2) if layer.is_transposed else kernel
-    return list(kernel.permute(0, 1, *(2 + axis for axis in layer.order)).flatten(2))
+    return list(kernel.permute(0, 1, *(2 + axis for axis in layer.axis_order)).flatten(2))
 
 
 def _moments(moment: Tensor | None, layer: _StructuredConv) -> list[Tensor | None]:
@@ -291,7 +290,7 @@ def _moments(moment: Tensor | None, layer: _StructuredConv) -> list[Tensor | Non
     if tuple(moment.shape) != wanted:
         raise ShapeError(f"The second moment of the patches has shape {wanted}; got {tuple(moment.shape)}.")
     sizes = _sizes(layer)
-    number = torch.arange(size, device=moment.device).reshape(sizes).permute(layer.order).flatten()
+    number = torch.arange(size, device=moment.device).reshape(sizes).permute(layer.axis_order).flatten()
     return [m[number][:, number] for m in moment.reshape(layer.groups, size, size)]
 
 
