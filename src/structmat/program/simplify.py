@@ -93,19 +93,17 @@ def _merge_shuffles(first: Shuffle, second: Shuffle) -> tuple[Program, ...] | No
     if any(high % low for low, high in pairwise(cuts)):
         return None
     pieces = tuple(high // low for low, high in zip([1, *cuts], cuts, strict=False))
-    cut_second, order = _cut(second.sizes, pieces)
+    # Every product of sizes of either shuffle is a cut, so that both are made of whole pieces.
+    order, groups = _cut(second.sizes, pieces), _cut(between, pieces)
     after = [piece for axis in second.axes for piece in order[axis]]
-    cut_first, groups = _cut(between, pieces)
-    if cut_first is None or cut_second is None:
-        return None
     # The pieces in the order in which the first shuffle reads them: those of its axis 0 first, and so on.
     reads = [piece for axis in range(len(first.sizes)) for piece in groups[first.axes.index(axis)]]
     axes = tuple(reads.index(piece) for piece in after)
     return _joined(tuple(pieces[piece] for piece in reads), axes)
 
 
-def _cut(sizes: tuple[int, ...], pieces: tuple[int, ...]) -> tuple[bool | None, list[list[int]]]:
-    """Which of the pieces, in order, each axis is made of; None where they do not fit."""
+def _cut(sizes: tuple[int, ...], pieces: tuple[int, ...]) -> list[list[int]]:
+    """Which of the pieces, in order, each axis is made of."""
     groups: list[list[int]] = []
     used = 0
     for size in sizes:
@@ -114,10 +112,8 @@ def _cut(sizes: tuple[int, ...], pieces: tuple[int, ...]) -> tuple[bool | None, 
             held *= pieces[used]
             group.append(used)
             used += 1
-        if held != size:
-            return None, []
         groups.append(group)
-    return True, groups
+    return groups
 
 
 def _joined(sizes: tuple[int, ...], axes: tuple[int, ...]) -> tuple[Program, ...]:

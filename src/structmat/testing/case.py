@@ -227,11 +227,8 @@ def allowed_gradient_errors(
     program: Program, tensors: Mapping[str, Tensor], x: Tensor, weights: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same for the gradients of ``(apply(program, tensors, x) * weights).sum()``: in ``x`` and each tensor."""
-    given, constants = (
-        [name for name, t in tensors.items() if t.is_floating_point() or t.is_complex()],
-        roundings(program),
-    )
-    functions = {made: (name, form) for made, (name, form) in derived_functions(program).items()}
+    given = [name for name, t in tensors.items() if t.is_floating_point() or t.is_complex()]
+    constants, functions = roundings(program), derived_functions(program)
     program, made = derive(program, tensors)
     sizes = absolute(made)
     learned = [name for name, t in sizes.items() if t.is_floating_point()]
