@@ -49,20 +49,16 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
     try {
       static thread_local Scratch scratch;
       Real* memory = static_cast<Real*>(scratch.reserve(c.plan.rows * c.columns * int64_t(sizeof(Real))));
-      const int64_t size = bytes_of(c.batch.storage);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * c.columns, count = std::min(c.columns, c.batch.rows - first);
-        const int64_t x_step = c.batch.x_by_features ? 1 : c.batch.x_stride;
-        const int64_t y_step = c.batch.y_by_features ? 1 : c.batch.y_stride;
         const auto load = c.batch.x_by_features ? c.kernels.load_by_features : c.kernels.load;
         const auto store = c.batch.y_by_features ? c.kernels.store_by_features : c.kernels.store;
-        load(static_cast<const char*>(c.batch.x) + first * x_step * size, c.batch.storage, c.batch.x_stride, count,
-             c.plan.in_features, memory + c.plan.input * c.columns, c.columns);
+        load(c.batch.x_at(first), c.batch.storage, c.batch.x_stride, count, c.plan.in_features,
+             memory + c.plan.input * c.columns, c.columns);
         for (size_t i = 0; i < c.plan.instructions.size(); ++i)
           run<Real>(c.plan.instructions[i], i, c.prepared, c.plan, c.kernels, memory, c.columns);
-        store(memory + c.plan.output * c.columns, c.columns, c.prepared.bias,
-              static_cast<char*>(c.batch.y) + first * y_step * size, c.batch.storage, c.batch.y_stride, count,
-              c.plan.out_features);
+        store(memory + c.plan.output * c.columns, c.columns, c.prepared.bias, c.batch.y_at(first), c.batch.storage,
+              c.batch.y_stride, count, c.plan.out_features);
       }
     } catch (const std::bad_alloc&) {
       c.failed = true;  // no exception may leave a thread of the pool

@@ -27,6 +27,14 @@ struct Batch {
   Storage storage;   // of x, y and all learned tensors
   // Whether it is the rows that lie side by side, and the strides lead from one feature to the next.
   bool x_by_features = false, y_by_features = false;
+
+  // Where a row begins.
+  const char* x_at(int64_t row) const {
+    return static_cast<const char*>(x) + row * (x_by_features ? 1 : x_stride) * bytes_of(storage);
+  }
+  char* y_at(int64_t row) const {
+    return static_cast<char*>(y) + row * (y_by_features ? 1 : y_stride) * bytes_of(storage);
+  }
 };
 
 // Which instruction set runs: the widest that the machine has, or less by STRUCTMAT_ISA (base, avx2, avx512, avx512_bf16).

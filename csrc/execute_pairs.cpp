@@ -95,11 +95,9 @@ void execute_pairs(const Plan& plan, const Batch& batch, const Array* tensors, P
           c.plan.has_bias ? static_cast<const Bits*>(c.tensors[c.plan.sizes.size() - 1].data) : nullptr;
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * c.columns, count = std::min(c.columns, c.batch.rows - first);
-        const int64_t x_step = c.batch.x_by_features ? 1 : c.batch.x_stride;
-        const int64_t y_step = c.batch.y_by_features ? 1 : c.batch.y_stride;
         const auto load = c.batch.x_by_features ? c.kernels.load_by_features : c.kernels.load;
         const auto store = c.batch.y_by_features ? c.kernels.store_by_features : c.kernels.store;
-        load(static_cast<const Bits*>(c.batch.x) + first * x_step, c.batch.x_stride, count, c.plan.in_features,
+        load(reinterpret_cast<const Bits*>(c.batch.x_at(first)), c.batch.x_stride, count, c.plan.in_features,
              memory + c.plan.input * c.columns, c.columns);
         for (size_t i = 0; i < c.plan.instructions.size(); ++i) {
           const Instruction& s = c.plan.instructions[i];
@@ -118,7 +116,7 @@ void execute_pairs(const Plan& plan, const Batch& batch, const Array* tensors, P
               c.kernels.copy(x + index[r] * c.columns, y + r * c.columns, 1, c.columns, s.add);
           }
         }
-        store(memory + c.plan.output * c.columns, c.columns, bias, static_cast<Bits*>(c.batch.y) + first * y_step,
+        store(memory + c.plan.output * c.columns, c.columns, bias, reinterpret_cast<Bits*>(c.batch.y_at(first)),
               c.batch.y_stride, count, c.plan.out_features);
       }
     } catch (const std::bad_alloc&) {
