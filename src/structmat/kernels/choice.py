@@ -19,7 +19,9 @@ from structmat.kernels.library import native
 from structmat.kernels.operator import FEW_ROWS
 from structmat.kernels.text import Text, text_of
 from structmat.program import FOR_NATIVE, Program, stages
-from structmat.program.stages import Chain, Contraction, Crop, Interpolation, Pad, Permute, Shuffle, Sparse, Stage
+from structmat.program.combinators import Chain
+from structmat.program.stage import Stage
+from structmat.program.stages import Contraction, Crop, Interpolation, Pad, Permute, Shuffle, Sparse
 
 _BY_VECTORS = (torch.float32, torch.float64)
 

@@ -5,26 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from structmat.program import Cosine, Derived, Hadamard, Pairs, Program, Reorder
+from structmat.program.combinators import Chain, Sum
+from structmat.program.stage import Stage
 from structmat.program.stages import (
-    Call,
-    Chain,
     Complex,
     Contraction,
-    Convolution,
     Crop,
     Diagonal,
     Fourier,
-    Generated,
     Interpolation,
     Pad,
     Permute,
     Real,
     Shuffle,
     Sparse,
-    Stage,
-    Sum,
     Windowed,
 )
+from structmat.program.toeplitz import Convolution
+from structmat.program.written_out import Call, Generated
 
 
 @dataclass(frozen=True)

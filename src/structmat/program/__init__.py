@@ -1,6 +1,7 @@
 """Linear circuits at block granularity: stages, combinators, one pass a file, and the reference backend."""
 
 from structmat.program.build import build
+from structmat.program.combinators import Chain, Program, Sum, rename, stages, tensor_sizes
 from structmat.program.cost import Cost, cost
 from structmat.program.derived import Derived, derive
 from structmat.program.fixed import Cosine, Hadamard, Reorder
@@ -17,33 +18,25 @@ from structmat.program.fuse import (
 from structmat.program.pairs import Pairs, on_pairs, unsigned
 from structmat.program.reference import affine, apply, form
 from structmat.program.simplify import simplify
+from structmat.program.stage import Stage
 from structmat.program.stages import (
-    Call,
-    Chain,
     Complex,
     Contraction,
-    Convolution,
     Crop,
     Diagonal,
     Fourier,
-    Generated,
     Interpolation,
     Pad,
     Permute,
-    Program,
     Real,
     Shuffle,
     Sparse,
-    Stage,
-    Sum,
     Windowed,
-    convolution,
-    rename,
-    stages,
-    tensor_sizes,
 )
 from structmat.program.table import table
+from structmat.program.toeplitz import Convolution, convolution
 from structmat.program.transpose import transpose
+from structmat.program.written_out import Call, Generated
 
 __all__ = [
     "FOR_FEW_ROWS",

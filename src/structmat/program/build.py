@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from structmat.program.combinators import Chain, Program
 from structmat.program.simplify import simplify
-from structmat.program.stages import Chain, Crop, Pad, Program
+from structmat.program.stages import Crop, Pad
 from structmat.structure import Shape, Structure, resolve
 
 

@@ -18,34 +18,30 @@ from structmat.circuit.arrays import Ints, Numbers, owners, starts
 from structmat.circuit.catalogue import cosine, fourier, hadamard
 from structmat.circuit.measure import level_edges
 from structmat.errors import ShapeError
+from structmat.program.combinators import Chain, Program, Sum, stages
 from structmat.program.compiled import Compiled, from_circuit, from_product
 from structmat.program.convolve import diagonals, spectrum
 from structmat.program.derived import Derived, Phases
 from structmat.program.fixed import Cosine, Hadamard, Reorder, cosine_entries, index_of
 from structmat.program.pairs import Pairs
 from structmat.program.reference import generated_matrix
+from structmat.program.stage import Stage
 from structmat.program.stages import (
-    Call,
-    Chain,
     Complex,
     Contraction,
-    Convolution,
     Crop,
     Diagonal,
     Fourier,
-    Generated,
     Interpolation,
     Pad,
     Permute,
-    Program,
     Real,
     Shuffle,
     Sparse,
-    Stage,
-    Sum,
     Windowed,
-    stages,
 )
+from structmat.program.toeplitz import Convolution
+from structmat.program.written_out import Call, Generated
 
 __all__ = ["Compiled", "from_circuit", "from_product", "to_circuit"]
 
@@ -65,8 +61,8 @@ def to_circuit(program: Program, tensors: Tensors) -> Circuit:
     A program with a real part in it has no circuit over the complex numbers: there, complex values are pairs of real
     ones, and complex tensors are two groups of parameters, ``name.real`` and ``name.imag``. The multiplier of a
     diagonal that is given by its transform is the group ``name.spectrum``, and so are the multipliers of a
-    :class:`~structmat.program.stages.Convolution` by transforms. The entries of a matrix that is a function of tensors
-    are the group ``name+name.matrix``. A :class:`~structmat.program.stages.Call` is traced, its tensors being
+    :class:`~structmat.program.toeplitz.Convolution` by transforms. The entries of a matrix that is a function of tensors
+    are the group ``name+name.matrix``. A :class:`~structmat.program.written_out.Call` is traced, its tensors being
     constants.
 
     Args:

@@ -14,9 +14,10 @@ from structmat.circuit.arrays import Ints, Numbers, owners
 from structmat.circuit.kaleidoscope import Kaleidoscope, MonarchProduct
 from structmat.circuit.simplify import prune, without_zero_terms
 from structmat.errors import CircuitError, ShapeError
+from structmat.program.combinators import Chain, Program, stages
 from structmat.program.patterns import Blocks, blocks, is_order
 from structmat.program.simplify import simplify
-from structmat.program.stages import Chain, Contraction, Crop, Diagonal, Pad, Permute, Program, Sparse, stages
+from structmat.program.stages import Contraction, Crop, Diagonal, Pad, Permute, Sparse
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structmat.program.stages import Convolution
+from structmat.program.toeplitz import Convolution
 
 _AT_ONCE = 1 << 19
 """Numbers of a part of the batch that is transformed at once where no gradients are recorded: what lies between the

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from structmat.program.stages import (
-    Chain,
-    Complex,
-    Convolution,
-    Diagonal,
-    Fourier,
-    Program,
-    Real,
-    Stage,
-    Sum,
-    binary_depth,
-    tensor_sizes,
-)
+from structmat.program.combinators import Chain, Program, Sum, tensor_sizes
+from structmat.program.stage import Stage, binary_depth
+from structmat.program.stages import Complex, Diagonal, Fourier, Real
+from structmat.program.toeplitz import Convolution
 
 
 @dataclass(frozen=True)

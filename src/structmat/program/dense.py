@@ -8,11 +8,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from structmat.program.combinators import Chain, Program
 from structmat.program.derived import derive
 from structmat.program.fixed import Reorder, index_of
 from structmat.program.fuse import chainable, full_weight, merge, merged_pattern
 from structmat.program.reference import apply
-from structmat.program.stages import Chain, Contraction, Permute, Program, Stage
+from structmat.program.stage import Stage
+from structmat.program.stages import Contraction, Permute
 from structmat.program.transpose import transpose
 
 Tensors = Mapping[str, Tensor]

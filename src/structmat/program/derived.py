@@ -13,8 +13,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from structmat.program.combinators import Chain, Program, Sum
 from structmat.program.pairs import Pairs
-from structmat.program.stages import Chain, Program, Stage, Sum
+from structmat.program.stage import Stage
 
 Tensors = Mapping[str, Tensor]
 

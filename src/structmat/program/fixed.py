@@ -10,11 +10,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from structmat.program.stages import _Unweighted, binary_depth
+from structmat.program.stage import Square, Unweighted, binary_depth
 
 
 @dataclass(frozen=True)
-class Hadamard(_Unweighted):
+class Hadamard(Square, Unweighted):
     """The Sylvester-Hadamard matrix (entries 1 and -1), its own transpose: ``size * log2(size)`` additions."""
 
     size: int
@@ -22,14 +22,6 @@ class Hadamard(_Unweighted):
     def __post_init__(self) -> None:
         assert self.size >= 1, self
         assert self.size & (self.size - 1) == 0, self
-
-    @property
-    def in_features(self) -> int:
-        return self.size
-
-    @property
-    def out_features(self) -> int:
-        return self.size
 
     @property
     def levels(self) -> int:
@@ -51,21 +43,13 @@ class Hadamard(_Unweighted):
 
 
 @dataclass(frozen=True)
-class Cosine(_Unweighted):
+class Cosine(Square, Unweighted):
     """The orthonormal cosine transform of type II, ``C[k, j] = s_k cos(pi k (2 j + 1) / 2n)``; or its inverse, which is
     its transpose (type III). Cost model: half of that of a complex Fourier transform, and n rotations.
     """
 
     size: int
     inverse: bool = False
-
-    @property
-    def in_features(self) -> int:
-        return self.size
-
-    @property
-    def out_features(self) -> int:
-        return self.size
 
     def transpose(self) -> Cosine:
         return replace(self, inverse=not self.inverse)
@@ -108,7 +92,7 @@ class Order(Protocol):
 
 
 @dataclass(frozen=True)
-class Reorder(_Unweighted):
+class Reorder(Unweighted):
     """``y[i] = x[p[i]]`` for a permutation that follows from sizes, so that nothing is stored."""
 
     order: Order

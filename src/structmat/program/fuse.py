@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
+from structmat.program.combinators import Chain, Program, Sum, rename
 from structmat.program.convolve import convolution_matrix
 from structmat.program.reference import (
     MATERIALISED_DENSITY,
@@ -17,22 +18,12 @@ from structmat.program.reference import (
     window_matrices,
 )
 from structmat.program.simplify import simplify
-from structmat.program.stages import (
-    Chain,
-    Contraction,
-    Convolution,
-    Diagonal,
-    Generated,
-    Interpolation,
-    Program,
-    Sparse,
-    Stage,
-    Sum,
-    Windowed,
-    rename,
-)
+from structmat.program.stage import Stage
+from structmat.program.stages import Contraction, Diagonal, Interpolation, Sparse, Windowed
+from structmat.program.toeplitz import Convolution
 from structmat.program.transpose import transpose
 from structmat.program.windows import merge_windows
+from structmat.program.written_out import Generated
 
 Tensors = Mapping[str, Tensor]
 
@@ -137,7 +128,7 @@ def fuse(program: Program, tensors: Tensors, writing: Writing = FOR_REFERENCE) -
 
 
 def _stages(program: Program) -> tuple[Stage, ...]:
-    from structmat.program.stages import stages
+    from structmat.program.combinators import stages
 
     return stages(program)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from structmat.program.stages import Chain, Diagonal, Program, convolution
+from structmat.program.combinators import Chain, Program
+from structmat.program.stages import Diagonal
+from structmat.program.toeplitz import convolution
 
 # ------------------------------------------------------------------------------------------------------------- Cauchy
 

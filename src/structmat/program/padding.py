@@ -10,27 +10,16 @@ import torch
 from torch import Tensor
 
 from structmat.program.build import build
+from structmat.program.combinators import Chain, Program, Sum, stages
 from structmat.program.derived import derive
 from structmat.program.fixed import Cosine, Hadamard
 from structmat.program.pairs import Pairs, unsigned
 from structmat.program.reference import apply
 from structmat.program.scaling import scaling_cut
-from structmat.program.stages import (
-    Call,
-    Chain,
-    Complex,
-    Convolution,
-    Crop,
-    Diagonal,
-    Fourier,
-    Generated,
-    Pad,
-    Program,
-    Real,
-    Stage,
-    Sum,
-    stages,
-)
+from structmat.program.stage import Stage
+from structmat.program.stages import Complex, Crop, Diagonal, Fourier, Pad, Real
+from structmat.program.toeplitz import Convolution
+from structmat.program.written_out import Call, Generated
 from structmat.structure import DENSE_GAIN, Shape, Structure, resolve, specs
 
 _SAMPLE = 1 << 14

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from structmat.program.stages import Chain, Contraction, Diagonal, Fourier, Program, Stage, Sum
+from structmat.program.combinators import Chain, Program, Sum
+from structmat.program.stage import Stage
+from structmat.program.stages import Contraction, Diagonal, Fourier
 
 
 @dataclass(frozen=True)

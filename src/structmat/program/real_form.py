@@ -14,22 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structmat.program.combinators import Chain, Program, Sum
 from structmat.program.simplify import simplify
-from structmat.program.stages import (
-    Chain,
-    Complex,
-    Contraction,
-    Crop,
-    Diagonal,
-    Pad,
-    Permute,
-    Program,
-    Real,
-    Shuffle,
-    Sparse,
-    Stage,
-    Sum,
-)
+from structmat.program.stage import Stage
+from structmat.program.stages import Complex, Contraction, Crop, Diagonal, Pad, Permute, Real, Shuffle, Sparse
 
 Tensors = Mapping[str, Tensor]
 

@@ -14,31 +14,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structmat.errors import ShapeError
+from structmat.program.combinators import Chain, Program, Sum
 from structmat.program.convolve import convolve
 from structmat.program.derived import Derived
 from structmat.program.fixed import Cosine, Hadamard, Reorder, cosine_entries, index_entries, index_of
 from structmat.program.pairs import Pairs
+from structmat.program.stage import Stage
 from structmat.program.stages import (
-    Call,
-    Chain,
     Complex,
     Contraction,
-    Convolution,
     Crop,
     Diagonal,
     Fourier,
-    Generated,
     Interpolation,
     Pad,
     Permute,
-    Program,
     Real,
     Shuffle,
     Sparse,
-    Stage,
-    Sum,
     Windowed,
 )
+from structmat.program.toeplitz import Convolution
+from structmat.program.written_out import Call, Generated
 
 Tensors = Mapping[str, Tensor]
 

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from structmat.program.combinators import Chain, Program, Sum, stages
 from structmat.program.pairs import Pairs
-from structmat.program.stages import (
-    Chain,
-    Contraction,
-    Convolution,
-    Diagonal,
-    Generated,
-    Program,
-    Sparse,
-    Stage,
-    Sum,
-    Windowed,
-    stages,
-)
+from structmat.program.stage import Stage
+from structmat.program.stages import Contraction, Diagonal, Sparse, Windowed
+from structmat.program.toeplitz import Convolution
+from structmat.program.written_out import Generated
 
 
 def scaling_cut(program: Program) -> frozenset[str] | None:

@@ -6,8 +6,10 @@ from itertools import accumulate, pairwise
 from math import prod
 from operator import mul
 
+from structmat.program.combinators import Chain, Program, Sum
 from structmat.program.fixed import Cosine, Hadamard, Reorder
-from structmat.program.stages import Chain, Complex, Crop, Fourier, Pad, Permute, Program, Real, Shuffle, Stage, Sum
+from structmat.program.stage import Stage
+from structmat.program.stages import Complex, Crop, Fourier, Pad, Permute, Real, Shuffle
 
 
 def simplify(program: Program) -> Program:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from structmat.program.combinators import Chain, Program
 from structmat.program.cost import cost
-from structmat.program.stages import Chain, Program, Stage
+from structmat.program.stage import Stage
 
 
 def table(program: Program) -> str:

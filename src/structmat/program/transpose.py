@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from structmat.program.stages import Chain, Program, Stage, Sum
+from structmat.program.combinators import Chain, Program, Sum
+from structmat.program.stage import Stage
 
 
 def transpose(program: Program) -> Program:

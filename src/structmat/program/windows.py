@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from structmat.program.combinators import Chain, Program, Sum
 from structmat.program.reference import window_matrices
-from structmat.program.stages import Chain, Contraction, Crop, Pad, Program, Sparse, Sum, Windowed
+from structmat.program.stages import Contraction, Crop, Pad, Sparse, Windowed
 
 _LONGEST = 512
 """Neighbouring terms that one block may swallow."""

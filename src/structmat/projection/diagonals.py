@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from structmat.program.convolve import convolution_matrix
-from structmat.program.stages import Convolution
+from structmat.program.toeplitz import Convolution
 from structmat.projection.target import Certificate, Fit, Target
 
 _DAMPING = 1e-13

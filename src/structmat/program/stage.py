@@ -1,0 +1,115 @@
+"""What a stage is, and what many stages share: a square shape, no learned tensors, a matrix applied either way."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Self, cast
+
+
+def binary_depth(terms: int) -> int:
+    """Levels of fan-in-2 gates that a weighted sum of ``terms`` values takes (a scaling alone is one gate)."""
+    return max(1, math.ceil(math.log2(terms))) if terms > 0 else 0
+
+
+class Stage(ABC):
+    """One linear map of a chain. Subclasses are frozen dataclasses and final."""
+
+    @property
+    @abstractmethod
+    def in_features(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def out_features(self) -> int: ...
+
+    @abstractmethod
+    def transpose(self) -> Stage: ...
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, int]:
+        """The learned tensors that the stage reads: name and number of entries."""
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """The fixed integer tensors that the stage reads."""
+        return ()
+
+    @abstractmethod
+    def rename(self, name: Callable[[str], str]) -> Stage:
+        """The same stage reading tensors under other names."""
+
+    @property
+    @abstractmethod
+    def multiplications(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def additions(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def depth(self) -> int: ...
+
+    @abstractmethod
+    def __str__(self) -> str: ...
+
+
+class Square(Stage):
+    """Of as many numbers out as in: subclasses have a field ``size``."""
+
+    size: int
+
+    @property
+    def in_features(self) -> int:
+        return self.size
+
+    @property
+    def out_features(self) -> int:
+        return self.size
+
+
+class Turned(Stage):
+    """A matrix (height, width) that is applied as it is, or transposed: subclasses have these fields."""
+
+    height: int
+    width: int
+    transposed: bool
+
+    @property
+    def in_features(self) -> int:
+        return self.height if self.transposed else self.width
+
+    @property
+    def out_features(self) -> int:
+        return self.width if self.transposed else self.height
+
+    def transpose(self) -> Self:
+        turned: Self = replace(cast("Any", self), transposed=not self.transposed)
+        return turned
+
+
+class Unweighted(Stage):
+    """What the stages without learned tensors share."""
+
+    @property
+    def weights(self) -> Mapping[str, int]:
+        return {}
+
+    def rename(self, name: Callable[[str], str]) -> Stage:
+        return self
+
+    @property
+    def multiplications(self) -> int:
+        return 0
+
+    @property
+    def additions(self) -> int:
+        return 0
+
+    @property
+    def depth(self) -> int:
+        return 0
