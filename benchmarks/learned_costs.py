@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import functools
-import time
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from structmat.benchmark import in_turns
 from structmat.learn.windows import WindowLearner
 from structmat.nn import StructuredLinear
 from structmat.projection.windows import Terms
 from structmat.windows import from_terms
 
+SECONDS = 1.0
+"""Of each timing."""
 
-def best_time(run: Callable[[], object], seconds: float = 0.6) -> float:
-    """The least of repeated times after one more."""
-    run()
-    times, stop = [], time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < stop:
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+
+def medians(runs: dict[str, Callable[[], object]], seconds: float = SECONDS) -> dict[str, float]:
+    """Median seconds of each, all run in turns."""
+    return {name: statistics.median(found) for name, found in in_turns(runs, seconds)[1].items()}
 
 
 def run_step_cost(seed: int) -> dict[str, Any]:
@@ -53,13 +51,14 @@ def run_step_cost(seed: int) -> dict[str, Any]:
         return held + sum(t.numel() for s in step.optimizer.state.values() for t in s.values())
 
     dense = nn.Sequential(nn.Linear(n, n))
-    step = step_of(dense, None)
-    found: dict[str, Any] = {"dense": {"milliseconds": 1e3 * best_time(step), "numbers": numbers(dense, step)}}
+    steps = {"dense": step_of(dense, None)}
+    models = {"dense": dense}
     for share in (1.0, 0.5, 0.25, 0.125):
-        model = nn.Sequential(nn.Linear(n, n))
+        name = f"windows at {share:g}"
+        model = models[name] = nn.Sequential(nn.Linear(n, n))
         learner = WindowLearner(model, 1.0, 10**6, terms=0.5, snapshots=0, rate=1e-9)
         layer = learner.layers["0"]
-        step = step_of(model, learner)
+        step = steps[name] = step_of(model, learner)
         step()
         with torch.no_grad():
             layer.widths.fill_(share)
@@ -68,12 +67,13 @@ def run_step_cost(seed: int) -> dict[str, Any]:
             learner._squares["0"] = torch.zeros(4, layer.terms)
         learner.step_count = 10**6 - 10**5  # the blur of the end of training
         learner._sharpen()
-        found[f"windows at {share:g}"] = {
-            "milliseconds": 1e3 * best_time(step),
-            "numbers": numbers(model, step),
-            "share": layer.cost / n**2,
+    times = medians(steps, 4 * SECONDS)
+    return {
+        "steps": {
+            name: {"milliseconds": 1e3 * times[name], "numbers": numbers(models[name], step)}
+            for name, step in steps.items()
         }
-    return {"steps": found}
+    }
 
 
 def run_speed(width: int, seed: int, n: int = 1024) -> dict[str, Any]:
@@ -87,16 +87,25 @@ def run_speed(width: int, seed: int, n: int = 1024) -> dict[str, Any]:
     layer = StructuredLinear.from_matrix(from_terms(Terms(contents[0], contents[1], windows).cropped()))
     dense = layer.to_linear()
     share = layer.matrix.macs / n**2
+    stored = layer.matrix.num_parameters + 4 * terms
+    one, small = torch.randn(1, 64, generator=g), torch.randn(64, 64, generator=g)
     found = {}
     for rows in (1, 64, 1024):
         frozen = layer.freeze(rows)
         x = torch.randn(rows, n, generator=g)
+        moved = torch.empty((rows * 2 * n + stored) // 2)  # what is copied is read and written
         with torch.inference_mode():
-            first, second = best_time(functools.partial(dense, x)), best_time(functools.partial(frozen, x))
-        found[str(rows)] = {
-            "dense": 1e6 * first,
-            "structured": 1e6 * second,
-            "ratio": second / first,
-            "efficiency": share * first / second,
+            times = medians(
+                {
+                    "dense": functools.partial(dense, x),
+                    "structured": functools.partial(frozen, x),
+                    "memory": moved.clone,
+                    "call": functools.partial(nn.functional.linear, one, small),
+                }
+            )
+        floor = max(times["memory"], share * times["dense"]) + times["call"]
+        found[str(rows)] = {name: 1e6 * value for name, value in times.items()} | {
+            "ratio": times["structured"] / times["dense"],
+            "efficiency": floor / times["structured"],
         }
     return {"share": share, "mean_width": float(sizes.double().mean()), "microseconds": found}

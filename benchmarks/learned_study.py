@@ -242,7 +242,7 @@ def _speed(done: Done) -> list[str]:
             rows.append([str(width), f"{f['share']:.3f}", *times])
     head = ("mean width", "share of dense", "batch 1", "batch 64", "batch 1024")
     lines = ["## Hardened windows, n = 1024, float32: time of the dense layer, and efficiency", ""]
-    note = "Time as a multiple of the dense layer's; in brackets the efficiency, share of dense by that multiple."
+    note = "Time as a multiple of the dense layer's; in brackets the efficiency as `structmat bench` defines it."
     return [*lines, *markdown(head, rows), "", note]
 
 

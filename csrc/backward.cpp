@@ -83,20 +83,23 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
       break;
     }
     case Instruction::windowed: {
-      const std::vector<int64_t>& offsets = p.offsets[step.number];
-      Real *left_sums = direct(s.tensor), *right_sums = direct(s.other);
-      for (int64_t t = 0; t < s.entries; ++t) {
-        const int64_t *w = p.indices[s.index] + 4 * t, l = offsets[2 * t], r = offsets[2 * t + 1];
-        const Real *left = p.learned[s.tensor] + l, *right = p.learned[s.other] + r;
-        Real *own_left = left_sums ? left_sums + l : nullptr, *own_right = right_sums ? right_sums + r : nullptr;
-        if (w[1] == 0 || w[3] == 0) continue;
-        if (s.transposed)
-          k.rank_one_back(right, w[2], w[3], s.width, left, w[0], w[1], s.height, x, gy, gx, own_right, own_left,
-                          columns);
-        else
-          k.rank_one_back(left, w[0], w[1], s.height, right, w[2], w[3], s.width, x, gy, gx, own_left, own_right,
-                          columns);
+      const Sides<Real> sides(s, p, step.number);
+      Real *read_sums = direct(s.other), *written_sums = direct(s.tensor);
+      if (s.transposed) std::swap(read_sums, written_sums);
+      const Run *read = sides.read->data(), *written = sides.written->data();
+      const int64_t reads = sides.read->size(), writes = sides.written->size();
+      int32_t* room = room_for_runs(scratch, pass.plan.plan, columns);
+      const size_t between = size_t(s.entries) * columns * sizeof(Real);
+      if (written_sums) {
+        std::memset(scratch, 0, between);
+        k.read_windows(read, reads, sides.from, x, scratch, columns, room);
+        k.window_sums(written, writes, scratch, gy, written_sums, columns);
       }
+      if (!read_sums && !gx) break;
+      std::memset(scratch, 0, between);
+      k.read_windows(written, writes, sides.onto, gy, scratch, columns, room);
+      if (read_sums) k.window_sums(read, reads, scratch, x, read_sums, columns);
+      if (gx) k.write_windows(read, reads, sides.from, scratch, gx, columns, room);
       break;
     }
   }
@@ -123,7 +126,7 @@ void run_tile(const Pass<Real>& pass, int64_t tile, Real* memory, Real* sums) {
         if (bias >= 0) pass.kernels.row_sums(to, sums + bias, plan.out_features, columns);
         break;
       }
-      case Step::forward: run<Real>(s.what, s.number, pass.prepared, plan, pass.kernels, memory, columns); break;
+      case Step::forward: run<Real>(s.what, s.number, pass.prepared, plan, pass.kernels, memory, scratch, columns); break;
       case Step::clear: std::memset(memory + s.from * columns, 0, size_t(s.rows) * columns * sizeof(Real)); break;
       case Step::backward: run_back<Real>(s, pass, memory, sums, scratch); break;
       case Step::store_gradient:
@@ -140,8 +143,9 @@ void run_parts(int64_t begin, int64_t end, void* opaque) {
   Pass<Real>& pass = *static_cast<Pass<Real>*>(opaque);
   try {
     static thread_local Scratch scratch;
-    const int64_t rows = pass.plan.rows + block_width;
-    Real* memory = static_cast<Real*>(scratch.reserve(rows * pass.columns * int64_t(sizeof(Real))));
+    const int64_t bytes = pass.plan.rows * pass.columns * int64_t(sizeof(Real));
+    Real* memory =
+        static_cast<Real*>(scratch.reserve(bytes + bytes_beside<Real>(pass.plan.plan, pass.columns, block_width)));
     for (int64_t part = begin; part < end; ++part) {
       Real* sums = pass.sums + part * pass.plan.total;
       std::fill_n(sums, pass.plan.total, Real(0));  // none where no tensor's gradient is wanted

@@ -20,7 +20,7 @@ int64_t tile_columns(const Plan& plan, int64_t rows, int64_t lanes, int threads)
   const int64_t widest = std::max<int64_t>(lanes, 256 / int64_t(sizeof(Real)));
   int64_t columns = widest;
   const auto too_wide = [&](int64_t c) {
-    const int64_t bytes = plan.rows * c * int64_t(sizeof(Real));
+    const int64_t bytes = (plan.rows + plan.terms) * c * int64_t(sizeof(Real));
     return bytes > far_cache || (plan.is_light && bytes > near_cache && c > 2 * lanes) ||
            plan.widest_source * c * int64_t(sizeof(Real)) > near_cache || rows < c * threads;
   };
@@ -48,7 +48,9 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
     Context& c = *static_cast<Context*>(opaque);
     try {
       static thread_local Scratch scratch;
-      Real* memory = static_cast<Real*>(scratch.reserve(c.plan.rows * c.columns * int64_t(sizeof(Real))));
+      const int64_t numbers = c.plan.rows * c.columns;
+      Real* memory = static_cast<Real*>(
+          scratch.reserve(numbers * int64_t(sizeof(Real)) + bytes_beside<Real>(c.plan, c.columns)));
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * c.columns, count = std::min(c.columns, c.batch.rows - first);
         const auto load = c.batch.x_by_features ? c.kernels.load_by_features : c.kernels.load;
@@ -56,7 +58,8 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
         load(c.batch.x_at(first), c.batch.storage, c.batch.x_stride, count, c.plan.in_features,
              memory + c.plan.input * c.columns, c.columns);
         for (size_t i = 0; i < c.plan.instructions.size(); ++i)
-          run<Real>(c.plan.instructions[i], i, c.prepared, c.plan, c.kernels, memory, c.columns);
+          run<Real>(c.plan.instructions[i], i, c.prepared, c.plan, c.kernels, memory, memory + numbers,
+                    c.columns);
         store(memory + c.plan.output * c.columns, c.columns, c.prepared.bias, c.batch.y_at(first), c.batch.storage,
               c.batch.y_stride, count, c.plan.out_features);
       }

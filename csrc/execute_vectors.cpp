@@ -61,20 +61,39 @@ inline void set(Real& to, Real value, bool add) {
   to = add ? to + value : value;
 }
 
-// y[(start + i) mod size] += left[i] * (the sum over j of right[j] x[(from + j) mod length]).
+// Sums of runs, those of each term, and their products with the other side: threads share the runs, then the rows.
 template <class Real>
-void rank_one(const Real* left, const int64_t* to, int64_t size, const Real* right, const int64_t* from, int64_t length,
-              const Real* x, Real* y) {
-  Real sum = 0;
-  const int64_t before = std::min(from[1], length - from[0]), above = std::min(to[1], size - to[0]);
-  for (int64_t j = 0; j < before; ++j) sum += right[j] * x[from[0] + j];
-  for (int64_t j = before; j < from[1]; ++j) sum += right[j] * x[j - before];
-  for (int64_t i = 0; i < above; ++i) y[to[0] + i] += left[i] * sum;
-  for (int64_t i = above; i < to[1]; ++i) y[i - above] += left[i] * sum;
+void windowed(const Task<Real>& task, const Sides<Real>& sides, Parallel parallel, int threads) {
+  static thread_local Scratch scratch;
+  const Instruction& s = task.s;
+  const int64_t reads = sides.read->size();
+  Real* sums = static_cast<Real*>(scratch.reserve((reads + s.entries) * int64_t(sizeof(Real))));
+  struct Both {
+    const Task<Real>& task;
+    const Sides<Real>& sides;
+    const Real* x;
+    Real *sums, *terms, *y;
+  } both{task, sides, nullptr, sums, sums + reads, nullptr};
+  const bool together = threads > 1 && s.left + s.right > alone;
+  const auto shared = [&](int64_t count, Body body) { together ? parallel(count, body, &both) : body(0, count, &both); };
+  for (int64_t v = 0; v < task.v.count; ++v) {
+    both.x = task.v.memory + v * task.v.pitch + s.from, both.y = task.v.memory + v * task.v.pitch + s.to;
+    shared(reads, [](int64_t begin, int64_t end, void* opaque) {
+      const Both& b = *static_cast<const Both*>(opaque);
+      b.task.kernels.read_vector(b.sides.read->data(), begin, end, b.sides.from, b.x, b.sums);
+    });
+    std::fill_n(both.terms, s.entries, Real(0));
+    for (int64_t k = 0; k < reads; ++k) both.terms[(*sides.read)[k].term] += sums[k];
+    shared(s.rows, [](int64_t begin, int64_t end, void* opaque) {
+      const Both& b = *static_cast<const Both*>(opaque);
+      b.task.kernels.write_vector(b.sides.written->data(), b.sides.written->size(), b.sides.onto, b.terms, b.y, begin,
+                                  end);
+    });
+  }
 }
 
 template <class Real>
-void run_one(const Instruction& s, size_t number, const Prepared<Real>& p, const Plan& plan, const Real* x, Real* y) {
+void run_one(const Instruction& s, const Prepared<Real>& p, const Plan& plan, const Real* x, Real* y) {
   switch (s.kind) {
     case Instruction::diagonal: {
       const Real* weight = p.learned[s.tensor];
@@ -93,17 +112,6 @@ void run_one(const Instruction& s, size_t number, const Prepared<Real>& p, const
       for (int64_t i = 0; i < s.rows; ++i) set(y[i], x[i], s.add);
       break;
     case Instruction::clear: std::memset(y, 0, size_t(s.rows) * sizeof(Real)); break;
-    case Instruction::windowed:
-      for (int64_t t = 0; t < s.entries; ++t) {
-        const int64_t *w = p.indices[s.index] + 4 * t, *offset = p.offsets[number].data() + 2 * t;
-        const Real *left = p.learned[s.tensor] + offset[0], *right = p.learned[s.other] + offset[1];
-        if (w[1] == 0 || w[3] == 0) continue;
-        if (s.transposed)
-          rank_one(right, w + 2, s.width, left, w, s.height, x, y);
-        else
-          rank_one(left, w, s.height, right, w + 2, s.width, x, y);
-      }
-      break;
     default: break;  // the others take all vectors at once
   }
 }
@@ -128,9 +136,11 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
     } else if (s.kind == Instruction::sparse) {
       const Rows& r = prepared.rows[k];
       sparse<Real>({kernels, s, prepared.values[k], v}, {r.start, r.column}, parallel, threads);
+    } else if (s.kind == Instruction::windowed) {
+      windowed<Real>({kernels, s, nullptr, v}, Sides<Real>(s, prepared, k), parallel, threads);
     } else {
       for (int64_t i = 0; i < v.count; ++i)
-        run_one<Real>(s, k, prepared, plan, v.memory + i * v.pitch + s.from, v.memory + i * v.pitch + s.to);
+        run_one<Real>(s, prepared, plan, v.memory + i * v.pitch + s.from, v.memory + i * v.pitch + s.to);
     }
   }
   Real* y = static_cast<Real*>(batch.y);

@@ -415,46 +415,5 @@ void sparse_back(const Compressed& m, const Real* values, const Real* x, const R
     sparse_back_as<Real, 1>(m, values, x, gy, gx, sums, rows, columns);
 }
 
-// to[k] += the dot product of row (start + k) mod size with `other`, for k below count.
-template <class Real>
-inline void window_sums(const Real* rows, int64_t start, int64_t size, int64_t count, const Real* other, Real* to,
-                        int64_t columns) {
-  constexpr int n = Vector<Real>::lanes;
-  sum_each<Real>(count, to, [&](int64_t k) {
-    const int64_t row = start + k < size ? start + k : start + k - size;
-    V<Real> sum = {};
-    for (int64_t p = 0; p < columns; p += n) sum += at(rows + row * columns + p) * at(other + p);
-    return sum;
-  });
-}
-
-template <class Real>
-inline void window_product(const Real* factor, const Real* rows, int64_t start, int64_t size, int64_t count, Real* to,
-                           int64_t columns) {
-  for (int64_t p = 0; p < columns; p += Vector<Real>::lanes)
-    put(to + p, window_sum<Real>(factor, rows + p, start, size, count, columns));
-}
-
-template <class Real>
-void rank_one_back(const Real* left, int64_t start, int64_t height, int64_t size, const Real* right, int64_t from,
-                   int64_t width, int64_t length, const Real* x, const Real* gy, Real* gx, Real* left_sums,
-                   Real* right_sums, int64_t columns) {
-  constexpr int n = Vector<Real>::lanes;
-  alignas(64) Real between[widest_row / sizeof(Real)];
-  if (left_sums) {
-    window_product<Real>(right, x, from, length, width, between, columns);
-    window_sums<Real>(gy, start, size, height, between, left_sums, columns);
-  }
-  if (!right_sums && !gx) return;
-  window_product<Real>(left, gy, start, size, height, between, columns);
-  if (right_sums) window_sums<Real>(x, from, length, width, between, right_sums, columns);
-  if (!gx) return;
-  for (int64_t j = 0, row = from; j < width; ++j) {
-    for (int64_t p = 0; p < columns; p += n)
-      put(gx + row * columns + p, at(gx + row * columns + p) + at(between + p) * right[j]);
-    row = row + 1 == length ? 0 : row + 1;
-  }
-}
-
 }  // namespace STRUCTMAT_ISA
 }  // namespace structmat

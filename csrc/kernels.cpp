@@ -8,6 +8,7 @@
 #include "panels.h"
 #include "vector_kernels.h"
 #include "vectors.h"
+#include "windows.h"
 
 namespace structmat {
 namespace STRUCTMAT_ISA {
@@ -387,21 +388,6 @@ void sparse(const Compressed& matrix, const Real* values, const Real* x, Real* y
 }
 
 template <class Real>
-void rank_one(const Real* left, int64_t start, int64_t height, int64_t size, const Real* right, int64_t from,
-              int64_t width, int64_t length, const Real* x, Real* y, int64_t columns) {
-  constexpr int n = Vector<Real>::lanes;
-  for (int64_t p = 0; p < columns; p += n) {
-    const V<Real> sum = window_sum<Real>(right, x + p, from, length, width, columns);
-    int64_t to = start;
-    for (int64_t i = 0; i < height; ++i) {
-      Real* row = y + to * columns + p;
-      put(row, at(row) + sum * left[i]);
-      to = to + 1 == size ? 0 : to + 1;
-    }
-  }
-}
-
-template <class Real>
 constexpr Kernels<Real> table = {load<Real>,
                                  store<Real>,
                                  load_by_features<Real>,
@@ -416,14 +402,17 @@ constexpr Kernels<Real> table = {load<Real>,
                                  scatter_add<Real>,
                                  copy<Real>,
                                  sparse<Real>,
-                                 rank_one<Real>,
+                                 read_windows<Real>,
+                                 write_windows<Real>,
                                  contract_vectors<Real>,
                                  sparse_vectors<Real>,
+                                 read_vector<Real>,
+                                 write_vector<Real>,
                                  contract_sums<Real>,
                                  radix_back<Real>,
                                  diagonal_sums<Real>,
                                  sparse_back<Real>,
-                                 rank_one_back<Real>,
+                                 window_sums<Real>,
                                  row_sums<Real>,
                                  widen<Real>,
                                  narrow<Real>,

@@ -66,6 +66,13 @@ struct Compressed {
   const int32_t* column;  // of every entry
 };
 
+// Rows that one term of a windowed matrix covers, one after the other: a window is one run, or two where it passes the end.
+struct Run {
+  int64_t first, last;  // one beyond the last
+  int64_t content;      // where the numbers of its rows begin
+  int64_t term;
+};
+
 template <class Real>
 struct Kernels {
   // Vectors first .. first + count of the batch into a tile; `count` may be less than `columns`.
@@ -94,9 +101,12 @@ struct Kernels {
   void (*copy)(const Real* x, Real* y, int64_t rows, int64_t columns, bool add);
   void (*sparse)(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t rows, int64_t columns,
                  bool add);
-  // y[(start + i) mod size] += left[i] * (the sum over j of right[j] * x[(from + j) mod length]), by rows.
-  void (*rank_one)(const Real* left, int64_t start, int64_t height, int64_t size, const Real* right, int64_t from,
-                   int64_t width, int64_t length, const Real* x, Real* y, int64_t columns);
+  // The two sides of a windowed matrix (windows.h), runs in the order of their first rows: row t of z += content times row
+  // of x, for all runs of term t; row of y += content times row t of z. `room` holds two numbers for each run.
+  void (*read_windows)(const Run* runs, int64_t count, const Real* contents, const Real* x, Real* z, int64_t columns,
+                       int32_t* room);
+  void (*write_windows)(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t columns,
+                        int32_t* room);
 
   // A few vectors, each contiguous, `pitch` numbers apart (vector_kernels.h). Units begin .. end of the outcome, of
   // a * ceil(b / unit_lines); rows begin .. end of it.
@@ -104,6 +114,10 @@ struct Kernels {
                            int64_t vectors, bool add, int64_t begin, int64_t end);
   void (*sparse_vectors)(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t pitch,
                          int64_t vectors, bool add, int64_t begin, int64_t end);
+  // Of one vector: the sum of each run begin .. end; rows begin .. end of the outcome.
+  void (*read_vector)(const Run* runs, int64_t begin, int64_t end, const Real* contents, const Real* x, Real* sums);
+  void (*write_vector)(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t begin,
+                       int64_t end);
 
   // What follows goes backwards: from the gradient of a stage's outcome to that of its input (where `gx` is not null,
   // added to it or not), and to the sums over all columns that are the gradients of its weights (where they are not
@@ -120,10 +134,9 @@ struct Kernels {
   // Adds to gx; `sums` in the order of the compressed form.
   void (*sparse_back)(const Compressed& matrix, const Real* values, const Real* x, const Real* gy, Real* gx, Real* sums,
                       int64_t rows, int64_t columns);
-  // Adds to gx.
-  void (*rank_one_back)(const Real* left, int64_t start, int64_t height, int64_t size, const Real* right, int64_t from,
-                        int64_t width, int64_t length, const Real* x, const Real* gy, Real* gx, Real* left_sums,
-                        Real* right_sums, int64_t columns);
+  // The sum over all columns of row t of z times each row that a run of term t covers, added to the number of `sums` that
+  // is the place of the row's content.
+  void (*window_sums)(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns);
   // sums[i] += the sum of row i.
   void (*row_sums)(const Real* rows, Real* sums, int64_t count, int64_t columns);
 

@@ -331,6 +331,7 @@ class Layout {
     if (!add) emit(Instruction::clear, to, to, rows, false);
     Instruction& i = emit(Instruction::windowed, source, to, rows, true);
     i.height = v[0], i.width = v[1], i.entries = v[2], i.left = v[3], i.right = v[4], i.transposed = v[5] != 0;
+    plan_.terms = std::max(plan_.terms, v[2]);
     i.tensor = tensor(v[6], v[3], false), i.other = tensor(v[7], v[4], false), i.index = tensor(v[8], 4 * v[2], true);
   }
 

@@ -34,6 +34,7 @@ struct Slot {
 struct Plan {
   int64_t in_features = 0, out_features = 0;
   int64_t rows = 0;    // of the memory of a tile
+  int64_t terms = 0;   // of the windowed matrix that has most; what comes between its sides needs as many rows beside
   int64_t input = 0, output = 0;
   int64_t tensors = 0;  // how many the program reads
   bool has_bias = false;

@@ -13,6 +13,7 @@
 
 #include "execute.h"
 #include "plan.h"
+#include "runs.h"
 
 namespace structmat {
 
@@ -120,7 +121,7 @@ struct Prepared {
   // By the number of the instruction:
   std::vector<Rows> rows;                     // of sparse ones
   std::vector<const Real*> values;            // of sparse ones, in the order of the rows
-  std::vector<std::vector<int64_t>> offsets;  // of windowed ones: where the contents of a term begin
+  std::vector<Windows> windows;               // of windowed ones
   std::vector<std::array<const Real*, Quads::most>> panels;  // of contractions and quads whose weights are packed
   std::vector<std::vector<Real>> owned;
   const Real* bias = nullptr;
@@ -129,22 +130,6 @@ struct Prepared {
 inline void check_index(const int64_t* index, int64_t count, int64_t size) {
   for (int64_t i = 0; i < count; ++i)
     if (index[i] < 0 || index[i] >= size) throw std::invalid_argument("structmat: an index is out of range");
-}
-
-inline std::vector<int64_t> window_offsets(const Instruction& s, const int64_t* windows) {
-  std::vector<int64_t> offsets(2 * (s.entries + 1), 0);
-  for (int64_t k = 0; k < s.entries; ++k) {
-    const int64_t *w = windows + 4 * k, *sides[] = {w, w + 2};
-    const int64_t sizes[] = {s.height, s.width};
-    for (int side = 0; side < 2; ++side) {
-      if (sides[side][0] < 0 || sides[side][0] >= sizes[side] || sides[side][1] < 0 || sides[side][1] > sizes[side])
-        throw std::invalid_argument("structmat: a window is out of range");
-      offsets[2 * (k + 1) + side] = offsets[2 * k + side] + sides[side][1];
-    }
-  }
-  if (offsets[2 * s.entries] != s.left || offsets[2 * s.entries + 1] != s.right)
-    throw std::invalid_argument("structmat: the widths of the windows do not sum to what they hold");
-  return offsets;
 }
 
 // Sparse matrices are compressed into memory that is used again at the next call.
@@ -170,7 +155,7 @@ Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, 
   }
   if (plan.has_bias) p.bias = p.learned[count - 1];
   const size_t instructions = plan.instructions.size();
-  p.rows.resize(instructions), p.offsets.resize(instructions), p.values.assign(instructions, nullptr);
+  p.rows.resize(instructions), p.windows.resize(instructions), p.values.assign(instructions, nullptr);
   p.panels.resize(instructions, {});
   int64_t numbers = 0;
   for (const Instruction& s : plan.instructions)
@@ -180,7 +165,10 @@ Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, 
     const Instruction& s = plan.instructions[i];
     if (s.kind == Instruction::gather && s.index >= 0) check_index(p.indices[s.index], s.rows, s.rows);
     if (s.kind == Instruction::scatter_add) check_index(p.indices[s.index], s.rows, s.rows);
-    if (s.kind == Instruction::windowed) p.offsets[i] = window_offsets(s, p.indices[s.index]);
+    if (s.kind == Instruction::windowed) {
+      const int64_t* table = p.indices[s.index];
+      p.windows[i] = {runs_of(table, s.entries, s.height, s.left), runs_of(table + 2, s.entries, s.width, s.right)};
+    }
     if (s.kind != Instruction::sparse) continue;
     Rows& r = p.rows[i];
     r.start = memory, r.column = memory + s.rows + 1;
@@ -265,10 +253,35 @@ void pack_weights(Prepared<Real>& p, const Plan& plan, const Kernels<Real>& kern
   packing.run(scratch, parallel);
 }
 
+// The side of a windowed matrix that reads, and the one that writes.
+template <class Real>
+struct Sides {
+  const std::vector<Run>*read, *written;
+  const Real *from, *onto;  // their contents
+
+  Sides(const Instruction& s, const Prepared<Real>& p, size_t number)
+      : read(&p.windows[number].columns), written(&p.windows[number].rows), from(p.learned[s.other]),
+        onto(p.learned[s.tensor]) {
+    if (s.transposed) std::swap(read, written), std::swap(from, onto);
+  }
+};
+
+// What an instruction may use beside the rows of its values: `rows` rows of a tile, or one for each term of a windowed
+// matrix, and room for its runs, of which each side has at most two a term.
+template <class Real>
+int64_t bytes_beside(const Plan& plan, int64_t columns, int64_t rows = 0) {
+  return std::max(rows, plan.terms) * columns * int64_t(sizeof(Real)) + 4 * plan.terms * int64_t(sizeof(int32_t));
+}
+
+template <class Real>
+int32_t* room_for_runs(Real* beside, const Plan& plan, int64_t columns) {
+  return reinterpret_cast<int32_t*>(beside + plan.terms * columns);
+}
+
 // Runs one instruction, `number` in the plan, on rows of a tile.
 template <class Real>
 inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, const Plan& plan, const Kernels<Real>& k,
-                Real* memory, int64_t columns) {
+                Real* memory, Real* beside, int64_t columns) {
   const Real* x = memory + s.from * columns;
   Real* y = memory + s.to * columns;
   switch (s.kind) {
@@ -293,16 +306,11 @@ inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, co
       break;
     }
     case Instruction::windowed: {
-      const std::vector<int64_t>& offsets = p.offsets[number];
-      for (int64_t t = 0; t < s.entries; ++t) {
-        const int64_t* w = p.indices[s.index] + 4 * t;
-        const Real *left = p.learned[s.tensor] + offsets[2 * t], *right = p.learned[s.other] + offsets[2 * t + 1];
-        if (w[1] == 0 || w[3] == 0) continue;
-        if (s.transposed)
-          k.rank_one(right, w[2], w[3], s.width, left, w[0], w[1], s.height, x, y, columns);
-        else
-          k.rank_one(left, w[0], w[1], s.height, right, w[2], w[3], s.width, x, y, columns);
-      }
+      const Sides<Real> sides(s, p, number);
+      std::memset(beside, 0, size_t(s.entries) * columns * sizeof(Real));
+      int32_t* room = room_for_runs(beside, plan, columns);
+      k.read_windows(sides.read->data(), sides.read->size(), sides.from, x, beside, columns, room);
+      k.write_windows(sides.written->data(), sides.written->size(), sides.onto, beside, y, columns, room);
       break;
     }
   }

@@ -38,22 +38,6 @@ inline void put(Real* p, V<Real> v) {
   *reinterpret_cast<V<Real>*>(p) = v;
 }
 
-// The sum over k of factor[k] times row (start + k) mod size, of one register's columns.
-template <class Real>
-inline V<Real> window_sum(const Real* factor, const Real* rows, int64_t start, int64_t size, int64_t count,
-                          int64_t columns) {
-  V<Real> sum = {}, other = {};
-  int64_t row = start, k = 0;
-  for (; k + 1 < count; k += 2) {
-    const int64_t next = row + 1 == size ? 0 : row + 1;
-    sum += at(rows + row * columns) * factor[k];
-    other += at(rows + next * columns) * factor[k + 1];
-    row = next + 1 == size ? 0 : next + 1;
-  }
-  if (k < count) sum += at(rows + row * columns) * factor[k];
-  return sum + other;
-}
-
 // Of two registers seen as a 2 x 2 matrix of groups of s lanes, again and again: its first row and its second, transposed.
 template <class Real>
 struct Exchange {

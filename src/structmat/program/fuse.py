@@ -106,8 +106,9 @@ FOR_NATIVE = Writing(growth=1.0, sparse_from=0.4, interpolations=False, block_wo
 sparse stage run at a bit less than half of the speed of dense ones (float32, large batches, AVX-512)."""
 
 
-FOR_FEW_ROWS = Writing(growth=1.0, sparse_from=0.09, interpolations=True)
-"""With a row or two a product takes as long as reading its weights: a dense matrix is read faster than places are."""
+FOR_FEW_ROWS = Writing(growth=1.0, sparse_from=0.09, interpolations=True, block_worth=3.0)
+"""With a row or two a product takes as long as reading its weights: a dense matrix is read faster than places are, and
+than the pieces that windows are."""
 
 
 def fuse(program: Program, tensors: Tensors, writing: Writing = FOR_REFERENCE) -> tuple[Program, dict[str, Tensor]]:

@@ -1,0 +1,230 @@
+// Windowed matrices: sums of rank-one terms, each on an interval of rows and one of columns.
+//
+// Either side of such a matrix is a list of runs. One side reads, z[term] += content * x[row], the other writes,
+// y[row] += content * z[term]. Term by term both would load (and one of them store) a row for each of its numbers. So
+// they sweep over blocks of rows that stay in registers, with all terms that cover a block.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "gradients.h"
+#include "kernels.h"
+#include "vectors.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace structmat {
+namespace STRUCTMAT_ISA {
+
+constexpr int block_rows = registers == 32 ? 8 : 4;
+
+// One term and rows first .. last that it covers.
+template <class Real, bool reads>
+inline void window_part(const Real* contents, int64_t first, int64_t last, Real* rows, Real* term, int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t p = 0; p < columns; p += n) {
+    V<Real> z = at(term + p);
+    for (int64_t i = first; i < last; ++i) {
+      Real* row = rows + i * columns + p;
+      if (reads)
+        z += at(row) * contents[i - first];
+      else
+        put(row, at(row) + z * contents[i - first]);
+    }
+    if (reads) put(term + p, z);
+  }
+}
+
+// A block of rows, from `row` on, and the terms that cover all of it.
+template <class Real, bool reads, int vectors>
+inline void window_block(const Run* runs, const int32_t* covering, int64_t count, const Real* contents, int64_t row,
+                         Real* rows, Real* terms, int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t p = 0; p < columns; p += vectors * n) {
+    Real* block = rows + row * columns + p;
+    V<Real> held[block_rows][vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < block_rows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) held[i][v] = at(block + i * columns + v * n);
+    for (int64_t k = 0; k < count; ++k) {
+      const Run& run = runs[covering[k]];
+      const Real* factors = contents + run.content + (row - run.first);
+      Real* term = terms + run.term * columns + p;
+      V<Real> z[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) z[v] = at(term + v * n);
+#pragma GCC unroll 8
+      for (int i = 0; i < block_rows; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v)
+          if (reads)
+            z[v] += held[i][v] * factors[i];
+          else
+            held[i][v] += z[v] * factors[i];
+      if (reads)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) put(term + v * n, z[v]);
+    }
+    if (!reads)
+#pragma GCC unroll 8
+      for (int i = 0; i < block_rows; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) put(block + i * columns + v * n, held[i][v]);
+  }
+}
+
+template <class Real, bool reads, int vectors>
+void sweep(const Run* runs, int64_t count, const Real* contents, Real* rows, Real* terms, int64_t columns,
+           int32_t* room) {
+  int32_t *active = room, *covering = room + count;
+  int64_t next = 0, alive = 0;
+  for (int64_t row = 0; next < count || alive > 0; row += block_rows) {
+    if (alive == 0) row = std::max(row, runs[next].first / block_rows * block_rows);
+    const int64_t end = row + block_rows;
+    while (next < count && runs[next].first < end) active[alive++] = int32_t(next++);
+    int64_t kept = 0, whole = 0;
+    for (int64_t k = 0; k < alive; ++k) {
+      const Run& run = runs[active[k]];
+      const int64_t first = std::max(run.first, row), last = std::min(run.last, end);
+      if (last - first == block_rows)
+        covering[whole++] = active[k];
+      else
+        window_part<Real, reads>(contents + run.content + (first - run.first), first, last, rows,
+                                 terms + run.term * columns, columns);
+      if (run.last > end) active[kept++] = active[k];
+    }
+    alive = kept;
+    if (whole) window_block<Real, reads, vectors>(runs, covering, whole, contents, row, rows, terms, columns);
+  }
+}
+
+template <class Real, bool reads>
+void sweep_any(const Run* runs, int64_t count, const Real* contents, Real* rows, Real* terms, int64_t columns,
+               int32_t* room) {
+  if (columns % (2 * Vector<Real>::lanes) == 0)
+    sweep<Real, reads, 2>(runs, count, contents, rows, terms, columns, room);
+  else
+    sweep<Real, reads, 1>(runs, count, contents, rows, terms, columns, room);
+}
+
+template <class Real>
+void read_windows(const Run* runs, int64_t count, const Real* contents, const Real* x, Real* z, int64_t columns,
+                  int32_t* room) {
+  sweep_any<Real, true>(runs, count, contents, const_cast<Real*>(x), z, columns, room);
+}
+
+template <class Real>
+void write_windows(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t columns,
+                   int32_t* room) {
+  sweep_any<Real, false>(runs, count, contents, y, const_cast<Real*>(z), columns, room);
+}
+
+template <class Real, int vectors>
+void window_sums_of(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  for (const Run* run = runs; run < runs + count; ++run)
+    for (int64_t p = 0; p < columns; p += vectors * n) {
+      V<Real> own[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) own[v] = at(z + run->term * columns + p + v * n);
+      const Real* row = rows + run->first * columns + p;
+      sum_each<Real>(run->last - run->first, sums + run->content, [&](int64_t i) {
+        V<Real> sum = {};
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum += at(row + i * columns + v * n) * own[v];
+        return sum;
+      });
+    }
+}
+
+template <class Real>
+void window_sums(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  if (columns % (4 * n) == 0)
+    window_sums_of<Real, 4>(runs, count, z, rows, sums, columns);
+  else if (columns % (2 * n) == 0)
+    window_sums_of<Real, 2>(runs, count, z, rows, sums, columns);
+  else
+    window_sums_of<Real, 1>(runs, count, z, rows, sums, columns);
+}
+
+// --------------------------------------------------------------------------------------------------- a few vectors
+
+// The first `count` of a register's numbers, and zeros.
+template <class Real>
+inline V<Real> first_of(const Real* p, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4)
+    return V<Real>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+  else
+    return V<Real>(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p));
+#else
+  V<Real> r = {};
+  std::memcpy(&r, p, size_t(count) * sizeof(Real));
+  return r;
+#endif
+}
+
+template <class Real>
+inline void put_first(Real* p, V<Real> values, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(values));
+  else
+    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), __m512d(values));
+#else
+  std::memcpy(p, &values, size_t(count) * sizeof(Real));
+#endif
+}
+
+template <class Real>
+inline V<Real> products(const Real* one, const Real* other, int64_t length) {
+  constexpr int n = Vector<Real>::lanes;
+  V<Real> sum = {}, second = {};
+  int64_t j = 0;
+  for (; j + 2 * n <= length; j += 2 * n) {
+    sum += at(one + j) * at(other + j);
+    second += at(one + j + n) * at(other + j + n);
+  }
+  if (j + n <= length) {
+    sum += at(one + j) * at(other + j);
+    j += n;
+  }
+  if (j < length) second += first_of(one + j, length - j) * first_of(other + j, length - j);
+  return sum + second;
+}
+
+template <class Real>
+void read_vector(const Run* runs, int64_t begin, int64_t end, const Real* contents, const Real* x, Real* sums) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t k = begin; k < end; k += n) {
+    const int64_t count = std::min<int64_t>(n, end - k);
+    V<Real> lanes[n];
+    for (int64_t i = 0; i < n; ++i) {
+      const Run& run = runs[i < count ? k + i : k];
+      lanes[i] = products(contents + run.content, x + run.first, i < count ? run.last - run.first : 0);
+    }
+    put_first(sums + k, sum_lanes<Real>(lanes), count);
+  }
+}
+
+template <class Real>
+void write_vector(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t begin,
+                  int64_t end) {
+  constexpr int n = Vector<Real>::lanes;
+  for (const Run* run = runs; run < runs + count && run->first < end; ++run) {
+    const int64_t first = std::max(run->first, begin), last = std::min(run->last, end);
+    const Real* w = contents + run->content - run->first;
+    const Real value = z[run->term];
+    int64_t i = first;
+    for (; i + n <= last; i += n) put(y + i, at(y + i) + at(w + i) * value);
+    if (i < last) put_first(y + i, first_of(y + i, last - i) + first_of(w + i, last - i) * value, last - i);
+  }
+}
+
+}  // namespace STRUCTMAT_ISA
+}  // namespace structmat
