@@ -93,12 +93,12 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
       if (written_sums) {
         std::memset(scratch, 0, between);
         k.read_windows(read, reads, sides.from, x, scratch, columns, room);
-        k.window_sums(written, writes, scratch, gy, written_sums, columns);
+        k.window_sums(written, writes, scratch, gy, written_sums, columns, room);
       }
       if (!read_sums && !gx) break;
       std::memset(scratch, 0, between);
       k.read_windows(written, writes, sides.onto, gy, scratch, columns, room);
-      if (read_sums) k.window_sums(read, reads, scratch, x, read_sums, columns);
+      if (read_sums) k.window_sums(read, reads, scratch, x, read_sums, columns, room);
       if (gx) k.write_windows(read, reads, sides.from, scratch, gx, columns, room);
       break;
     }

@@ -324,12 +324,15 @@ inline void sum_each(int64_t rows, Real* sums, const Row& row) {
   constexpr int n = Vector<Real>::lanes;
   for (int64_t i = 0; i < rows; i += n) {
     V<Real> sum[n];
+    if (i + n <= rows) {
+#pragma GCC unroll 16
+      for (int l = 0; l < n; ++l) sum[l] = row(i + l);
+      put(sums + i, at(sums + i) + sum_lanes<Real>(sum));
+      continue;
+    }
     for (int l = 0; l < n; ++l) sum[l] = i + l < rows ? row(i + l) : V<Real>{};
     const V<Real> total = sum_lanes<Real>(sum);
-    if (i + n <= rows)
-      put(sums + i, at(sums + i) + total);
-    else
-      for (int l = 0; i + l < rows; ++l) sums[i + l] += total[l];
+    for (int l = 0; i + l < rows; ++l) sums[i + l] += total[l];
   }
 }
 

@@ -114,7 +114,7 @@ struct Kernels {
                            int64_t vectors, bool add, int64_t begin, int64_t end);
   void (*sparse_vectors)(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t pitch,
                          int64_t vectors, bool add, int64_t begin, int64_t end);
-  // Of one vector: the sum of each run begin .. end; rows begin .. end of the outcome.
+  // Of one vector, runs in any order: the sum of each run begin .. end; rows begin .. end of the outcome.
   void (*read_vector)(const Run* runs, int64_t begin, int64_t end, const Real* contents, const Real* x, Real* sums);
   void (*write_vector)(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t begin,
                        int64_t end);
@@ -136,7 +136,8 @@ struct Kernels {
                       int64_t rows, int64_t columns);
   // The sum over all columns of row t of z times each row that a run of term t covers, added to the number of `sums` that
   // is the place of the row's content.
-  void (*window_sums)(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns);
+  void (*window_sums)(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns,
+                      int32_t* room);
   // sums[i] += the sum of row i.
   void (*row_sums)(const Real* rows, Real* sums, int64_t count, int64_t columns);
 

@@ -108,7 +108,7 @@ struct Value {
 
 class Layout {
  public:
-  Layout(Plan& plan, Use use) : plan_(plan), use_(use) {}
+  explicit Layout(Plan& plan) : plan_(plan) {}
 
   void run(const Node& program) {
     plan_.in_features = program.in;
@@ -124,7 +124,7 @@ class Layout {
     // The lowest gap between slots in use.
     std::vector<Slot> used;
     for (size_t i = 0; i < references_.size(); ++i)
-      if (references_[i] > 0 || use_ == Use::derivatives) used.push_back(plan_.slots[i]);
+      if (references_[i] > 0 || plan_.use == Use::derivatives) used.push_back(plan_.slots[i]);
     const int64_t first = lowest_gap(used, rows);
     plan_.slots.push_back({first, rows});
     references_.push_back(1);
@@ -160,9 +160,9 @@ class Layout {
     if (n.kind == "chain") {
       Value current = source;
       for (size_t i = 0; i < n.parts.size();) {
-        const int64_t base = use_ == Use::tiles && stages_in_registers(n, i, 4, Quads::most) ? 4 : 2;
+        const int64_t base = plan_.use == Use::tiles && stages_in_registers(n, i, 4, Quads::most) ? 4 : 2;
         const size_t merged =
-            use_ == Use::vectors ? 0 : stages_in_registers(n, i, base, base == 4 ? Quads::most : Radix::most);
+            plan_.use == Use::vectors ? 0 : stages_in_registers(n, i, base, base == 4 ? Quads::most : Radix::most);
         const bool last = i + std::max<size_t>(merged, 1) == n.parts.size();
         const Value* target = last ? into : nullptr;
         current = merged ? in_place(n, i, merged, base, current, target, last && add)
@@ -205,7 +205,7 @@ class Layout {
     Value where = source;
     const int64_t rows = chain.parts[i].in;
     const bool straight = into && !add;
-    if (straight || references_[source.slot] > 1 || use_ == Use::derivatives) {
+    if (straight || references_[source.slot] > 1 || plan_.use == Use::derivatives) {
       where = straight ? *into : allocate(rows);
       if (straight) keep(*into);
       release(source);
@@ -288,7 +288,7 @@ class Layout {
     Instruction& i = emit(Instruction::contract, source, to, v[0] * v[1] * v[3], add);
     const Contract& c = i.contraction = strides(v);
     i.tensor = tensor(v[7], (c.stride_a ? c.a : 1) * c.b * c.c * (c.stride_d ? c.d : 1), false);
-    i.packs = use_ == Use::tiles && c.stride_d && c.b >= panel_rows / 2 && c.c > 1 && c.d >= pack_together;
+    i.packs = plan_.use == Use::tiles && c.stride_d && c.b >= panel_rows / 2 && c.c > 1 && c.d >= pack_together;
   }
 
   static Contract strides(const std::vector<int64_t>& v) {
@@ -354,7 +354,6 @@ class Layout {
   }
 
   Plan& plan_;
-  Use use_;
   std::vector<int> references_;  // to each slot, of what is still to be read or written
 };
 
@@ -373,6 +372,7 @@ int64_t lowest_gap(std::vector<Slot>& used, int64_t rows) {
 Plan make_plan(const std::string& text, Use use) {
   Reader reader(text);
   Plan plan;
+  plan.use = use;
   const std::string head = reader.word();
   if (head != "rows" && head != "rows+bias") refuse("it begins with " + head);
   plan.has_bias = head == "rows+bias";
@@ -380,7 +380,7 @@ Plan make_plan(const std::string& text, Use use) {
   const Node program = reader.node();
   if (!reader.at_end()) refuse("something follows its end");
   if (program.out != out_features) refuse("its stages put out another number than its head says");
-  Layout(plan, use).run(program);
+  Layout(plan).run(program);
   plan.is_light = true;
   for (const Instruction& s : plan.instructions)
     plan.is_light &= s.kind == Instruction::quads || s.kind == Instruction::radix || s.kind == Instruction::diagonal;

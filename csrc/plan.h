@@ -31,7 +31,13 @@ struct Slot {
   int64_t first, rows;
 };
 
+// What a plan is for: tiles, where stages of small blocks are put together in registers; derivatives, for which every
+// value keeps rows of its own and no stage works in place; or a few vectors, each by itself, where every stage stands
+// alone. But for derivatives, rows are used again once nothing reads them any more.
+enum class Use { tiles, derivatives, vectors };
+
 struct Plan {
+  Use use = Use::tiles;
   int64_t in_features = 0, out_features = 0;
   int64_t rows = 0;    // of the memory of a tile
   int64_t terms = 0;   // of the windowed matrix that has most; what comes between its sides needs as many rows beside
@@ -49,11 +55,6 @@ struct Plan {
 
 // Where so many rows fit below, between or above what is in use; sorts what it is given.
 int64_t lowest_gap(std::vector<Slot>& used, int64_t rows);
-
-// What a plan is for: tiles, where stages of small blocks are put together in registers; derivatives, for which every
-// value keeps rows of its own and no stage works in place; or a few vectors, each by itself, where every stage stands
-// alone. But for derivatives, rows are used again once nothing reads them any more.
-enum class Use { tiles, derivatives, vectors };
 
 // Reads the text that structmat.kernels.text writes. Throws std::invalid_argument.
 Plan make_plan(const std::string& text, Use use = Use::tiles);

@@ -167,7 +167,8 @@ Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, 
     if (s.kind == Instruction::scatter_add) check_index(p.indices[s.index], s.rows, s.rows);
     if (s.kind == Instruction::windowed) {
       const int64_t* table = p.indices[s.index];
-      p.windows[i] = {runs_of(table, s.entries, s.height, s.left), runs_of(table + 2, s.entries, s.width, s.right)};
+      p.windows[i] = {runs_of(table, s.entries, s.height, s.left, plan.use != Use::vectors),
+                      runs_of(table + 2, s.entries, s.width, s.right, plan.use != Use::vectors)};
     }
     if (s.kind != Instruction::sparse) continue;
     Rows& r = p.rows[i];

@@ -77,79 +77,100 @@ inline void window_block(const Run* runs, const int32_t* covering, int64_t count
   }
 }
 
-template <class Real, bool reads, int vectors>
-void sweep(const Run* runs, int64_t count, const Real* contents, Real* rows, Real* terms, int64_t columns,
-           int32_t* room) {
+// Blocks of `height` rows from the first to the last: `part` for terms that cover some rows first .. last of one, and then
+// `whole` for all that cover it. `room` holds two numbers for each run.
+template <class Part, class Whole>
+inline void sweep(const Run* runs, int64_t count, int64_t height, int32_t* room, const Part& part, const Whole& whole) {
   int32_t *active = room, *covering = room + count;
   int64_t next = 0, alive = 0;
-  for (int64_t row = 0; next < count || alive > 0; row += block_rows) {
-    if (alive == 0) row = std::max(row, runs[next].first / block_rows * block_rows);
-    const int64_t end = row + block_rows;
+  for (int64_t row = 0; next < count || alive > 0; row += height) {
+    if (alive == 0) row = std::max(row, runs[next].first / height * height);
+    const int64_t end = row + height;
     while (next < count && runs[next].first < end) active[alive++] = int32_t(next++);
-    int64_t kept = 0, whole = 0;
+    int64_t kept = 0, found = 0;
     for (int64_t k = 0; k < alive; ++k) {
       const Run& run = runs[active[k]];
       const int64_t first = std::max(run.first, row), last = std::min(run.last, end);
-      if (last - first == block_rows)
-        covering[whole++] = active[k];
+      if (last - first == height)
+        covering[found++] = active[k];
       else
-        window_part<Real, reads>(contents + run.content + (first - run.first), first, last, rows,
-                                 terms + run.term * columns, columns);
+        part(run, first, last);
       if (run.last > end) active[kept++] = active[k];
     }
     alive = kept;
-    if (whole) window_block<Real, reads, vectors>(runs, covering, whole, contents, row, rows, terms, columns);
+    if (found) whole(row, covering, found);
   }
 }
 
+template <class Real, bool reads, int vectors>
+void pass_windows(const Run* runs, int64_t count, const Real* contents, Real* rows, Real* terms, int64_t columns,
+                  int32_t* room) {
+  sweep(
+      runs, count, block_rows, room,
+      [&](const Run& run, int64_t first, int64_t last) {
+        window_part<Real, reads>(contents + run.content + (first - run.first), first, last, rows,
+                                 terms + run.term * columns, columns);
+      },
+      [&](int64_t row, const int32_t* covering, int64_t found) {
+        window_block<Real, reads, vectors>(runs, covering, found, contents, row, rows, terms, columns);
+      });
+}
+
 template <class Real, bool reads>
-void sweep_any(const Run* runs, int64_t count, const Real* contents, Real* rows, Real* terms, int64_t columns,
-               int32_t* room) {
+void pass_any(const Run* runs, int64_t count, const Real* contents, Real* rows, Real* terms, int64_t columns,
+              int32_t* room) {
   if (columns % (2 * Vector<Real>::lanes) == 0)
-    sweep<Real, reads, 2>(runs, count, contents, rows, terms, columns, room);
+    pass_windows<Real, reads, 2>(runs, count, contents, rows, terms, columns, room);
   else
-    sweep<Real, reads, 1>(runs, count, contents, rows, terms, columns, room);
+    pass_windows<Real, reads, 1>(runs, count, contents, rows, terms, columns, room);
 }
 
 template <class Real>
 void read_windows(const Run* runs, int64_t count, const Real* contents, const Real* x, Real* z, int64_t columns,
                   int32_t* room) {
-  sweep_any<Real, true>(runs, count, contents, const_cast<Real*>(x), z, columns, room);
+  pass_any<Real, true>(runs, count, contents, const_cast<Real*>(x), z, columns, room);
 }
 
 template <class Real>
 void write_windows(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t columns,
                    int32_t* room) {
-  sweep_any<Real, false>(runs, count, contents, y, const_cast<Real*>(z), columns, room);
+  pass_any<Real, false>(runs, count, contents, y, const_cast<Real*>(z), columns, room);
 }
 
+// Sums of as many rows as a register has lanes: those that a term covers, each times the term's row.
 template <class Real, int vectors>
-void window_sums_of(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns) {
+void window_sums_of(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns,
+                    int32_t* room) {
   constexpr int n = Vector<Real>::lanes;
-  for (const Run* run = runs; run < runs + count; ++run)
+  const auto add = [&](const Run& run, int64_t first, int64_t last) {
     for (int64_t p = 0; p < columns; p += vectors * n) {
       V<Real> own[vectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) own[v] = at(z + run->term * columns + p + v * n);
-      const Real* row = rows + run->first * columns + p;
-      sum_each<Real>(run->last - run->first, sums + run->content, [&](int64_t i) {
-        V<Real> sum = {};
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum += at(row + i * columns + v * n) * own[v];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) own[v] = at(z + run.term * columns + p + v * n);
+      const Real* row = rows + first * columns + p;
+      sum_each<Real>(last - first, sums + run.content + (first - run.first), [&](int64_t i) {
+        V<Real> sum = at(row + i * columns) * own[0];
+#pragma GCC unroll 4
+        for (int v = 1; v < vectors; ++v) sum += at(row + i * columns + v * n) * own[v];
         return sum;
       });
     }
+  };
+  sweep(runs, count, n, room, add, [&](int64_t row, const int32_t* covering, int64_t found) {
+    for (int64_t k = 0; k < found; ++k) add(runs[covering[k]], row, row + n);
+  });
 }
 
 template <class Real>
-void window_sums(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns) {
+void window_sums(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns,
+                 int32_t* room) {
   constexpr int n = Vector<Real>::lanes;
   if (columns % (4 * n) == 0)
-    window_sums_of<Real, 4>(runs, count, z, rows, sums, columns);
+    window_sums_of<Real, 4>(runs, count, z, rows, sums, columns, room);
   else if (columns % (2 * n) == 0)
-    window_sums_of<Real, 2>(runs, count, z, rows, sums, columns);
+    window_sums_of<Real, 2>(runs, count, z, rows, sums, columns, room);
   else
-    window_sums_of<Real, 1>(runs, count, z, rows, sums, columns);
+    window_sums_of<Real, 1>(runs, count, z, rows, sums, columns, room);
 }
 
 // --------------------------------------------------------------------------------------------------- a few vectors
@@ -216,7 +237,7 @@ template <class Real>
 void write_vector(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t begin,
                   int64_t end) {
   constexpr int n = Vector<Real>::lanes;
-  for (const Run* run = runs; run < runs + count && run->first < end; ++run) {
+  for (const Run* run = runs; run < runs + count; ++run) {
     const int64_t first = std::max(run->first, begin), last = std::min(run->last, end);
     const Real* w = contents + run->content - run->first;
     const Real value = z[run->term];

@@ -74,14 +74,19 @@ class _Arcs:
         """Which entries the windows cover; (terms, size) where the arcs are full, else flat."""
         if self.full:
             places = torch.arange(self.size, device=width.device, dtype=width.dtype)
-            offset = places - location[:, None]
-            end = width[:, None]
-        else:
-            offset = self.place - location[self.term]
-            end = width[self.term]
-        # The location lies in 0 .. size - 1, so an offset is that of the circle or smaller by the size.
-        covered: Tensor = ((offset >= 0) & (offset < end)) | (offset < end - self.size)
-        return covered
+            offset, end = places - location[:, None], width[:, None]
+            # The location lies in 0 .. size - 1, so an offset is that of the circle or smaller by the size.
+            covered: Tensor = ((offset >= 0) & (offset < end)) | (offset < end - self.size)
+            return covered
+        # A running sum of where windows begin and end in their arcs, also those that pass the end of the circle.
+        begin = (location.long() - self.start) % self.size
+        end = begin + width.long()
+        edges = [begin, end, torch.zeros_like(end), (end - self.size).clamp(min=0)]
+        marks = torch.zeros(self.total + 1, dtype=torch.int8, device=width.device)
+        for edge, mark in zip(edges, (1, -1, 1, -1), strict=True):
+            places = self.first + torch.minimum(edge, self.length)
+            marks.index_add_(0, places, torch.full((), mark, dtype=torch.int8, device=width.device).expand(len(places)))
+        return marks[:-1].cumsum(0, dtype=torch.int8).bool()
 
     def find(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Where in the flat contents the places (terms, any) of each term lie, and whether its arc holds them."""

@@ -89,24 +89,26 @@ class Writing:
         block_worth: by how much a multiply-add of a dense block is faster than one of a window; windows are merged into
             blocks where that pays. None writes windowed stages out: as one dense matrix, or as two factors with zeros
             outside of the windows, whichever is smaller.
+        block_price: the multiply-adds of windows that take as long as a block does beside its own.
     """
 
     growth: float
     sparse_from: float
     interpolations: bool
     block_worth: float | None = None
+    block_price: float = 0.0
 
 
 FOR_REFERENCE = Writing(growth=2.0, sparse_from=MATERIALISED_DENSITY, interpolations=True)
 """Few fat stages run faster than many thin ones: four stages of a butterfly become one of radix 16. Interpolations and
 dense enough sparse stages run as a dense product in any case."""
 
-FOR_NATIVE = Writing(growth=1.0, sparse_from=0.4, interpolations=False, block_worth=1.5)
+FOR_NATIVE = Writing(growth=1.0, sparse_from=0.4, interpolations=False, block_worth=1.25, block_price=300)
 """Stages of a chain run one after the other in the cache, so nothing is gained by merging them. The products of a
 sparse stage run at a bit less than half of the speed of dense ones (float32, large batches, AVX-512)."""
 
 
-FOR_FEW_ROWS = Writing(growth=1.0, sparse_from=0.09, interpolations=True, block_worth=3.0)
+FOR_FEW_ROWS = Writing(growth=1.0, sparse_from=0.09, interpolations=True, block_worth=3.0, block_price=2000)
 """With a row or two a product takes as long as reading its weights: a dense matrix is read faster than places are, and
 than the pieces that windows are."""
 
@@ -168,7 +170,8 @@ def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, 
 
 def _windows(stage: Windowed, tensors: Tensors, writing: Writing, made: dict[str, Tensor]) -> Program:
     if writing.block_worth is not None:
-        program, found = merge_windows(stage, tensors, _new_name(tensors, made), writing.block_worth)
+        name = _new_name(tensors, made)
+        program, found = merge_windows(stage, tensors, name, writing.block_worth, writing.block_price)
         made.update(found)
         return program
     left, right = window_matrices(stage, tensors)

@@ -36,16 +36,19 @@ class Grouping:
     multiplications: float
 
 
-def group_windows(windows: Sequence[Sequence[int]], height: int, width: int, worth: float = 1.0) -> Grouping:
+def group_windows(
+    windows: Sequence[Sequence[int]], height: int, width: int, worth: float = 1.0, price: float = 0.0
+) -> Grouping:
     """The cheapest grouping of neighbours, by dynamic programming in the order of rows and in that of columns.
 
     A term costs the sum of its widths, or their product if one is 1; a block its area, divided by ``worth``: by how
-    much a multiply-add in a block is faster than in a window.
+    much a multiply-add in a block is faster than in a window, and ``price``.
 
     Args:
         windows: (terms, 4): row location, row width, column location, column width.
         height, width: of the matrix.
-        worth: 1 counts operations.
+        worth: 1 counts operations, with a price of 0.
+        price: what a block costs beside its multiply-adds, in those of windows.
 
     Cost: ``terms * min(terms, 512)`` steps.
     """
@@ -54,10 +57,14 @@ def group_windows(windows: Sequence[Sequence[int]], height: int, width: int, wor
         sorted(alive, key=lambda k: (windows[k][0], windows[k][1], windows[k][2])),
         sorted(alive, key=lambda k: (windows[k][2], windows[k][3], windows[k][0])),
     )
-    return min((_grouped(windows, order, height, width, worth) for order in orders), key=lambda g: g.multiplications)
+    return min(
+        (_grouped(windows, order, height, width, worth, price) for order in orders), key=lambda g: g.multiplications
+    )
 
 
-def _grouped(windows: Sequence[Sequence[int]], order: list[int], height: int, width: int, worth: float) -> Grouping:
+def _grouped(
+    windows: Sequence[Sequence[int]], order: list[int], height: int, width: int, worth: float, price: float
+) -> Grouping:
     best = [0.0]
     choice: list[tuple[int, Box | None]] = []
     for end, k in enumerate(order):
@@ -72,7 +79,7 @@ def _grouped(windows: Sequence[Sequence[int]], order: list[int], height: int, wi
             top, bottom = min(top, row), max(bottom, row + h)
             first, last = min(first, column), max(last, column + w)
             saved += h + w
-            area = (bottom - top) * (last - first) / worth
+            area = (bottom - top) * (last - first) / worth + price
             if area > 4 * saved + 4 * (height + width):
                 break
             cheaper = best[start] + area
@@ -100,7 +107,7 @@ def _alone(h: int, w: int) -> float:
 
 
 def merge_windows(
-    stage: Windowed, tensors: Mapping[str, Tensor], prefix: str, worth: float = 1.0
+    stage: Windowed, tensors: Mapping[str, Tensor], prefix: str, worth: float = 1.0, price: float = 0.0
 ) -> tuple[Program, dict[str, Tensor]]:
     """An equal program with neighbouring windows merged into dense blocks where that is cheaper.
 
@@ -112,13 +119,13 @@ def merge_windows(
         stage: the windowed stage.
         tensors: by name.
         prefix: of the names of new tensors.
-        worth: see :func:`group_windows`.
+        worth, price: see :func:`group_windows`.
 
     Returns:
         The program and its new tensors.
     """
     windows = tensors[stage.windows].tolist()
-    grouping = group_windows(windows, stage.height, stage.width, worth)
+    grouping = group_windows(windows, stage.height, stage.width, worth, price)
     left, right = (t.detach() for t in window_matrices(stage, tensors))  # (height, terms), (terms, width)
     made: dict[str, Tensor] = {}
     parts: list[Program] = []
