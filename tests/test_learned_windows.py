@@ -13,10 +13,11 @@ from torch import Tensor
 
 import structmat as sm
 from structmat.errors import ShapeError, StructureError
-from structmat.program import FOR_NATIVE, FOR_REFERENCE, Windowed, apply, cost, fuse, stages, transpose
+from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Windowed, apply, cost, fuse, stages, transpose
 from structmat.program.windows import group_windows, merge_windows
 from structmat.projection.windows import Backfit, Terms, best_interval, best_segments, published_cost
 from structmat.structure import from_json, to_json
+from structmat.testing import CHECKS, check_structure
 from structmat.windows import (
     as_windows,
     from_terms,
@@ -276,6 +277,25 @@ def test_learned_C12_no_terms_at_all() -> None:
     x = torch.randn(3, 6, dtype=torch.float64, generator=generator())
     assert torch.equal(layer(x), torch.arange(4.0).double().expand(3, 4))
     assert torch.equal(matrix.to_dense(), torch.zeros(4, 6, dtype=torch.float64))
+    check_structure(
+        sm.GBLR(0), (7, 5), groups=[group for group in CHECKS if group not in ("inductor", "onnx", "export")]
+    )
+
+
+def test_many_small_windows_stay_one_stage() -> None:
+    """A block costs more than its multiply-adds: what two terms of two places are merged into would not pay."""
+    places = torch.arange(64).repeat_interleave(2) * 2
+    matrix = from_terms(
+        Terms(
+            torch.randn(128, 128, generator=generator()),
+            torch.randn(128, 128, generator=generator()),
+            torch.stack([places, torch.full_like(places, 2)] * 2, 1),
+        ).cropped()
+    )
+    for writing in (FOR_NATIVE, FOR_FEW_ROWS):
+        program, tensors = fuse(matrix.program, matrix.tensors, writing)
+        assert len(stages(program)) == 1
+        torch.testing.assert_close(apply(program, tensors, torch.eye(128)).mT, matrix.to_dense())
 
 
 def test_saved_and_loaded(tmp_path: object) -> None:

@@ -62,8 +62,8 @@ def to_circuit(program: Program, tensors: Tensors) -> Circuit:
     ones, and complex tensors are two groups of parameters, ``name.real`` and ``name.imag``. The multiplier of a
     diagonal that is given by its transform is the group ``name.spectrum``, and so are the multipliers of a
     :class:`~structmat.program.toeplitz.Convolution` by transforms. The entries of a matrix that is a function of
-    tensors are the group ``name+name.matrix``. A :class:`~structmat.program.written_out.Call` is traced, its tensors being
-    constants.
+    tensors are the group ``name+name.matrix``. A :class:`~structmat.program.written_out.Call` is traced, its tensors
+    being constants.
 
     Args:
         program: with at least one input.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def refine_outputs(structure: Structure, start: Fit, target: Target) -> Fit:
     Returns:
         A fit without a certificate: optimality in the norm of the start says nothing in this one.
     """
-    learned = [name for name, spec in specs(structure, target.shape).items() if spec.learned]
+    learned = [n for n, spec in specs(structure, target.shape).items() if spec.learned and math.prod(spec.shape) > 0]
     plain = Fit(start.tensors, Certificate.NONE, 0.0, start.method)
     if target.sweeps == 0 or not structure.closed_under_scaling or not learned:
         return plain

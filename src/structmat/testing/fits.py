@@ -11,7 +11,7 @@ from torch import Tensor
 from structmat.matrix import StructuredMatrix
 from structmat.projection.project import Projection, fit, make_target, project
 from structmat.projection.target import Certificate, Target
-from structmat.structure import DENSE_GAIN, allows_complex, count_stored, keeps_variance, resolve
+from structmat.structure import DENSE_GAIN, allows_complex, count_parameters, count_stored, keeps_variance, resolve
 from structmat.testing.case import Case, SkippedCheckError
 
 EPS = torch.finfo(torch.float64).eps
@@ -237,6 +237,8 @@ def check_initialisation(case: Case) -> None:
     """
     if not keeps_variance(case.structure):
         raise SkippedCheckError(f"{case.structure} declares that it averages")
+    if count_parameters(case.structure, case.shape) == 0:
+        raise SkippedCheckError(f"{case.structure} has nothing to learn at shape {case.shape}")
     wanted = DENSE_GAIN if type(case.structure).closed_under_scaling else 1.0
     generator = case.generator()
     gains: list[float] = []
