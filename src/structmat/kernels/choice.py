@@ -73,6 +73,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> Backend:
+    """Which backend is to run programs here."""
+    return _forced.get()
+
+
 def is_quiet() -> bool:
     """Whether no transform of torch.func and no differentiation forwards is at work."""
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
