@@ -15,8 +15,8 @@ from structmat.errors import ModelError
 from structmat.kernels import native, tuning
 from structmat.kernels.choice import NATIVE_DTYPES
 from structmat.kernels.text import Text, text_of
-from structmat.program.plain import plain_form
 from structmat.nn.linear import FrozenLinear, StructuredLinear
+from structmat.program.plain import plain_form
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ import torch
 from structmat.files import write_text
 from structmat.kernels.library import native
 from structmat.kernels.text import Text, text_of
-from structmat.program.plain import plain_form
 from structmat.processor import processor_generation
 from structmat.program import Program
+from structmat.program.plain import plain_form
 
 FORMAT = 1
 """Of the file; others are not read."""

@@ -1,8 +1,8 @@
 """Programs of plain stages: contractions, diagonals and moves, which every backend runs, in place of stages that follow
 from these.
 
-Weights that are functions of tensors are computed first, complex weights on pairs of reals become real blocks, a Hadamard
-transform becomes contractions with constant blocks, and orders that follow from sizes become indices.
+Weights that are functions of tensors are computed first, complex weights on pairs of reals become real blocks, a
+Hadamard transform becomes contractions with constant blocks, and orders that follow from sizes become indices.
 """
 
 from __future__ import annotations
