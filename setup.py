@@ -26,6 +26,7 @@ SOURCES = (
     "backward_plan.cpp",
     "backward.cpp",
     "cpu.cpp",
+    "permission.cpp",
     "kept_plans.cpp",
     "plain_binding.cpp",
     "torch_binding.cpp",
@@ -39,6 +40,10 @@ INSTRUCTION_SETS = {
     "isa_avx512": AVX512,
 }
 BFLOAT16 = (*AVX512, "-mavx512bf16")
+AMX = (*BFLOAT16, "-mamx-tile", "-mamx-bf16")
+PAIRS = {"bfloat16.cpp": (BFLOAT16,), "amx.cpp": (AMX, BFLOAT16)}
+"""Kernels for pairs of bfloat16 numbers: the flags for each, the first that the compiler knows, or none."""
+
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -70,8 +75,9 @@ class BuildNative(build_ext):
         for name, flags in instruction_sets().items():
             own = ("-O3", "-ffp-contract=fast", f"-DSTRUCTMAT_ISA={name}", *flags)
             objects.append(self._compile(compiler, "kernels.cpp", folder, own, name))
-        pairs = BFLOAT16 if ON_X86 and self._knows(compiler, "-mavx512bf16") else ()
-        objects.append(self._compile(compiler, "bfloat16.cpp", folder, ("-O3", *pairs)))
+        for source, choices in PAIRS.items():
+            known = next((flags for flags in choices if ON_X86 and self._knows(compiler, flags)), ())
+            objects.append(self._compile(compiler, source, folder, ("-O3", *known)))
         # Linked under another name and renamed: a process that has the old library loaded keeps it.
         draft = target.with_suffix(".partial")
         self._run([compiler, "-shared", "-s", "-o", str(draft), *map(str, objects), "-ldl", "-pthread"])
@@ -82,8 +88,8 @@ class BuildNative(build_ext):
         self._run([compiler, *COMMON, *flags, "-c", str(ROOT / "csrc" / source), "-o", str(made)])
         return made
 
-    def _knows(self, compiler: str, flag: str) -> bool:
-        command = [compiler, flag, "-x", "c++", "-E", "-", "-o", os.devnull]
+    def _knows(self, compiler: str, flags: tuple[str, ...]) -> bool:
+        command = [compiler, *flags, "-x", "c++", "-E", "-", "-o", os.devnull]
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
 
     def _run(self, command: list[str]) -> None:

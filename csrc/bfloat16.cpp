@@ -4,22 +4,14 @@
 
 #if defined(__AVX512BF16__)
 
-#include <immintrin.h>
-
-#include <cstring>
-
 #define STRUCTMAT_ISA isa_bfloat16
-#include "vectors.h"
+#include "pairs.h"
 
 namespace structmat {
 namespace isa_bfloat16 {
 
-typedef uint16_t Bits;  // of one number
-
-constexpr int64_t lanes = pair_columns;  // columns of the tile in one register
-constexpr int lines = int(pair_panel_rows);  // of the outcome whose sums stay in registers
-
-inline __m512i line(const Bits* p) { return _mm512_loadu_si512(p); }
+constexpr int lines = 8;                      // of the outcome whose sums stay in registers: rows b of a panel
+constexpr int64_t pack_pairs_together = 32;  // matrices of neighbouring d that are packed at a time
 
 inline uint32_t word(const Bits* p) {
   uint32_t w;
@@ -28,16 +20,6 @@ inline uint32_t word(const Bits* p) {
 }
 
 // ------------------------------------------------------------------------------------------------- transposition
-
-// 16 x 16 words of 32 bits: pairs of neighbouring features of 16 vectors.
-inline void turn(__m512i* r) {
-  V<float> v[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) v[i] = V<float>(_mm512_castsi512_ps(r[i]));
-  transpose<float>(v);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(__m512(v[i]));
-}
 
 void load(const Bits* x, int64_t stride, int64_t count, int64_t features, Bits* tile, int64_t columns) {
   for (int64_t c = 0; c < columns; c += 16) {
@@ -133,8 +115,16 @@ void store_by_features(const Bits* tile, int64_t columns, const Bits* bias, Bits
 
 // ------------------------------------------------------------------------------------------------------- products
 
+// Weights are read where they are if pairs of columns lie side by side, and all d share them.
+Panels panels(const Contract& s) {
+  if (s.stride_c == 1 && s.stride_d == 0 && s.c % 2 == 0) return {0, 0};
+  const int64_t a = s.stride_a ? s.a : 1, deep = s.stride_d ? s.d : 1;
+  const int64_t groups = (deep + pack_pairs_together - 1) / pack_pairs_together, tall = (s.b + lines - 1) / lines;
+  return {a * groups * tall, a * deep * s.b * ((s.c + 1) / 2 * 2)};
+}
+
 // Panels hold pair after pair of columns, of each the rows of the panel; the number that an odd column lacks is zero.
-void pack(const Contract& s, const Bits* weight, Bits* panels, int64_t begin, int64_t end) {
+void pack(const Contract& s, const Bits* weight, Bits* packed, int64_t begin, int64_t end) {
   const int64_t pairs = (s.c + 1) / 2, matrix = 2 * pairs * s.b, deep = s.stride_d ? s.d : 1;
   const int64_t groups = (deep + pack_pairs_together - 1) / pack_pairs_together, tall = (s.b + lines - 1) / lines;
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -143,7 +133,7 @@ void pack(const Contract& s, const Bits* weight, Bits* panels, int64_t begin, in
     const int64_t b = unit % tall * lines;
     const int64_t height = s.b - b < lines ? s.b - b : lines;
     const Bits* from = weight + a * s.stride_a + b * s.stride_b;
-    Bits* to = panels + a * deep * matrix + b * 2 * pairs;
+    Bits* to = packed + a * deep * matrix + b * 2 * pairs;
     int64_t j = 0;
     // 32 matrices of neighbouring d at a time: four columns of eight rows become one line of each.
     if (s.stride_d == 1 && height == lines && last - first == pack_pairs_together)
@@ -174,31 +164,14 @@ void pack(const Contract& s, const Bits* weight, Bits* panels, int64_t begin, in
   }
 }
 
-// Rows of x two by two, as the products read them: words of a pair for 16 columns, and for the other 16.
-inline void pair_up(const Bits* x, int64_t stride, int64_t c, __m512i* pairs) {
-  for (int64_t j = 0; j < c; j += 2) {
-    const __m512i one = line(x + j * stride), two = j + 1 < c ? line(x + (j + 1) * stride) : _mm512_setzero_si512();
-    pairs[j] = _mm512_unpacklo_epi16(one, two), pairs[j + 1] = _mm512_unpackhi_epi16(one, two);
-  }
-}
-
-// What unpacking did to the order of columns, undone.
-inline __m512i in_order() {
-  Bits index[32];
-  for (int p = 0; p < 32; ++p) index[p] = Bits(p % 8 < 4 ? p / 8 * 4 + p % 8 : 16 + p / 8 * 4 + p % 8 - 4);
-  return _mm512_loadu_si512(index);
-}
-
 template <int rows>
 inline void block(const Bits* w, int64_t wi, int64_t wj, const __m512i* pairs, int64_t count, Bits* y, int64_t y_stride,
                   bool add) {
   __m512 sum[rows][2];
-  const __m512i zero = _mm512_setzero_si512();
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
-    const __m512i before = add ? line(y + i * y_stride) : zero;
-    sum[i][0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, before));
-    sum[i][1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, before));
+    const __m512i before = add ? line(y + i * y_stride) : _mm512_setzero_si512();
+    sum[i][0] = widen_low(before), sum[i][1] = widen_high(before);
   }
   for (int64_t j = 0; j < count; ++j) {
     const __m512bh low = (__m512bh)pairs[2 * j], high = (__m512bh)pairs[2 * j + 1];
@@ -209,11 +182,9 @@ inline void block(const Bits* w, int64_t wi, int64_t wj, const __m512i* pairs, i
       sum[i][1] = _mm512_dpbf16_ps(sum[i][1], high, factor);
     }
   }
-  const __m512i order = in_order();
+  const Rounding rounding;
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
-    _mm512_storeu_si512(y + i * y_stride, _mm512_permutexvar_epi16(
-                                              order, (__m512i)_mm512_cvtne2ps_pbh(sum[i][1], sum[i][0])));
+  for (int i = 0; i < rows; ++i) rounding.put(y + i * y_stride, sum[i][0], sum[i][1]);
 }
 
 template <int rows>
@@ -232,7 +203,7 @@ inline void rest(int64_t b, const Bits* w, int64_t wi, int64_t wj, const __m512i
 inline void multiply(const Contract& s, const Bits* w, bool packed, const Bits* x, int64_t pitch, Bits* y,
                      __m512i* pairs, bool add) {
   const int64_t count = (s.c + 1) / 2;
-  pair_up(x, pitch, s.c, pairs);
+  pair_up(x, pitch, s.c, 2 * count, pairs);
   for (int64_t b = 0; b < s.b; b += lines) {
     const int64_t height = s.b - b < lines ? s.b - b : lines;
     const Bits* own = packed ? w + b * 2 * count : w + b * s.stride_b;
@@ -244,8 +215,8 @@ inline void multiply(const Contract& s, const Bits* w, bool packed, const Bits* 
   }
 }
 
-void contract(const Contract& s, const Bits* weight, bool packed, const Bits* x, Bits* y, Bits* scratch, int64_t columns,
-              bool add) {
+void contract(const Contract& s, const Bits* weight, const Bits* x, Bits* y, Bits* scratch, int64_t columns, bool add) {
+  const bool packed = panels(s).units > 0;
   __m512i* pairs = reinterpret_cast<__m512i*>(scratch);
   const int64_t pitch = s.d * columns, matrix = (s.c + 1) / 2 * 2 * s.b;
   const int64_t step_a = !s.stride_a ? 0 : packed ? matrix * (s.stride_d ? s.d : 1) : s.stride_a;
@@ -261,17 +232,14 @@ void copy(const Bits* x, Bits* y, int64_t rows, int64_t columns, bool add) {
     std::memcpy(y, x, size_t(rows * columns) * sizeof *x);
     return;
   }
-  const __m512i zero = _mm512_setzero_si512(), order = in_order();
-  const auto low = [&](__m512i v) { return _mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, v)); };
-  const auto high = [&](__m512i v) { return _mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, v)); };
+  const Rounding rounding;
   for (int64_t p = 0; p < rows * columns; p += lanes) {
     const __m512i one = line(y + p), two = line(x + p);
-    const __m512bh sum = _mm512_cvtne2ps_pbh(_mm512_add_ps(high(one), high(two)), _mm512_add_ps(low(one), low(two)));
-    _mm512_storeu_si512(y + p, _mm512_permutexvar_epi16(order, (__m512i)sum));
+    rounding.put(y + p, _mm512_add_ps(widen_low(one), widen_low(two)), _mm512_add_ps(widen_high(one), widen_high(two)));
   }
 }
 
-const PairKernels kernels = {load, store, load_by_features, store_by_features, pack, contract, copy};
+const PairKernels kernels = {load, store, load_by_features, store_by_features, panels, pack, contract, copy};
 
 }  // namespace isa_bfloat16
 

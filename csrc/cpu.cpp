@@ -21,10 +21,14 @@ const InstructionSet& instruction_set(int number) {
       {"avx2", isa_avx2::single(), isa_avx2::wide()},
       {"avx512", isa_avx512::single(), isa_avx512::wide()},
       {"avx512_bf16", isa_avx512::single(), isa_avx512::wide(), pair_kernels()},
+      {"amx", isa_avx512::single(), isa_avx512::wide(), amx_kernels()},
+      {"amx_emulated", isa_avx512::single(), isa_avx512::wide(), emulated_amx_kernels(), true},
 #else
       {"avx2", isa_base::single(), isa_base::wide()},
       {"avx512", isa_base::single(), isa_base::wide()},
       {"avx512_bf16", isa_base::single(), isa_base::wide()},
+      {"amx", isa_base::single(), isa_base::wide()},
+      {"amx_emulated", isa_base::single(), isa_base::wide(), nullptr, true},
 #endif
   };
   return all[number];
@@ -36,7 +40,13 @@ bool supported(int number) {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (number == 2) return has_avx512;
-  if (number == 3) return has_avx512 && pair_kernels() && __builtin_cpu_supports("avx512bf16");
+  const bool has_pairs = has_avx512 && pair_kernels() && __builtin_cpu_supports("avx512bf16");
+  if (number == 3) return has_pairs;
+  if (number == 4) {
+    static const bool granted = has_pairs && amx_kernels() && amx_permitted();
+    return granted;
+  }
+  if (number == 5) return has_pairs;
 #endif
   return number == 0;
 }

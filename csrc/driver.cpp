@@ -4,6 +4,7 @@
 //
 // A case: length and text of a program; rows, storage, stride of the input; bytes and data of the input; number of
 // tensors, and of each its bytes, its count and its data. All numbers are int64. Cases follow one another to the end.
+// Printed are their number, the instruction set, and a digest of what they put out on tiles.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -74,10 +75,17 @@ void by_features(const structmat::Plan& plan, const structmat::Batch& batch,
   }
 }
 
+// FNV-1a.
+uint64_t digest(uint64_t before, const std::vector<char>& bytes) {
+  for (const char byte : bytes) before = (before ^ static_cast<unsigned char>(byte)) * 0x100000001b3u;
+  return before;
+}
+
 int run(const char* name, const std::string& way, int repetitions) {
   const auto wanted = [&](const char* own) { return way == "all" || way == own; };
   File file(name);
   int cases = 0;
+  uint64_t digested = 0xcbf29ce484222325u;
   int64_t length;
   while (file.read(&length, sizeof length)) {
     std::string text(length, ' ');
@@ -101,6 +109,7 @@ int run(const char* name, const std::string& way, int repetitions) {
     batch.x = x.data(), batch.y = y.data(), batch.y_stride = plan.out_features;
     for (int r = 0; wanted("tiles") && r < repetitions; ++r)
       structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
+    digested = digest(digested, y);
     if (wanted("vectors") && structmat::runs_by_vectors(batch.rows, batch.storage)) {
       const structmat::Plan few = structmat::make_plan(text, structmat::Use::vectors);
       for (int r = 0; r < repetitions; ++r)
@@ -110,7 +119,7 @@ int run(const char* name, const std::string& way, int repetitions) {
     if (wanted("backward")) backward(text, plan, batch, tensors, size, cases, repetitions);
     ++cases;
   }
-  std::printf("%d cases, %s\n", cases, structmat::chosen().name);
+  std::printf("%d cases, %s, %016llx\n", cases, structmat::chosen().name, static_cast<unsigned long long>(digested));
   return 0;
 }
 

@@ -83,7 +83,10 @@ const InstructionSet& chosen() {
   static const InstructionSet& best = [&]() -> const InstructionSet& {
     const char* cap = std::getenv("STRUCTMAT_ISA");
     int number = cap ? number_of(cap) : instruction_sets - 1;
-    while (number > 0 && !supported(number)) --number;
+    const auto serves = [&](const InstructionSet& own) {
+      return supported(number) && (!own.emulated || (cap && std::string(cap) == own.name));
+    };
+    while (number > 0 && !serves(instruction_set(number))) --number;
     return instruction_set(number);
   }();
   return best;

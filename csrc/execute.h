@@ -37,7 +37,8 @@ struct Batch {
   }
 };
 
-// Which instruction set runs: the widest that the machine has, or less by STRUCTMAT_ISA (base, avx2, avx512, avx512_bf16).
+// Which instruction set runs: the widest that the machine has, or less by STRUCTMAT_ISA (base, avx2, avx512, avx512_bf16,
+// amx; amx_emulated for tests).
 const InstructionSet& chosen();
 
 // Learned tensors in the storage of the batch, indices as int64. Throws std::invalid_argument for an index that is out

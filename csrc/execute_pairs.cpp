@@ -22,8 +22,23 @@ const Contract* contraction_of(const Instruction& s) {
 
 int weight_of(const Instruction& s) { return s.kind == Instruction::contract ? s.tensor : s.quads_of.weight[0]; }
 
-// Whether the weights can be read where they are: pairs of columns lie side by side.
-bool reads_directly(const Contract& s) { return s.stride_c == 1 && s.stride_d == 0 && s.c % 2 == 0; }
+int64_t filled_up(int64_t c) { return (c + pair_depth - 1) / pair_depth * pair_depth; }
+
+// Between the beginning and the end of a thread's products.
+class Session {
+ public:
+  explicit Session(const PairKernels& kernels) : kernels_(kernels) {
+    if (kernels_.begin) kernels_.begin();
+  }
+  ~Session() {
+    if (kernels_.end) kernels_.end();
+  }
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+ private:
+  const PairKernels& kernels_;
+};
 
 int64_t tile_columns(const Plan& plan, int64_t rows, int threads) {
   int64_t columns = 4 * pair_columns;
@@ -44,11 +59,8 @@ std::vector<const Bits*> weights_of(const Plan& plan, const Array* tensors, cons
     if (!contraction_of(s)) continue;
     const Contract& c = *contraction_of(s);
     weights[i] = static_cast<const Bits*>(tensors[weight_of(s)].data);
-    if (reads_directly(c)) continue;
-    const int64_t a = c.stride_a ? c.a : 1, deep = c.stride_d ? c.d : 1;
-    const int64_t tall = (c.b + pair_panel_rows - 1) / pair_panel_rows;
-    packing.add(c, weights[i], &weights[i], a * ((deep + pack_pairs_together - 1) / pack_pairs_together) * tall,
-                a * deep * c.b * ((c.c + 1) / 2 * 2));
+    const Panels panels = kernels.panels(c);
+    if (panels.units) packing.add(c, weights[i], &weights[i], panels.units, panels.numbers);
   }
   packing.run(scratch, parallel);
   return weights;
@@ -70,7 +82,7 @@ void execute_pairs(const Plan& plan, const Batch& batch, const Array* tensors, P
   for (size_t i = 0; i < plan.sizes.size(); ++i)
     if (tensors[i].count != plan.sizes[i]) throw std::invalid_argument("structmat: a tensor has the wrong size");
   for (const Instruction& s : plan.instructions) {
-    if (const Contract* c = contraction_of(s)) deepest = std::max(deepest, (c->c + 1) / 2 * 2);
+    if (const Contract* c = contraction_of(s)) deepest = std::max(deepest, filled_up(c->c));
     if (s.kind == Instruction::gather && s.index >= 0)
       check_index(static_cast<const int64_t*>(tensors[s.index].data), s.rows, s.rows);
   }
@@ -93,6 +105,7 @@ void execute_pairs(const Plan& plan, const Batch& batch, const Array* tensors, P
       Bits* memory = static_cast<Bits*>(scratch.reserve((own + c.deepest * pair_columns) * int64_t(sizeof(Bits))));
       const Bits* bias =
           c.plan.has_bias ? static_cast<const Bits*>(c.tensors[c.plan.sizes.size() - 1].data) : nullptr;
+      const Session session(c.kernels);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t first = t * c.columns, count = std::min(c.columns, c.batch.rows - first);
         const auto load = c.batch.x_by_features ? c.kernels.load_by_features : c.kernels.load;
@@ -104,7 +117,7 @@ void execute_pairs(const Plan& plan, const Batch& batch, const Array* tensors, P
           const Bits* x = memory + s.from * c.columns;
           Bits* y = memory + s.to * c.columns;
           if (const Contract* stage = contraction_of(s)) {
-            c.kernels.contract(*stage, c.weights[i], !reads_directly(*stage), x, y, memory + own, c.columns, s.add);
+            c.kernels.contract(*stage, c.weights[i], x, y, memory + own, c.columns, s.add);
           } else if (s.kind == Instruction::copy) {
             c.kernels.copy(x, y, s.rows, c.columns, s.add);
           } else if (s.kind == Instruction::clear) {

@@ -149,10 +149,14 @@ struct Kernels {
 
 // Tiles of bfloat16 numbers, for processors that multiply pairs of them and sum in float32 (bfloat16.cpp). All that a stage
 // puts out is rounded to bfloat16, as by PyTorch's own products.
-constexpr int64_t pair_columns = 32;         // the columns of a tile are a multiple of this
-constexpr int64_t pair_panel_rows = 8;       // rows b of a panel
-constexpr int64_t pack_pairs_together = 32;  // matrices of neighbouring d that are packed at a time
-constexpr int64_t fewest_for_pairs = 16;     // rows of a batch: fewer leave most of a tile empty
+constexpr int64_t pair_columns = 32;      // the columns of a tile are a multiple of this
+constexpr int64_t pair_depth = 32;        // rows of x: what a product reads is filled up to a multiple of this
+constexpr int64_t fewest_for_pairs = 16;  // rows of a batch: fewer leave most of a tile empty
+
+// What a contraction's weights take as panels: units of packing, and numbers. None where they are read as they are.
+struct Panels {
+  int64_t units, numbers;
+};
 
 struct PairKernels {
   void (*load)(const uint16_t* x, int64_t stride, int64_t count, int64_t features, uint16_t* tile, int64_t columns);
@@ -162,28 +166,39 @@ struct PairKernels {
                            int64_t columns);
   void (*store_by_features)(const uint16_t* tile, int64_t columns, const uint16_t* bias, uint16_t* y, int64_t stride,
                             int64_t count, int64_t features);
-  // Units begin .. end of the weights as panels, of a * ceil(d / pack_pairs_together) * ceil(b / pair_panel_rows) units
-  // (1 where an axis is shared); the last pair of an odd c is filled up with zeros.
-  void (*pack)(const Contract& stage, const uint16_t* weight, uint16_t* panels, int64_t begin, int64_t end);
-  // From panels, or from the tensor itself where pairs of columns lie side by side and d is shared; `scratch`, on a
-  // line of the cache, has room for `pair_columns` columns of c rows.
-  void (*contract)(const Contract& stage, const uint16_t* weight, bool packed, const uint16_t* x, uint16_t* y,
-                   uint16_t* scratch, int64_t columns, bool add);
+  Panels (*panels)(const Contract& stage);
+  // Units begin .. end of them.
+  void (*pack)(const Contract& stage, const uint16_t* weight, uint16_t* packed, int64_t begin, int64_t end);
+  // The weight as panels where there are any; `scratch`, on a line of the cache, has room for `pair_columns` columns of
+  // c rows, filled up.
+  void (*contract)(const Contract& stage, const uint16_t* weight, const uint16_t* x, uint16_t* y, uint16_t* scratch,
+                   int64_t columns, bool add);
   void (*copy)(const uint16_t* x, uint16_t* y, int64_t rows, int64_t columns, bool add);
+  // What a thread does before the first of these products, and after the last; null for nothing.
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
 };
 
-// Null where the compiler knew no such instructions.
+// Null where the compiler knew no such instructions: pairs in vector registers (AVX512_BF16), and in the matrix registers
+// of AMX, which the machine has or the library emulates.
 const PairKernels* pair_kernels();
+const PairKernels* amx_kernels();
+const PairKernels* emulated_amx_kernels();
+
+// Whether the processor multiplies bfloat16 numbers in matrix registers, and the system lets this process use them: Linux
+// wants to be asked, since it keeps room for their contents from then on. Of a processor with AVX-512.
+bool amx_permitted();
 
 struct InstructionSet {
   const char* name;
   const Kernels<float>* single;
   const Kernels<double>* wide;
   const PairKernels* pairs = nullptr;
+  bool emulated = false;  // for tests alone: never chosen but by its own name
 };
 
 // What this build holds, from the plainest to the widest; `supported` asks the machine.
-constexpr int instruction_sets = 4;
+constexpr int instruction_sets = 6;
 const InstructionSet& instruction_set(int number);
 bool supported(int number);
 

@@ -116,7 +116,7 @@ def _count(driver: Path, kernel: Kernel) -> int:
     ]
     done = subprocess.run(command, env={**os.environ, "STRUCTMAT_ISA": PATH}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"1 cases, {PATH}\n", done.stdout
+    assert done.stdout.startswith(f"1 cases, {PATH}, "), done.stdout
     totals = re.search(r"^totals: (\d+)$", out.read_text(encoding="utf-8"), re.MULTILINE)
     assert totals is not None
     return int(totals[1])

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,12 @@ def compiler() -> str | None:
 
 
 def build(
-    folder: Path, flags: Sequence[str], unused: Collection[str] = (), machine: str = "", by: str | None = None
+    folder: Path,
+    flags: Sequence[str],
+    unused: Collection[str] = (),
+    machine: str = "",
+    by: str | None = None,
+    instead: Mapping[str, Path] = MappingProxyType({}),
 ) -> Path:
     """The driver with the kernels of every instruction set that is built for a machine.
 
@@ -40,6 +46,7 @@ def build(
         unused: instruction sets that will not run: linked, but not optimized, which takes its time.
         machine: as ``platform.machine()`` names it; this one if empty.
         by: the compiler for it.
+        instead: sources that take the place of those named.
     """
     found = by or compiler()
     assert found is not None
@@ -51,9 +58,11 @@ def build(
     for name, own in setup["instruction_sets"]().items():
         slow = ["-O0"] if name.removeprefix("isa_") in unused else []
         jobs[name] = ("kernels.cpp", [*own, *slow, f"-DSTRUCTMAT_ISA={name}"])
-    jobs["bfloat16"] = ("bfloat16.cpp", list(setup["BFLOAT16"]) if setup["ON_X86"] else [])
+    for source, choices in setup["PAIRS"].items():
+        jobs[Path(source).stem] = (source, list(choices[0]) if setup["ON_X86"] else [])
     for name, (source, own) in jobs.items():
-        command = [*common, *own, "-c", str(SOURCES / source), "-o", str(folder / f"{name}.o")]
+        file = instead.get(source, SOURCES / source)
+        command = [*common, *own, f"-I{SOURCES}", "-c", str(file), "-o", str(folder / f"{name}.o")]
         subprocess.run(command, check=True)
     objects = [str(folder / f"{name}.o") for name in jobs]
     subprocess.run([*common, *objects, "-o", str(folder / "driver")], check=True)
@@ -62,7 +71,7 @@ def build(
 
 def instruction_sets() -> tuple[str, ...]:
     """Names of all that are built for this machine, as ``STRUCTMAT_ISA`` takes them."""
-    pairs = ("avx512_bf16",) if _setup()["ON_X86"] else ()
+    pairs = ("avx512_bf16", "amx", "amx_emulated") if _setup()["ON_X86"] else ()
     return (*(name.removeprefix("isa_") for name in _setup()["instruction_sets"]()), *pairs)
 
 

@@ -16,6 +16,7 @@ from structmat.program import (
     Diagonal,
     Interpolation,
     Pad,
+    Pairs,
     Permute,
     Program,
     Shuffle,
@@ -134,7 +135,8 @@ def tensors_of(program: Program, dtype: torch.dtype, seed: int) -> dict[str, Ten
         )
         for name, size in tensor_sizes(program).items()
     }
-    for stage in stages(program):
+    for outer in stages(program):
+        stage = outer.stage if isinstance(outer, Pairs) else outer
         if isinstance(stage, Permute):
             made[stage.index] = torch.randperm(stage.size, generator=generator)
         elif isinstance(stage, Interpolation):

@@ -46,7 +46,7 @@ from structmat.program import (
     Windowed,
     reference,
 )
-from structmat.program.derived import Phases
+from structmat.program.derived import Mixing, Phases, Rotations, Sinkhorn
 from structmat.program.fixed import EvensFirst
 
 
@@ -81,11 +81,22 @@ LINES: Mapping[str, tuple[Program, ...]] = {
     "Fourier": (Fourier(16), Fourier(16, inverse=True)),
     "Convolution": (Convolution("w", 1, 1, 21, 37), Convolution("w", 2, 3, 16, 16, 1.0, 16, transform=True)),
     "Generated": (Generated(_outer, (("u", 21), ("v", 37)), (), 21, 37, linear=("u", "v")),),
-    "Hadamard": (Hadamard(32),),
+    "Hadamard": (Hadamard(32), Hadamard(64)),
     "Cosine": (Cosine(32), Cosine(32, inverse=True)),
     "Reorder": (Reorder(EvensFirst(32, 16)), Reorder(EvensFirst(32, 16), inverse=True)),
-    "Derived": (Derived(Diagonal("w", 37), Phases()),),
-    "Pairs": (Pairs(Contraction("w", 3, 5, 7, 1)),),
+    "Derived": (
+        Derived(Diagonal("w", 37), Phases()),
+        Derived(Contraction("angles", 3, 2, 2, 5), Rotations()),
+        Derived(Contraction("logits", 1, 5, 5, 1, transposed=True), Sinkhorn(2)),
+    ),
+    "Pairs": (
+        *(Pairs(stage) for stage in (*_PLAIN, *_SHARED, Diagonal("w", 37))),
+        *(Pairs(Contraction("w", 3, 5, 7, 4), **{flag: True}) for flag in ("conjugate", "unsigned", "is_real")),
+        *(Pairs(Contraction("w", 1, 5, 7, 4, shared_d=True), is_real=True), Pairs(Diagonal("w", 37), is_real=True)),
+        *(Pairs(stage) for stage in (Permute("p", 37), Permute("p", 37, inverse=True), Shuffle((3, 4, 5), (2, 0, 1)))),
+        *(Pairs(stage) for stage in (Reorder(EvensFirst(32, 16)), Hadamard(32), Pad(21, 37, 5), Crop(37, 21, 5))),
+        Pairs(Derived(Contraction("w", 37, 1, 1, 1, shared_a=True), Mixing()), is_real=True),
+    ),
     "Sparse": (Sparse("w", "p", 21, 37, 90), Sparse("w", "p", 21, 37, 90, transposed=True)),
     "Interpolation": (Interpolation("w", "p", 9, 37), Interpolation("w", "p", 9, 37, transposed=True)),
     "Windowed": (
@@ -101,6 +112,9 @@ LINES: Mapping[str, tuple[Program, ...]] = {
     "Sum": (Sum((Contraction("w", 1, 21, 37, 1), Sparse("v", "p", 21, 37, 90))),),
 }
 """Programs of each kind of stage, by the names of the table. A name begins with the class."""
+
+_SHAPES = {"angles": (3, 2, 5), "logits": (5, 5)}
+"""Of tensors that weights are functions of; all others are read in any shape."""
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -145,8 +159,7 @@ GAPS: tuple[Gap, ...] = (
     Gap("half precision has no complex numbers", stages=("Complex",), dtypes=("bfloat16", "float16")),
     Gap("nothing is done", stages=("Real",), dtypes=("float32", "float64", "bfloat16", "float16")),
     Gap("a Python function has no kernel", stages=("Call", "Generated")),
-    Gap("PyTorch's transforms and one product with the matrix serve", stages=("Convolution", "Cosine", "Hadamard")),
-    Gap("no kernel yet", stages=("Reorder", "Derived", "Pairs")),
+    Gap("PyTorch's transforms and one product with the matrix serve", stages=("Convolution", "Cosine")),
 )
 """Everything that does not run natively. A gap that is not here fails the tests, and so does one that is none."""
 
@@ -189,9 +202,10 @@ def measure() -> list[Cell]:
 
 
 def _is_native(program: Program, dtype: torch.dtype, rows: int, backward: bool) -> bool:
-    tensors = tensors_of(program, dtype, 1)
+    drawn = tensors_of(program, dtype, 1)
+    tensors = {name: _turned(t.reshape(_SHAPES.get(name, t.shape))) for name, t in drawn.items()}
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, program.in_features, generator=generator, dtype=torch.float64).to(dtype)
+    x = _turned(torch.randn(rows, program.in_features, generator=generator, dtype=torch.float64).to(dtype))
     seen = _Seen()
     try:
         with sm.backend("native"), seen:
@@ -211,6 +225,11 @@ def _is_native(program: Program, dtype: torch.dtype, rows: int, backward: bool) 
         assert one.abs().dtype == x.abs().dtype
         assert error <= 32 * torch.finfo(dtype).eps, (program, dtype, backward, error)
     return True
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """Complex numbers with an imaginary part."""
+    return tensor * (1 + 0.5j) if tensor.is_complex() else tensor
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

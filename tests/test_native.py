@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.utils.parametrize
 from hypothesis import given, settings
-from instruction_sets import printed_by
+from instruction_sets import compiled, printed_by
 from native_programs import programs, tensors_of
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -213,7 +213,7 @@ def test_bfloat16_by_pairs(
     first = Contraction("w", a, b, c, d, *shared, transposed)
     others = [Contraction("l", 1, 3, c * a * d, 1), Shuffle((3, 1), (1, 0)), Contraction("r", 1, a * b * d, 3, 1)]
     program = Chain((Permute("p", a * c * d), Sum((first, Chain(tuple(others)))), Pad(a * b * d, a * b * d + 5, 2)))
-    assert choice.runs_by_pairs(program) is (here.instruction_set == "avx512_bf16")
+    assert choice.runs_by_pairs(program) is here.multiplies_pairs
     tensors = tensors_of(program, torch.bfloat16, 0)
     x = torch.randn(rows, program.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert_equal(program, tensors, x)
@@ -221,7 +221,7 @@ def test_bfloat16_by_pairs(
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["base", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("name", compiled())
 def test_every_instruction_set_of_this_machine(name: str) -> None:
     if name not in here.supported:
         pytest.skip(f"this machine has no {name}")
@@ -430,7 +430,8 @@ def test_what_runs_natively_depends_on_the_instructions_for_bfloat16(monkeypatch
         ("avx2", False, False, (True, True, True)),  # PyTorch has nothing better
         ("avx512", True, False, (False, False, False)),
         ("avx512_bf16", True, False, (False, True, False)),  # tiles of bfloat16 know no diagonal
-        ("avx512_bf16", True, True, (False, False, False)),
+        ("avx512_bf16", True, True, (False, False, False)),  # where PyTorch has AMX
+        ("amx", True, True, (False, True, False)),
     ):
         monkeypatch.setattr(choice, "native", lambda name=name: replace(here, instruction_set=name))
         monkeypatch.setattr(choice, "has_bfloat16", lambda has=has_instructions: has)

@@ -16,6 +16,7 @@ from structmat.kernels import native, tuning
 from structmat.kernels.choice import NATIVE_DTYPES
 from structmat.kernels.text import Text, text_of
 from structmat.nn.linear import FrozenLinear, StructuredLinear
+from structmat.program.plain import plain_form
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,9 @@ def _measure(
     """Microseconds of every way that there is, run in turns."""
     x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
     ways = [tuning.Way.REFERENCE]
-    if native().available and isinstance(text_of(layer.program), Text) and dtype in NATIVE_DTYPES:
+    form = plain_form(layer.program)
+    text = text_of(layer.program if form is None else form.program)
+    if native().available and isinstance(text, Text) and dtype in NATIVE_DTYPES:
         ways.append(tuning.Way.NATIVE)
     if isinstance(layer, FrozenLinear) and layer.dense is not None:
         ways.append(tuning.Way.DENSE)

@@ -21,6 +21,7 @@ from structmat.kernels.choice import (
 from structmat.kernels.library import Native, native
 from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import arguments, is_by_features, is_by_rows, run, run_into, takes
+from structmat.kernels.plainly import plainly
 from structmat.kernels.quick import quick
 from structmat.kernels.repeated import Product, repeated
 from structmat.program import Program, reference
@@ -50,6 +51,7 @@ def apply(program: Program, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     Raises:
         ShapeError: the last axis of ``x`` is not ``in_features``.
     """
+    program, tensors = plainly(program, tensors, x, None)
     if is_complex(program, x):
         return multiply_complex(program, tensors, x, None)
     text = native_text(program, tensors, x, None)
@@ -73,6 +75,7 @@ def apply_columns(program: Program, tensors: Mapping[str, Tensor], x: Tensor, *,
         ShapeError: the last axis but one of ``x`` is not ``in_features``.
     """
     rows = x.transpose(-1, -2)
+    program, tensors = plainly(program, tensors, rows, None)
     text = None if is_complex(program, x) else native_text(program, tensors, rows, None)
     if text is None or x.dim() != 2 or wants_gradient(x, tensors.values(), None):
         result = apply(program, tensors, rows).transpose(-1, -2)
@@ -91,6 +94,7 @@ def apply_columns(program: Program, tensors: Mapping[str, Tensor], x: Tensor, *,
 
 def affine(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor) -> Tensor:
     """``apply(program, tensors, x) + bias``, with ``bias`` (out_features,)."""
+    program, tensors = plainly(program, tensors, x, bias)
     if is_complex(program, x):
         return multiply_complex(program, tensors, x, bias)
     text = native_text(program, tensors, x, bias)

@@ -12,6 +12,7 @@ from structmat.kernels.choice import native_text
 from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import FEW_ROWS
 from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, Writing, reference, stages
+from structmat.program.plain import plain
 from structmat.program.real_form import RealForm, real_form
 from structmat.program.stages import Complex
 
@@ -70,6 +71,8 @@ def runs_native(
 ) -> bool:
     """Whether the native backend will run a program for so many rows (many by default), with gradients or without.
     Rows are taken to be complex where tensors are."""
+    with torch.no_grad():
+        program, tensors = plain(program, tensors)
     if not any(tensor.is_complex() for tensor in tensors.values()) and not has_complex(program):
         return choice.runs_native(program, tensors, rows, recorded)
     form = parts_form(program, tensors, complex_in=any(tensor.is_complex() for tensor in tensors.values()))

@@ -75,6 +75,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> Backend:
+    """Which backend is to run programs here."""
+    return _forced.get()
+
+
 def is_quiet() -> bool:
     """Whether no transform of torch.func and no differentiation forwards is at work."""
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
@@ -237,7 +242,8 @@ def _native_rows(program: Program, dtype: torch.dtype) -> range:
     largest = max((_block(s) for s in parts), default=1)
     is_sparse = any(isinstance(s, Sparse) for s in parts)
     if dtype is torch.bfloat16 and largest >= _LARGE_BLOCK and not is_sparse and has_bfloat16():
-        return range(_FEWEST_PAIRED, sys.maxsize) if runs_by_pairs(program) and not _has_tiles() else range(0)
+        lacks_tiles = _has_tiles() and not native().multiplies_matrices
+        return range(_FEWEST_PAIRED, sys.maxsize) if runs_by_pairs(program) and not lacks_tiles else range(0)
     return range(1 if largest <= _SMALL_BLOCK or dtype in _BY_VECTORS else FEW_ROWS, sys.maxsize)
 
 
@@ -250,7 +256,7 @@ def _block(stage: Stage) -> int:
 
 def runs_by_pairs(program: Program) -> bool:
     """Whether the native backend multiplies pairs of bfloat16 numbers here: tiles of them know no other stages."""
-    if native().instruction_set != "avx512_bf16":
+    if not native().multiplies_pairs:
         return False
     moves = (Shuffle, Permute, Pad, Crop)
     return all(
@@ -266,7 +272,7 @@ def _has_wide_registers() -> bool:
 
 @cache
 def _has_tiles() -> bool:
-    """Whether the processor multiplies small matrices (AMX), which PyTorch uses and the native backend does not."""
+    """Whether the processor multiplies small matrices (AMX), which PyTorch uses."""
     known: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return known is not None and known()
 

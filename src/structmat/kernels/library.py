@@ -27,6 +27,7 @@ class Native:
         available: whether programs can run on it.
         reason: why not, if not; or why it is called by address instead of by operators of PyTorch.
         instruction_set: which of the compiled ones runs here; the environment variable ``STRUCTMAT_ISA`` caps it.
+            ``amx_emulated`` computes as ``amx`` would, slowly, and is for tests: it runs only if named there.
         supported: all that were compiled and that the machine has.
         by_address: how it is called where the loaded PyTorch did not take its operators.
     """
@@ -36,6 +37,16 @@ class Native:
     instruction_set: str = ""
     supported: tuple[str, ...] = ()
     by_address: ByAddress | None = None
+
+    @property
+    def multiplies_matrices(self) -> bool:
+        """Whether it multiplies small matrices of bfloat16 by instructions for them (AMX), or emulates these."""
+        return self.instruction_set.startswith("amx")
+
+    @property
+    def multiplies_pairs(self) -> bool:
+        """Whether it multiplies pairs of bfloat16 by instructions for them (AVX512_BF16)."""
+        return self.multiplies_matrices or self.instruction_set == "avx512_bf16"
 
 
 @cache

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from structmat.kernels.choice import native_text, plain_products
 from structmat.kernels.operator import arguments, multiplier
+from structmat.kernels.plainly import plainly
 from structmat.program import Program, reference
 
 Product = Callable[[Tensor], Tensor]
@@ -28,6 +29,7 @@ def repeated(program: Program, tensors: Mapping[str, Tensor], like: Tensor, bias
     Raises:
         StructureError: the native backend is forced, and can't run it.
     """
+    program, tensors = plainly(program, tensors, like, bias)
     text = native_text(program, tensors, like, bias)
     if text is not None:
         given, words, call = arguments(text, tensors, bias), text.plain if bias is None else text.biased, multiplier()

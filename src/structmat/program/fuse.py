@@ -10,6 +10,7 @@ from torch import Tensor
 
 from structmat.program.combinators import Chain, Program, Sum, rename
 from structmat.program.convolve import convolution_matrix
+from structmat.program.plain import plain
 from structmat.program.reference import (
     MATERIALISED_DENSITY,
     generated_matrix,
@@ -114,7 +115,7 @@ than the pieces that windows are."""
 
 
 def fuse(program: Program, tensors: Tensors, writing: Writing = FOR_REFERENCE) -> tuple[Program, dict[str, Tensor]]:
-    """An equal program with adjacent contractions (and diagonals) merged, and its tensors.
+    """An equal program of plain stages with adjacent contractions (and diagonals) merged, and its tensors.
 
     Args:
         program: what is to run.
@@ -125,6 +126,8 @@ def fuse(program: Program, tensors: Tensors, writing: Writing = FOR_REFERENCE) -
         The program and the tensors that it reads, all others dropped. Exact up to rounding.
     """
     made: dict[str, Tensor] = {}
+    if any(t.is_floating_point() or t.is_complex() for t in tensors.values()):  # else nothing says in which precision
+        program, tensors = plain(program, tensors)
     result = _fuse(simplify(program), tensors, writing, made)
     names = {name for stage in _stages(result) for name in (*stage.weights, *stage.indices)}
     return result, {name: (made[name] if name in made else tensors[name]) for name in sorted(names)}

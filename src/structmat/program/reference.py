@@ -199,6 +199,8 @@ def _contract(stage: Contraction, weight: Tensor, x: Tensor) -> Tensor:
     weight = weight.reshape(stage.stored_shape)
     if stage.transposed:
         weight = weight.transpose(1, 2)  # (a or 1, b, c, d or 1)
+    if x.is_complex():  # constants are real
+        weight = weight.to(x.dtype)
     kind = form(stage)
     batch = x.shape[0]
     if kind is Form.MATMUL:
