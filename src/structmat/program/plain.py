@@ -15,23 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from structmat.program.combinators import Chain, Program, Sum, stages
 from structmat.program.derived import Derived, Form, derived_functions
 from structmat.program.fixed import Hadamard, Reorder, index_of
 from structmat.program.pairs import Pairs
 from structmat.program.simplify import simplify
-from structmat.program.stages import (
-    Chain,
-    Contraction,
-    Crop,
-    Diagonal,
-    Pad,
-    Permute,
-    Program,
-    Shuffle,
-    Stage,
-    Sum,
-    stages,
-)
+from structmat.program.stage import Stage
+from structmat.program.stages import Contraction, Crop, Diagonal, Pad, Permute, Shuffle
 
 Tensors = Mapping[str, Tensor]
 
