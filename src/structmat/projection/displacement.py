@@ -18,7 +18,6 @@ from torch import Tensor
 from structmat.program import Program
 from structmat.projection.refine import refine, rescale
 from structmat.projection.target import Certificate, Fit, Target
-from structmat.structure import Shape
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,6 @@ def _complete_right(left: Tensor, right: Tensor, missing: Tensor, first_column: 
 def _least_squares(system: Tensor, wanted: Tensor) -> Tensor:
     solution: Tensor = torch.linalg.lstsq(system, wanted[:, None], driver="gelsd").solution[:, 0]
     return solution
-
-
-def most_rank(shape: Shape, most: int | None = None) -> int:
-    """The largest displacement rank worth proposing: with more, the parameters are nearly those of a dense matrix.
-    ``most`` is a limit for families whose Krylov matrices are written out, of so many times the dense matrix's size."""
-    rank = max(1, min(shape) // 4)
-    return rank if most is None else min(rank, most)
 
 
 def low_rank_factors(displacement: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
-from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Program, Shuffle
 from structmat.projection.slices import fit_slices, input_blocks, output_blocks
 from structmat.projection.target import Fit, Target
@@ -15,19 +14,14 @@ from structmat.structure import (
     Normal,
     ParameterSpec,
     Shape,
-    Structure,
-    check_count,
-    check_size,
-    largest_fitting,
     whole,
 )
-
-_BLOCKS_TO_TRY = (2, 4, 8)
+from structmat.structures.grid import OnGrid
 
 
 @final
 @dataclass(frozen=True)
-class BlockLowRank(Structure):
+class BlockLowRank(OnGrid):
     """A grid of blocks, each of low rank: ``W[i, j] = U[i, j] V[i, j]`` with blocks of neighboring rows and columns.
 
     With k column blocks of width p and l row blocks of height s, ``right`` is (k, l * rank, p) and ``left``
@@ -47,35 +41,6 @@ class BlockLowRank(Structure):
 
     blocks: int | tuple[int, int] = 4
     rank: int | float = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.blocks, tuple):
-            if len(self.blocks) != 2:
-                raise StructureError(
-                    f"BlockLowRank(blocks={self.blocks!r}): blocks is an integer, or a pair of column and row blocks."
-                )
-            for count in self.blocks:
-                check_count(self, "blocks", count)
-        else:
-            check_count(self, "blocks", self.blocks)
-        check_size(self, "rank", self.rank)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(column blocks, row blocks)."""
-        return self.blocks if isinstance(self.blocks, tuple) else (self.blocks, self.blocks)
-
-    def restriction(self, shape: Shape) -> str | None:
-        if max(self.grid) > max(shape):
-            return f"there is nothing to put into so many blocks. Use blocks={max(shape)} or less."
-        largest = _largest_rank(self.grid, shape)
-        if isinstance(self.rank, int) and self.rank > largest:
-            return f"with blocks={self.blocks} the rank of a block is at most {largest}. Use rank={largest} or less."
-        return None
-
-    def native_shape(self, shape: Shape) -> Shape:
-        k, l = self.grid
-        return (-(-shape[0] // l) * l, -(-shape[1] // k) * k)
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         (k, l), rank = self.grid, whole(self.rank)
@@ -101,26 +66,3 @@ class BlockLowRank(Structure):
             "right": found.right.transpose(0, 1).reshape(k, l * rank, p),  # from (l, k, rank, p)
         }
         return Fit(tensors, found.certificate, found.lower_bound, found.method)
-
-    @classmethod
-    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        some = False
-        for blocks in _BLOCKS_TO_TRY:
-            if blocks > min(shape):
-                break
-            native = cls(blocks).native_shape(shape)
-            rank = largest_fitting(
-                lambda r, blocks=blocks, native=native: r * blocks * sum(native),
-                budget,
-                _largest_rank((blocks, blocks), shape),
-                grid=max(1, 8 // blocks),
-            )
-            if rank:
-                some = True
-                yield cls(blocks, rank)
-        if not some and sum(shape) <= budget:
-            yield cls(1, 1)
-
-
-def _largest_rank(grid: tuple[int, int], shape: Shape) -> int:
-    return min(-(-shape[0] // grid[1]), -(-shape[1] // grid[0]))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self, final
+from typing import TYPE_CHECKING, final
 
 import torch
 
 from structmat.displacement.form import CauchyForm, Side
 from structmat.program import Generated, Program
 from structmat.program.generated import cauchy_kernel, cauchy_like
-from structmat.projection.displacement import most_rank
 from structmat.projection.nodes import fit_cauchy_like
 from structmat.projection.target import Certificate, Fit, Target
 from structmat.structure import (
@@ -20,11 +19,9 @@ from structmat.structure import (
     Normal,
     ParameterSpec,
     Shape,
-    Structure,
-    check_size,
-    largest_fitting,
     whole,
 )
+from structmat.structures.generators import OfDisplacementRank
 
 if TYPE_CHECKING:
     from structmat.matrix import StructuredMatrix
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True)
-class CauchyLike(Structure):
+class CauchyLike(OfDisplacementRank):
     """``W[i, j] = (left[:, i] . right[:, j]) / (s[i] - t[j])`` with ``s[i] = i + rows[i]``, ``t[j] = j + columns[j]``.
 
     All matrices whose displacement under ``(diag(s), diag(t))`` has at most that rank. ``left`` is (rank, out),
@@ -47,16 +44,6 @@ class CauchyLike(Structure):
     """
 
     rank: int | float = 2
-
-    by_default: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_size(self, "rank", self.rank)
-
-    def restriction(self, shape: Shape) -> str | None:
-        if isinstance(self.rank, int) and self.rank > min(shape):
-            return f"every such matrix has displacement rank {min(shape)} or less. Use rank={min(shape)} or less."
-        return None
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         rank = whole(self.rank)
@@ -92,7 +79,5 @@ class CauchyLike(Structure):
         return CauchyForm(Side.PLAIN, Side.PLAIN, tensors["left"].T, tensors["right"].T, *nodes)
 
     @classmethod
-    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: (r + 1) * sum(shape), budget, most_rank(shape), grid=1)
-        if rank:
-            yield cls(rank)
+    def numbers(cls, rank: int, shape: Shape) -> int:
+        return (rank + 1) * sum(shape)

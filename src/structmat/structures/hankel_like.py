@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self, final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
 from structmat.displacement.form import CauchyForm, Side
 from structmat.program import Chain, Program, convolution
-from structmat.projection.displacement import finished, most_rank, toeplitz_like_generators
+from structmat.projection.displacement import finished, toeplitz_like_generators
 from structmat.projection.target import Fit, Target
 from structmat.structure import (
     DENSE_GAIN,
     Normal,
     ParameterSpec,
     Shape,
-    Structure,
-    check_size,
-    largest_fitting,
     whole,
 )
+from structmat.structures.generators import OfDisplacementRank
 
 if TYPE_CHECKING:
     from structmat.matrix import StructuredMatrix
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True)
-class HankelLike(Structure):
+class HankelLike(OfDisplacementRank):
     """``sum of C(left[i]) Z_-1(right[i])`` with ``C(v)[k, l] = v[(k + l) mod p]``: ``rank`` products.
 
     All matrices whose displacement under ``(Z_1^T, Z_-1)`` has at most that rank; 2 holds the Hankel matrices. ``left``
@@ -45,16 +43,6 @@ class HankelLike(Structure):
     """
 
     rank: int | float = 2
-
-    by_default: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_size(self, "rank", self.rank)
-
-    def restriction(self, shape: Shape) -> str | None:
-        if isinstance(self.rank, int) and self.rank > min(shape):
-            return f"every such matrix has displacement rank {min(shape)} or less. Use rank={min(shape)} or less."
-        return None
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         rank, size = whole(self.rank), max(shape)
@@ -78,10 +66,8 @@ class HankelLike(Structure):
         return CauchyForm(Side.SHIFT, Side.TWISTED, left.T, 2 * right.flip(1).T, reversed_rows=True)
 
     @classmethod
-    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: 2 * r * max(shape), budget, most_rank(shape), grid=1)
-        if rank:
-            yield cls(rank)
+    def numbers(cls, rank: int, shape: Shape) -> int:
+        return 2 * rank * max(shape)
 
 
 def _reversed(left: Tensor, rows: int) -> Tensor:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 import torch
 
 from structmat.program import Chain, Generated, Program
 from structmat.program.generated import tridiagonal_krylov
-from structmat.projection.displacement import most_rank
 from structmat.projection.krylov import Shift, fit_krylov, krylov_scales
 from structmat.projection.target import Fit, Target
-from structmat.structure import Normal, ParameterSpec, Shape, Structure, check_size, largest_fitting, whole
+from structmat.structure import Normal, ParameterSpec, Shape, whole
+from structmat.structures.generators import OfDisplacementRank
 
 
 @final
 @dataclass(frozen=True)
-class LDRTridiagonal(Structure):
+class LDRTridiagonal(OfDisplacementRank):
     """``sum of K(A, left[i]) K(B^T, right[i])^T``: Krylov matrices of learned tridiagonal operators with corners.
 
     ``left_operator`` (3, out) holds A: below the diagonal and, last, the upper right corner; the diagonal; above it
@@ -37,15 +37,7 @@ class LDRTridiagonal(Structure):
 
     rank: int | float = 1
 
-    by_default: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_size(self, "rank", self.rank)
-
-    def restriction(self, shape: Shape) -> str | None:
-        if isinstance(self.rank, int) and self.rank > min(shape):
-            return f"already {min(shape)} products give every matrix. Use rank={min(shape)} or less."
-        return None
+    most_proposed: ClassVar[int | None] = 4
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         (height, width), rank = shape, whole(self.rank)
@@ -82,7 +74,5 @@ class LDRTridiagonal(Structure):
         return fit_krylov(self.program(target.native), operators, target, rank)
 
     @classmethod
-    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: (r + 3) * sum(shape), budget, most_rank(shape, 4), grid=1)
-        if rank:
-            yield cls(rank)
+    def numbers(cls, rank: int, shape: Shape) -> int:
+        return (rank + 3) * sum(shape)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
-from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Program
 from structmat.projection.slices import Blocks, fit_slices, input_blocks
 from structmat.projection.target import Fit, Target
@@ -15,19 +14,14 @@ from structmat.structure import (
     Normal,
     ParameterSpec,
     Shape,
-    Structure,
-    check_count,
-    check_size,
-    largest_fitting,
     whole,
 )
-
-_BLOCKS_TO_TRY = (2, 4, 8, 16)
+from structmat.structures.grid import OnGrid
 
 
 @final
 @dataclass(frozen=True)
-class Monarch(Structure):
+class Monarch(OnGrid):
     """Two block diagonal factors with a stride permutation between them.
 
     Cut the columns into k blocks of neighbours and the rows into l groups of every l-th row: each of the k x l slices
@@ -45,38 +39,10 @@ class Monarch(Structure):
     """
 
     weighs_outputs: ClassVar[bool] = True
+    blocks_to_try: ClassVar[tuple[int, ...]] = (2, 4, 8, 16)
 
     blocks: int | tuple[int, int] = 4
     rank: int | float = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.blocks, tuple):
-            if len(self.blocks) != 2:
-                raise StructureError(
-                    f"Monarch(blocks={self.blocks!r}): blocks is an integer, or a pair of column blocks and row groups."
-                )
-            for count in self.blocks:
-                check_count(self, "blocks", count)
-        else:
-            check_count(self, "blocks", self.blocks)
-        check_size(self, "rank", self.rank)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(column blocks, row groups)."""
-        return self.blocks if isinstance(self.blocks, tuple) else (self.blocks, self.blocks)
-
-    def restriction(self, shape: Shape) -> str | None:
-        if max(self.grid) > max(shape):
-            return f"there is nothing to put into so many blocks. Use blocks={max(shape)} or less."
-        largest = _largest_rank(self.grid, shape)
-        if isinstance(self.rank, int) and self.rank > largest:
-            return f"with blocks={self.blocks} the rank of a slice is at most {largest}. Use rank={largest} or less."
-        return None
-
-    def native_shape(self, shape: Shape) -> Shape:
-        k, l = self.grid
-        return (-(-shape[0] // l) * l, -(-shape[1] // k) * k)
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         (k, l), rank = self.grid, whole(self.rank)
@@ -105,27 +71,3 @@ class Monarch(Structure):
             "right": found.right.permute(1, 2, 0, 3).reshape(k, rank * l, p),  # from (l, k, rank, p)
         }
         return Fit(tensors, found.certificate, found.lower_bound, found.method)
-
-    @classmethod
-    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        some = False
-        for blocks in _BLOCKS_TO_TRY:
-            if blocks > min(shape):
-                break
-            native = cls(blocks).native_shape(shape)
-            # The inner widths, multiples of blocks * rank, are what lies on the machine's grid.
-            rank = largest_fitting(
-                lambda r, blocks=blocks, native=native: r * blocks * sum(native),
-                budget,
-                _largest_rank((blocks, blocks), shape),
-                grid=max(1, 8 // blocks),
-            )
-            if rank:
-                some = True
-                yield cls(blocks, rank)
-        if not some and sum(shape) <= budget:
-            yield cls(1, 1)
-
-
-def _largest_rank(grid: tuple[int, int], shape: Shape) -> int:
-    return min(-(-shape[0] // grid[1]), -(-shape[1] // grid[0]))

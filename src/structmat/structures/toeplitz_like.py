@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self, final
+from typing import TYPE_CHECKING, final
 
 from structmat.displacement.form import CauchyForm, Side
 from structmat.program import Chain, Program, convolution
-from structmat.projection.displacement import finished, most_rank, toeplitz_like_generators
+from structmat.projection.displacement import finished, toeplitz_like_generators
 from structmat.projection.target import Fit, Target
 from structmat.structure import (
     DENSE_GAIN,
     Normal,
     ParameterSpec,
     Shape,
-    Structure,
-    check_size,
-    largest_fitting,
     whole,
 )
+from structmat.structures.generators import OfDisplacementRank
 
 if TYPE_CHECKING:
     from structmat.matrix import StructuredMatrix
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True)
-class ToeplitzLike(Structure):
+class ToeplitzLike(OfDisplacementRank):
     """``sum of Z_1(left[i]) Z_-1(right[i])``: products of a circulant and a skew-circulant matrix, ``rank`` of them.
 
     All matrices whose displacement under ``(Z_1, Z_-1)`` has at most that rank: 2 holds the Toeplitz matrices and their
@@ -42,16 +40,6 @@ class ToeplitzLike(Structure):
     """
 
     rank: int | float = 2
-
-    by_default: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_size(self, "rank", self.rank)
-
-    def restriction(self, shape: Shape) -> str | None:
-        if isinstance(self.rank, int) and self.rank > min(shape):
-            return f"every such matrix has displacement rank {min(shape)} or less. Use rank={min(shape)} or less."
-        return None
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         rank, size = whole(self.rank), max(shape)
@@ -75,10 +63,8 @@ class ToeplitzLike(Structure):
         return CauchyForm(Side.SHIFT, Side.TWISTED, left.T, 2 * right.flip(1).T)
 
     @classmethod
-    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: 2 * r * max(shape), budget, most_rank(shape), grid=1)
-        if rank:
-            yield cls(rank)
+    def numbers(cls, rank: int, shape: Shape) -> int:
+        return 2 * rank * max(shape)
 
 
 def _program(rank: int, shape: Shape) -> Program:

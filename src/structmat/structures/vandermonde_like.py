@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 from structmat.displacement.form import CauchyForm, Side
 from structmat.program import Chain, Convolution, Generated, Program, convolution
 from structmat.program.generated import powers, vandermonde_krylov
-from structmat.projection.displacement import finished, low_rank_factors, most_rank
+from structmat.projection.displacement import finished, low_rank_factors
 from structmat.projection.nodes import Spread
 from structmat.projection.target import Fit, Target
 from structmat.structure import (
@@ -17,11 +17,9 @@ from structmat.structure import (
     Normal,
     ParameterSpec,
     Shape,
-    Structure,
-    check_size,
-    largest_fitting,
     whole,
 )
+from structmat.structures.generators import OfDisplacementRank
 
 if TYPE_CHECKING:
     from structmat.matrix import StructuredMatrix
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True)
-class VandermondeLike(Structure):
+class VandermondeLike(OfDisplacementRank):
     """``sum of diag(left[i]) V(nodes) Z_-1(right[i])^T`` with the Vandermonde matrix ``V[k, j] = nodes[k]**j``.
 
     All matrices whose displacement under ``(diag(nodes), Z_-1)`` has at most that rank. ``left`` is (rank, out),
@@ -46,15 +44,7 @@ class VandermondeLike(Structure):
 
     rank: int | float = 2
 
-    by_default: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_size(self, "rank", self.rank)
-
-    def restriction(self, shape: Shape) -> str | None:
-        if isinstance(self.rank, int) and self.rank > min(shape):
-            return f"every such matrix has displacement rank {min(shape)} or less. Use rank={min(shape)} or less."
-        return None
+    most_proposed: ClassVar[int | None] = 4
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         (height, width), rank = shape, whole(self.rank)
@@ -90,10 +80,8 @@ class VandermondeLike(Structure):
         return CauchyForm(Side.PLAIN, Side.TWISTED, left.T, right.T, nodes)
 
     @classmethod
-    def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
-        rank = largest_fitting(lambda r: r * sum(shape) + shape[0], budget, most_rank(shape, 4), grid=1)
-        if rank:
-            yield cls(rank)
+    def numbers(cls, rank: int, shape: Shape) -> int:
+        return rank * sum(shape) + shape[0]
 
 
 def _program(rank: int, shape: Shape) -> Program:
