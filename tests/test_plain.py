@@ -154,3 +154,27 @@ def test_a_program_is_tuned_by_its_plain_form() -> None:
     form = plain_form(program)
     assert form is not None
     assert tuning.name_of(program, torch.float32) == tuning.name_of(form.program, torch.float32)
+
+
+@pytest.mark.parametrize("structure", [sm.Fastfood(), sm.OrthogonalButterfly(), sm.RelaxedButterfly()], ids=str)
+def test_complex_layers_are_equal_in_every_form(structure: sm.Structure) -> None:
+    """Constants are real beside complex weights."""
+    torch.manual_seed(0)
+    net = sm.nn.StructuredLinear(32, 32, structure=structure, dtype=torch.complex128)
+    x = torch.randn(20, 32, dtype=torch.complex128)
+    with torch.no_grad():
+        with sm.backend("reference"):
+            wanted, frozen = net(x), net.freeze()
+            torch.testing.assert_close(frozen(x), wanted)
+        for layer in (net, frozen, net.freeze()):
+            torch.testing.assert_close(layer(x), wanted)
+
+
+@pytest.mark.parametrize("structure", [sm.RealPart(sm.PermutedButterfly()), sm.Pixelfly(), sm.Fastfood()], ids=str)
+def test_frozen_layers_are_exported_and_compiled(structure: sm.Structure) -> None:
+    frozen = sm.nn.StructuredLinear(32, 32, structure=structure).freeze()
+    x = torch.randn(20, 32)
+    exported = torch.export.export(frozen, (x,)).module()
+    torch.testing.assert_close(exported(x), frozen(x), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(frozen, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), frozen(x), rtol=1e-4, atol=1e-5)

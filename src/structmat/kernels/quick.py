@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structmat.kernels import tuning
-from structmat.kernels.choice import Rows, is_usual, native_rows, plain_products, recorded_rows
+from structmat.kernels.choice import NATIVE_DTYPES, Rows, is_usual, native_rows, plain_products, recorded_rows
 from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import native
 from structmat.kernels.operator import run_rows
 from structmat.kernels.text import Text, text_of
 from structmat.program import Program
+
+_NO_ROWS = (range(0), range(0))
 
 Held = Mapping[str, Tensor | None]
 """A module's own dictionary of parameters or buffers."""
@@ -65,7 +67,9 @@ class Quick:
             self.rows.clear()
         ranges = self.rows.get(dtype)
         if ranges is None:
-            ranges = self.rows[dtype] = native_rows(self.program, dtype), recorded_rows(self.program, dtype)
+            known = dtype in NATIVE_DTYPES  # complex rows run on their parts, if at all
+            ranges = (native_rows(self.program, dtype), recorded_rows(self.program, dtype)) if known else _NO_ROWS
+            self.rows[dtype] = ranges
         if self.text is not None and (rows in ranges[0] or rows in ranges[1]) and native().available:
             found = self._native(x, self.text, rows, ranges, own, held)
             if found is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from structmat.program.combinators import Chain, Program, Sum, rename
@@ -64,6 +65,8 @@ def merge(first: Contraction, second: Contraction, tensors: Tensors) -> Tensor:
     # and the right factor's (a2 = a1, outer; b2 = rank, inner; d2).
     left = full_weight(second, tensors).reshape(a1, b1, outer, rank, inner, d2)
     right = full_weight(first, tensors).reshape(a1, outer, rank, inner, c2, d2)
+    wide = torch.promote_types(left.dtype, right.dtype)  # constants are real
+    left, right = left.to(wide), right.to(wide)
     # [a1, d2, outer, inner] x (b1 x rank) @ (rank x c2)
     product = left.permute(0, 5, 2, 4, 1, 3) @ right.permute(0, 5, 1, 3, 2, 4)
     # -> (a1, b1, inner, outer, c2, d2)
