@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from structmat.compression.allocate import Allocation, allocate
+from structmat.compression.allocate import Allocation, Limit, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration
 from structmat.compression.candidates import Candidate, Choice, LayerScreen, Screening, families_of, variant_of
@@ -19,7 +19,7 @@ from structmat.structure import Structure
 from structmat.structures.dense import Dense
 
 ENOUGH = 0.005
-"""An allocation that leaves less than this share of the budget is left alone."""
+"""An allocation that leaves every layer less than this share of what all cost is left alone."""
 
 ROUNDS = 3
 """How often at most."""
@@ -32,6 +32,7 @@ def fill(
     allocation: Allocation,
     budget: Budget,
     *,
+    limits: Sequence[Limit] = (),
     calibration: Calibration | None = None,
     measured: Mapping[str, Sequence[Measurement]] | None = None,
     outcomes: Outcomes | None = None,
@@ -47,7 +48,9 @@ def fill(
     measurements), so the allocation can only get better. Cost: three fits a layer and round.
 
     Args:
-        model, sites, screening, allocation, budget, calibration: from the steps before.
+        model, sites, screening, allocation, calibration: from the steps before.
+        budget: in whose unit the candidates' costs are.
+        limits: that the allocation keeps; none for the budget alone.
         measured: what :func:`structmat.compression.score.score` measured.
         outcomes: what :func:`structmat.compression.contest.contest` fitted: the same gains are expected here.
         structures: as for :func:`structmat.compression.screen.screen`; what was given as a single structure stays it.
@@ -59,12 +62,12 @@ def fill(
     """
     kinds = families_of(structures)
     for _ in range(ROUNDS):
-        left = allocation.limit - allocation.cost
-        if left <= ENOUGH * allocation.limit:
+        spent = sum(c.cost for c in allocation.chosen.values())
+        if all(allocation.left(site.name) <= ENOUGH * spent for site in sites):
             break
         grown = dict(screening)
         for site in sites:
-            chosen = allocation.chosen[site.name]
+            chosen, left = allocation.chosen[site.name], allocation.left(site.name)
             if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or type(chosen.structure) not in kinds:
                 continue
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
@@ -78,7 +81,7 @@ def fill(
         if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
             break
         screening = grown
-        allocation = allocate(screening, budget, fixed=fixed, floor=floor)
+        allocation = allocate(screening, limits or budget, fixed=fixed, floor=floor)
     return screening, allocation
 
 
