@@ -134,8 +134,8 @@ def allocate(
         floor: candidates below this share of their layer's dense cost are not considered.
 
     Raises:
-        BudgetError: even the cheapest choice exceeds a budget, or no choice keeps all of them at once; the message names
-            the smallest feasible one.
+        BudgetError: even the cheapest choice exceeds a budget, or no choice keeps all of them; the message names the
+            smallest feasible one.
     """
     layers = list(screening.values())
     limits = (whole(screening, budget),) if isinstance(budget, Budget) else tuple(budget)

@@ -145,7 +145,7 @@ class Quality:
         loss, relative, at_least, at_most: as above.
         better: "higher" or "lower"; only with ``loss``.
         of: which number, where ``evaluate`` returns several by name.
-        minimise: what is made small: ``Parameters``, ``Flops`` or ``Latency``, or one of them with its settings, such as
+        minimise: what is made small: ``Parameters``, ``Flops`` or ``Latency``, or one with its settings, such as
             ``Latency(0.5, batch=8)``, whose amount does not matter.
         tries: models that are built and evaluated at most.
         precision: the search ends when an accepted model costs at most this much more than one that is not.

@@ -152,7 +152,8 @@ def as_they_are(
     spent = tuple(
         dataclasses.replace(
             one,
-            cost=one.cost + sum(one.limit.spend(n, c) - one.limit.spend(n, allocation.chosen[n]) for n, c in chosen.items()),
+            cost=one.cost
+            + sum(one.limit.spend(n, c) - one.limit.spend(n, allocation.chosen[n]) for n, c in chosen.items()),
         )
         for one in allocation.spent
     )

@@ -36,6 +36,7 @@ def fill(
     calibration: Calibration | None = None,
     measured: Mapping[str, Sequence[Measurement]] | None = None,
     outcomes: Outcomes | None = None,
+    factors: Mapping[str, float] | None = None,
     structures: Sequence[Choice] | None = None,
     fixed: Mapping[str, Structure] | None = None,
     floor: float = 0.0,
@@ -53,6 +54,7 @@ def fill(
         limits: that the allocation keeps; none for the budget alone.
         measured: what :func:`structmat.compression.score.score` measured.
         outcomes: what :func:`structmat.compression.contest.contest` fitted: the same gains are expected here.
+        factors: by which the losses of each layer's candidates were multiplied; 1 by default.
         structures: as for :func:`structmat.compression.screen.screen`; what was given as a single structure stays it.
         fixed, floor: as for :func:`structmat.compression.allocate.allocate`.
         seed: of fits with random starts.
@@ -74,8 +76,8 @@ def fill(
             variant = variant_of(chosen.structure)
             gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if variant_of(o.after.structure) == variant]
             gain = gains[0] if gains else 1.0
-            found = _larger(model, site, chosen, left, screening[site.name], budget, calibration, pairs, gain, seed)
-            layer = screening[site.name]
+            layer, factor = screening[site.name], (factors or {}).get(site.name, 1.0)
+            found = _larger(model, site, chosen, left, layer, budget, calibration, pairs, gain, factor, seed)
             ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
             grown[site.name] = replace(layer, candidates=tuple(ordered))
         if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
@@ -95,6 +97,7 @@ def _larger(
     calibration: Calibration | None,
     pairs: Sequence[tuple[float, float]],
     gain: float,
+    factor: float,
     seed: int,
 ) -> list[Candidate]:
     """New candidates of the chosen family whose cost is at most the chosen one's and what is left."""
@@ -108,5 +111,6 @@ def _larger(
         share = min(chosen.parameters + part * left * numbers_a_unit, size - 1) / size
         for candidate in worker.try_share(type(chosen.structure), share, {variant_of(chosen.structure)}):
             if chosen.cost < candidate.cost <= chosen.cost + left:
-                found.append(replace(candidate, error=candidate.error * gain**0.5, loss=curve(candidate.loss * gain)))
+                loss = factor * curve(candidate.loss * gain)
+                found.append(replace(candidate, error=candidate.error * gain**0.5, loss=loss))
     return found

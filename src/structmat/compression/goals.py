@@ -102,7 +102,9 @@ def read_goals(goal: object) -> Goals:
         else:
             raise BudgetError(f"A budget is {_KINDS}, several of them, or a dict from layers to budgets; got {item!r}.")
     if len(qualities) > 1:
-        raise BudgetError(f"{len(qualities)} qualities are to be kept; give one, and let evaluate return what it needs.")
+        raise BudgetError(
+            f"{len(qualities)} qualities are to be kept; give one, and let evaluate return what it needs."
+        )
     if not limits and not qualities:
         raise BudgetError(f"The budget is empty. Give {_KINDS}.")
     return Goals(tuple(limits), qualities[0] if qualities else None)
