@@ -156,10 +156,17 @@ def compress_(
     overrides = {"*": Dense(), **plan.layers} if plan is not None else overrides or {}
     with clock("scan"):
         asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
+        if plan is not None:  # a wrong name is found out below, and called one of the plan
+            present = dict(model.named_modules())
+            asked = [name for name in asked if name in present]
         found = scan(model, include, exclude, [p for p in asked if _is_exact(p)])
+        if plan is not None:
+            _check_plan(plan, found)
         fixed = _fixed(found, overrides, model)
         if plan is not None:
-            goals, measure = _following(plan, found, fixed), False
+            shapes = {site.name: site.shape for site in found.sites}
+            goals = read_goals(Parameters(sum(max(count_stored(fixed[n], s), s[0] * s[1]) for n, s in shapes.items())))
+            measure = False
         assert goals is not None, "either a budget or a plan is given"
         for site in found.sites:
             check_weight(site, dense_weight(model.get_submodule(site.name)))
@@ -406,19 +413,14 @@ def _goals(
     return goals
 
 
-def _following(plan: Plan, found: Scan, fixed: Mapping[str, Structure]) -> Goals:
-    """The budget of a plan: what it takes.
-
-    Raises:
-        ModelError: a layer of the plan is missing, or has another shape.
-    """
+def _check_plan(plan: Plan, found: Scan) -> None:
+    """Raise :class:`~structmat.errors.ModelError` if a layer of a plan is missing or has another shape."""
     shapes = {site.name: site.shape for site in found.sites}
     for name, shape in plan.shapes.items():
         if name not in shapes:
             raise ModelError(f"The plan names the layer {name}, which is none that can be compressed in this model.")
         if shapes[name] != shape:
             raise ModelError(f"The plan's layer {name} has the shape {shape}; the model's has {shapes[name]}.")
-    return read_goals(Parameters(sum(max(count_stored(fixed[n], s), s[0] * s[1]) for n, s in shapes.items())))
 
 
 def _check(

@@ -21,7 +21,6 @@ from structmat.compression.scan import Site
 from structmat.compression.seek import Judge, Size, Tried, judge_of, seek
 from structmat.errors import BudgetError
 
-
 APART = 1.5
 """What a contest found is good enough for costs within this factor."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,15 @@ def verdict(data: Mapping[str, Any]) -> list[Remark]:
     if not data["exact"]:
         remarks.append(Remark("bad", "The solver was stopped before it could prove that no better choice fits."))
     return remarks
+
+
+def verdict_text(data: Mapping[str, Any]) -> list[str]:
+    """The verdict as plain text. Raises :class:`~structmat.errors.FormatError` as :func:`render`."""
+    signs = {"good": "+", "bad": "!", "plain": " "}
+    try:
+        return [f"{signs[r.tone]} {unescape(re.sub('<[^>]*>', '', r.text))}" for r in verdict(data)]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise FormatError(f"The report is damaged: {type(error).__name__}: {error}.") from error
 
 
 def _budget_remark(data: Mapping[str, Any]) -> Remark:

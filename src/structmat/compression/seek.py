@@ -189,12 +189,12 @@ def seek(
     """
     least, most = curve[0][0], curve[-1][0]
 
-    def go(within: float) -> Tried | None:
-        """None if the choice is one that was tried before."""
+    def go(within: float) -> Tried:
         nonlocal judge
         chosen = size(within)
-        if any(t.key == chosen.key for t in tried):
-            return None
+        known = next((t for t in tried if t.key == chosen.key), None)
+        if known is not None:
+            return known
         quality = attempt(chosen)
         if not tried:
             judge = judge.directed(judge.read(quality))
@@ -203,32 +203,31 @@ def seek(
         return tried[-1]
 
     low = go(least)
-    assert low is not None
     if low.accepted:
         return judge, low.cost
-    high_cost, high = most, None
+    low_cost, high_cost, high = low.cost, most, None
     if not dense_is_allowed:
         high = go(most)
-        if high is None or not high.accepted:
+        if not high.accepted:
             raise BudgetError(
-                f"The largest model within the other budgets has {judge.name} {tried[-1].value:.6g}, worse than what "
-                f"is accepted (the original has {judge.before:.6g}). Allow more in one of them."
+                f"The largest model within the other budgets has {judge.name} {high.value:.6g}, worse than what is "
+                f"accepted (the original has {judge.before:.6g}). Allow more in one of them."
             )
         high_cost = high.cost
-    while len(tried) < judge.quality.tries and high_cost > low.cost * (1 + judge.quality.precision):
-        middle = math.sqrt(low.cost * high_cost)
-        guess = middle if len(tried) % 3 == 0 else _guess(judge.allowed, curve, low, high)
-        margin = (high_cost / low.cost) ** 0.1
-        within = min(max(guess, low.cost * margin), high_cost / margin)
+    bisect = False
+    while len(tried) < judge.quality.tries and high_cost > low_cost * (1 + judge.quality.precision):
+        middle = math.sqrt(low_cost * high_cost)
+        guess = middle if bisect else _guess(judge.allowed, curve, low, high)
+        margin = (high_cost / low_cost) ** 0.1
+        within = min(max(guess, low_cost * margin), high_cost / margin)
+        count = len(tried)
         found = go(within)
-        if found is None:
-            found = go(middle)
-        if found is None:
-            break  # the choices between the two ends are no others than these
+        # Sizes lie on a grid: where the choice is one that was tried, everything up to here is known.
+        bisect = len(tried) == count or len(tried) % 3 == 0
         if found.accepted:
             high, high_cost = found, found.cost
         else:
-            low = found
+            low, low_cost = found, max(within, found.cost)
     return judge, high_cost
 
 
