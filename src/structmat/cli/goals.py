@@ -82,10 +82,14 @@ def goal(
     if asked:
         if quality.get("better") not in (None, "higher", "lower"):
             raise fail(f"--better {quality['better']} is neither higher nor lower.")
-        kinds = {"parameters": sm.Parameters(0.5), "flops": sm.Flops(0.5), "latency": sm.Latency(0.5, batch)}
-        if unit not in kinds:
-            raise fail(f"--unit {unit}: a model for a quality is made small in {', '.join(kinds)}.")
-        found.append(sm.Quality(**asked, minimise=kinds[unit]))
+        spends: dict[str, Any] = {
+            "parameters": sm.Parameters(0.5),
+            "flops": sm.Flops(0.5),
+            "latency": sm.Latency(0.5, batch),
+        }
+        if unit not in spends:
+            raise fail(f"--unit {unit}: a model for a quality is made small in {', '.join(spends)}.")
+        found.append(sm.Quality(**asked, minimise=spends[unit]))
     return tuple(found)
 
 

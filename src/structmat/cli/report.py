@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from structmat.cli.common import fail, refusing_bad_input, show, show_json, words
+from structmat.cli.common import fail, refusing_bad_input, show_json, words
 
 
 def report(
@@ -27,5 +27,5 @@ def report(
         if as_json:
             show_json(data)
         else:
-            show("\n".join(verdict_text(data)))
+            typer.echo("\n".join(verdict_text(data)))
         words().print(f"report  {page.resolve()}", soft_wrap=True)

@@ -21,7 +21,7 @@ from structmat.compression.build import Builder
 from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
 from structmat.compression.candidates import Choice
 from structmat.compression.choose import Chooser
-from structmat.compression.decide import budget_facts, decide, frontier_of, plan_of
+from structmat.compression.decide import budget_facts, decide, frontier_of, plan_of, with_result
 from structmat.compression.figures import (
     Clock,
     Timer,
@@ -301,7 +301,7 @@ def compress_(
     if built is not None:  # exactly the model that was accepted, even if recovery is not repeatable
         model.load_state_dict(built.model.state_dict())
         recovery = built.recovery
-        quality["after" if recover is None else "recovered"] = chosen.quality
+        quality["after" if recover is None else "recovered"] = dict(chosen.quality)
     elif recover is not None:
         assert original is not None
         with clock("recover"):
@@ -313,6 +313,8 @@ def compress_(
         if evaluate:
             with clock("evaluate"):
                 quality["recovered"] = _numbers(evaluate, model)
+    own = quality.get("after", quality.get("recovered"))
+    points = with_result(points, chosen, allocation, own)
     with clock("time"):
         timer = Timer(calibration, forward, seen)
         timings = timer.compare(original, model, plan)
@@ -394,11 +396,12 @@ def _goals(
     if plan is not None and overrides:
         raise BudgetError("A plan says what every layer becomes; leave out overrides, or edit the plan.")
     for share in frontier:
-        if isinstance(share, bool) or not isinstance(share, float) or not 0 < share <= 1:
+        given: object = share
+        if not isinstance(given, float) or not 0 < share <= 1:
             raise BudgetError(f"frontier={tuple(frontier)!r}: each is a share above 0 and up to 1, as a float.")
     if frontier and evaluate is None:
         raise BudgetError("The models of frontier= are measured by evaluate=, which is missing.")
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+    if rounds < 0:
         raise BudgetError(f"rounds={rounds!r} is a number of repetitions, 0 or more.")
     if rounds and calibration is None:
         raise DataError("rounds= measures layers in the compressed model, on calibration data. Pass calibration=....")

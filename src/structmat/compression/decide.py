@@ -178,6 +178,16 @@ def frontier_of(decision: Decision, builder: Builder, shares: Sequence[float]) -
     return merged(predicted(chooser, chooser.sites, one.dense), found)
 
 
+def with_result(
+    points: Sequence[Point], decision: Decision, allocation: Allocation, quality: Mapping[str, float] | None
+) -> tuple[Point, ...]:
+    """The curve with the size of the result, and its quality if it is known."""
+    chooser = decision.chooser
+    dense = sum(layer.keep.cost for layer in decision.screening.values())
+    own = point_of(allocation.chosen, chooser.sites, chooser, dense, quality)
+    return merged(points, (dataclasses.replace(own, chosen=True),))
+
+
 def plan_of(chosen: Mapping[str, Candidate], sites: Sequence[Site], goals: Goals, seed: int) -> Plan:
     """The plan of a choice."""
     layers = {name: candidate.structure for name, candidate in chosen.items()}

@@ -12,6 +12,7 @@ from structmat.compression.candidates import Candidate
 from structmat.compression.choose import Chooser
 from structmat.compression.plan import Plan
 from structmat.compression.scan import Site
+from structmat.structure import Structure
 
 POINTS = 24
 """Of the predicted curve, evenly in the logarithm of the cost."""
@@ -30,7 +31,9 @@ class Point:
         predicted_loss: the sum over the layers.
         plan: that makes it: ``compress(model, plan=point.plan, ...)``; with the same folder what is fitted already is
             read from there.
-        quality: what ``evaluate`` returned, where the model was built; else None.
+        quality: what ``evaluate`` returned, where the model was built (before recovery, but for models that were tried
+            for a quality); else None.
+        chosen: whether it is the size of the result.
     """
 
     cost: float
@@ -38,6 +41,7 @@ class Point:
     predicted_loss: float
     plan: Plan
     quality: Mapping[str, float] | None = None
+    chosen: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values without the plan."""
@@ -46,6 +50,7 @@ class Point:
             "share": self.share,
             "predicted_loss": self.predicted_loss,
             "quality": None if self.quality is None else dict(self.quality),
+            "chosen": self.chosen,
         }
 
 
@@ -76,8 +81,11 @@ def point_of(
     return Point(cost, cost / dense, sum(c.loss for c in chosen.values()), plan, quality)
 
 
-def merged(points: Sequence[Point], measured: Sequence[Point]) -> tuple[Point, ...]:
-    """All points by rising cost; those that were measured in the place of equal plans."""
-    known = [dict(p.plan.layers) for p in measured]
-    others = [p for p in points if dict(p.plan.layers) not in known]
-    return tuple(sorted((*others, *measured), key=lambda p: (p.cost, p.predicted_loss)))
+def merged(points: Sequence[Point], known: Sequence[Point]) -> tuple[Point, ...]:
+    """All points by rising cost, one of each plan: what is known better takes the place of others, the last first."""
+    found = {_key(point): point for point in (*points, *known)}
+    return tuple(sorted(found.values(), key=lambda p: (p.cost, p.predicted_loss)))
+
+
+def _key(point: Point) -> frozenset[tuple[str, Structure]]:
+    return frozenset(point.plan.layers.items())
