@@ -192,7 +192,7 @@ def scatter(
     for tick in _ticks(low, high, logarithmic):
         _, y = place(1.0, tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{figure(tick)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
     last = -math.inf
     for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
         x, _ = place(share, 1.0)
@@ -201,7 +201,8 @@ def scatter(
         last = x
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
         parts.append(
-            f'<text x="{x:.1f}" y="{height - bottom + 16:.0f}" text-anchor="middle">{100 * share:.0f} %</text>'
+            f'<text x="{x:.1f}" y="{height - bottom + 16:.0f}" text-anchor="{"end" if share == 1.0 else "middle"}">'
+            f"{100 * share:.0f} %</text>"
         )
     for name, value in (("level", level), ("bound", bound)):
         if value is not None:
@@ -219,6 +220,15 @@ def scatter(
         f'<svg class="plane" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'aria-label="{escape(label, quote=True)} against size">{"".join(parts)}</svg>'
     )
+
+
+def _tick(value: float) -> str:
+    """A value at an axis: powers of ten that are far from 1 as such."""
+    exponent = math.log10(value) if value > 0 else 0.0
+    if abs(exponent) > 3 and abs(exponent - round(exponent)) < 1e-9:
+        sign = "&#8722;" if exponent < 0 else ""
+        return f'10<tspan dy="-4" font-size="8">{sign}{abs(round(exponent))}</tspan>'
+    return figure(value)
 
 
 def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
