@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import structmat as sm
 from structmat.cli import app
 
-COMMANDS = ("demo", "inspect", "compress", "bench", "info")
+COMMANDS = ("demo", "inspect", "compress", "report", "diff", "bench", "info")
 
 
 def run(*arguments: str | Path, code: int = 0) -> Any:
