@@ -25,9 +25,11 @@ from structmat.compression.candidates import Candidate, LayerScreen
 from structmat.compression.difference import difference, read_side
 from structmat.compression.goals import Goals, read_goals
 from structmat.compression.seek import Judge, Size, Tried, judge_of, seek
-from structmat.errors import BudgetError, DataError, FormatError, ModelError
+from structmat.errors import BudgetError, DataError, FormatError, ModelError, StructureError
 from structmat.io import size_on_disk
-from structmat.structure import count_stored
+from structmat.program import Call
+from structmat.projection.target import Certificate, Fit, Target
+from structmat.structure import Normal, ParameterSpec, Shape, count_stored
 
 CLOSED = ("LowRank", "PivotedLowRank", "BlockDiagonal")
 
@@ -78,9 +80,7 @@ def two_limits(second: Mapping[tuple[str, int], float], layers: int, shares: tup
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4), st.floats(0.05, 0.95), st.floats(0.05, 0.95)
-)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4), st.floats(0.05, 0.95), st.floats(0.05, 0.95))
 def test_several_limits_agree_with_brute_force(seed: int, layers: int, options: int, a: float, b: float) -> None:
     screening, second = screening_of(seed, layers, options)
     limits = two_limits(second, layers, (a, b))
@@ -229,7 +229,7 @@ def test_the_saved_model_has_at_most_the_bytes_of_the_budget(
     model = Tied(dtype)
     before = size_on_disk(sm.save(model, tmp_path / "before"))
     for number, amount in enumerate((0.6, before // 2)):
-        result = sm.compress(model, budget=sm.Memory(amount), structures=structures)
+        result = sm.compress(model, budget=sm.Memory(amount), structures=structures, include=("up", "down"))
         written = size_on_disk(sm.save(result.model, tmp_path / str(number)))
         limit = result.report.budget["limit"]
         assert limit == pytest.approx(amount if number else 0.6 * before, rel=0.02)
@@ -272,9 +272,9 @@ def test_which_number_counts_and_the_original_is_good_enough() -> None:
         judge_of(sm.Quality(loss=0.1), {"a": 1.0, "b": 2.0})
     with pytest.raises(BudgetError, match="evaluate returns a, b"):
         judge_of(sm.Quality(loss=0.1, of="c"), {"a": 1.0, "b": 2.0})
-    with pytest.raises(BudgetError, match="original itself has q 0.9"):
+    with pytest.raises(BudgetError, match=r"original itself has q 0\.9"):
         judge_of(sm.Quality(at_least=0.95), {"q": 0.9})
-    with pytest.raises(BudgetError, match="No share|no share"):
+    with pytest.raises(BudgetError, match="no share of it can be lost"):
         judge_of(sm.Quality(loss=0.1, relative=True), {"q": 0.0})
     assert judge_of(sm.Quality(loss=0.1, relative=True), {"q": -20.0}).allowed == pytest.approx(2.0)
     assert judge_of(sm.Quality(at_most=1.5), {"q": 1.2}).allowed == pytest.approx(0.3)
@@ -337,7 +337,7 @@ def test_the_search_ends_where_nothing_smaller_is_accepted() -> None:
 
 
 def test_a_direction_that_is_contradicted_is_an_error() -> None:
-    with pytest.raises(DataError, match="better='higher' takes for a gain of 2.*Say better='lower'"):
+    with pytest.raises(DataError, match=r"better='higher' takes for a gain of 1\.98\. Say better='lower'"):
         World(lambda cost: 3.0 + 2.0 * (1.0 - cost)).search(sm.Quality(loss=0.1, better="higher"), 3.0)
 
 
@@ -378,7 +378,7 @@ def test_quality_with_recovery_and_another_budget() -> None:
     assert report.recovery is not None
     with pytest.raises(BudgetError, match="largest model within the other budgets"):
         compressed(budget=(sm.Quality(loss=1e-9), sm.Flops(0.3)), evaluate=error_of)
-    with pytest.raises(BudgetError, match="evaluate=, which is missing"):
+    with pytest.raises(BudgetError, match="which is missing"):
         compressed(budget=sm.Quality(loss=0.1))
     with pytest.raises(BudgetError, match="windows"):
         compressed(budget=sm.Quality(loss=0.1), evaluate=error_of, recover=sm.Distill(steps=3, windows=True))
@@ -420,6 +420,7 @@ def test_the_frontier_is_whole_and_any_point_can_be_built_without_fitting(
     once_more = compressed(plan=result.plan, folder=tmp_path, evaluate=error_of)
     for one, other in zip(result.model.parameters(), once_more.model.parameters(), strict=True):
         assert torch.equal(one, other)
+    assert once_more.frontier == ()
     plans = sorted((tmp_path / "frontier").glob("*.json"))
     assert len(plans) == len(points)
     assert sm.Plan.read(plans[0]).layers == points[0].plan.layers
@@ -467,6 +468,41 @@ def test_choosing_again_never_makes_it_worse_on_what_it_measures() -> None:
     assert compressed(rounds=3).plan == more.plan  # nothing of it is random
     with pytest.raises(DataError, match="on calibration data"):
         compressed(rounds=1, calibration=None)
+
+
+def spread(x: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """Every row of the matrix holds one number."""
+    return x.sum(-1, keepdim=True) * level
+
+
+@dataclass(frozen=True)
+class EqualRows(sm.Structure):
+    """A family that is defined here and installed nowhere: every row holds one number."""
+
+    def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
+        return {"level": ParameterSpec((shape[0],), Normal(0.1))}
+
+    def program(self, shape: Shape) -> Call:
+        rows, columns = shape
+        return Call(spread, (("level", rows),), rows, columns, rows, columns - 1, 4)
+
+    def project(self, target: Target) -> Fit:
+        level = target.weight.mean(1)
+        return Fit({"level": level}, Certificate.NONE, target.error(level[:, None].expand(target.native)), "means")
+
+    @classmethod
+    def configurations(cls, shape: Shape, budget: int) -> list[EqualRows]:
+        return [cls()] if shape[0] <= budget else []
+
+
+def test_a_family_that_is_only_defined_here_can_be_chosen() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.linspace(-1, 1, 40)[:, None].expand(40, 48))
+    result = compressed(model=model, structures=(EqualRows, "LowRank"), budget=sm.Parameters(0.5))
+    assert result.plan.layers["2"] == EqualRows()
+    with pytest.raises(StructureError, match="Unknown family 'EqualRows'"):
+        compressed(structures=("EqualRows",))
 
 
 def test_difference_of_results_and_of_saved_models(tmp_path: Path) -> None:

@@ -105,7 +105,15 @@ def test_page_says_everything(values: dict[str, Any]) -> None:
         assert layer["name"] in page
         if layer["structure_json"]["family"] != "Dense":
             assert layer["structure"] in page
-    for words in ("Where the budget went", "The network", "Quality against size", "Layer by layer", "Quality", "Milliseconds", "Left as they were"):
+    for words in (
+        "Where the budget went",
+        "The network",
+        "Quality against size",
+        "Layer by layer",
+        "Quality",
+        "Milliseconds",
+        "Left as they were",
+    ):
         assert words in page
     assert values["environment"]["processor"] in page.replace("&amp;", "&")
     assert "embedding_of_something_with_a_long_name" in page

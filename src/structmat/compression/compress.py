@@ -31,7 +31,7 @@ from structmat.compression.figures import (
     stored_numbers,
     total_flops,
 )
-from structmat.compression.frontier import Point
+from structmat.compression.frontier import Point, write_plans
 from structmat.compression.goals import Goal, Goals, read_goals
 from structmat.compression.plan import Plan
 from structmat.compression.replace import replace_layers
@@ -149,7 +149,7 @@ def compress_(
         raise ModelError("The original is the model that is compressed in place. Pass a copy of it, or nothing.")
     from structmat import __version__
 
-    clock = Clock()
+    clock, follows = Clock(), plan is not None
     work = WorkFolder(
         folder, remember=bool(frontier) or rounds > 0 or (goals is not None and goals.quality is not None)
     )
@@ -277,7 +277,7 @@ def compress_(
             )
     plan = _plan(allocation, sites, goals, seed, folder)
     with clock("frontier"):
-        points = frontier_of(chosen, builder, frontier)
+        points = () if follows else frontier_of(chosen, builder, frontier)
     parameters_before, bytes_before = stored_numbers(model), bytes_of(model)
     with clock("replace"):
         replaced = replace_layers(
@@ -294,15 +294,14 @@ def compress_(
             progress=progress,
         )
     built = chosen.built
-    if evaluate and (built is None or recover is not None):
+    if evaluate and (not chosen.quality or recover is not None):
         with clock("evaluate"):
             quality["after"] = _quality(evaluate, model, work, "after", digest(key, plan.to_json(), sequential, sweeps))
     recovery = None
     if built is not None:  # exactly the model that was accepted, even if recovery is not repeatable
         model.load_state_dict(built.model.state_dict())
         recovery = built.recovery
-        quality["after" if recover is None else "recovered"] = dict(chosen.quality)
-    elif recover is not None:
+    elif recover is not None and (goals.quality is None or plan.changed):
         assert original is not None
         with clock("recover"):
             where = None if folder is None else Path(folder) / _recovery_name(builder, plan, goals)
@@ -313,8 +312,10 @@ def compress_(
         if evaluate:
             with clock("evaluate"):
                 quality["recovered"] = _numbers(evaluate, model)
-    own = quality.get("after", quality.get("recovered"))
-    points = with_result(points, chosen, allocation, own)
+    if chosen.quality and (recover is None or built is not None):
+        quality["after" if recover is None else "recovered"] = dict(chosen.quality)
+    own = chosen.quality or quality.get("after")
+    points = () if follows else with_result(points, chosen, allocation, own)
     with clock("time"):
         timer = Timer(calibration, forward, seen)
         timings = timer.compare(original, model, plan)
@@ -350,9 +351,8 @@ def compress_(
     if folder is not None:
         report.write(Path(folder) / "report.json")
         write_html(report, Path(folder) / "report.html")
-        for number, point in enumerate(points):
-            (Path(folder) / "frontier").mkdir(exist_ok=True)
-            point.plan.write(Path(folder) / "frontier" / f"{number:02d}.json")
+        if points:
+            write_plans(points, Path(folder) / "frontier")
     return Result(model, plan, report, points)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from structmat.compression.allocate import curve
@@ -89,3 +90,12 @@ def merged(points: Sequence[Point], known: Sequence[Point]) -> tuple[Point, ...]
 
 def _key(point: Point) -> frozenset[tuple[str, Structure]]:
     return frozenset(point.plan.layers.items())
+
+
+def write_plans(points: Sequence[Point], folder: Path) -> None:
+    """Write the plan of every point into a folder, in place of those that are there: ``00.json`` is the smallest."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("[0-9][0-9].json"):
+        old.unlink()
+    for number, point in enumerate(points):
+        point.plan.write(folder / f"{number:02d}.json")
