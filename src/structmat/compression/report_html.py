@@ -213,8 +213,8 @@ def _page(data: Mapping[str, Any]) -> str:
         _section("Where the budget went", _budget_lead(layers, names), _budget(layers, names, colours, share)),
         _section(
             "The network",
-            "From input to output: each matrix (sides by the square root of its sizes), filled by what is kept; below the dense "
-            "layer&#8217;s time and that of this one, alone at batch size 1.",
+            "From input to output: each matrix (sides by the square root of its sizes), filled by what is kept; below "
+            "the dense layer&#8217;s time and that of this one, alone at batch size 1.",
             _network(layers, colours),
         ),
         _frontier(data),

@@ -214,10 +214,10 @@ def seek(
                 f"accepted (the original has {judge.before:.6g}). Allow more in one of them."
             )
         high_cost = high.cost
-    bisect = False
+    bisect = True  # what is predicted for the smallest model of all says nothing about others
     while len(tried) < judge.quality.tries and high_cost > low_cost * (1 + judge.quality.precision):
         middle = math.sqrt(low_cost * high_cost)
-        guess = middle if bisect else _guess(judge.allowed, curve, low, high)
+        guess = middle if bisect else _guess(judge.allowed, curve, low, high) or middle
         margin = (high_cost / low_cost) ** 0.1
         within = min(max(guess, low_cost * margin), high_cost / margin)
         count = len(tried)
@@ -232,7 +232,7 @@ def seek(
 
 
 def _guess(allowed: float, curve: Sequence[tuple[float, float]], low: Tried, high: Tried | None) -> float:
-    """The cost at which the predictions, put right by what was measured, lose what is allowed."""
+    """The cost at which predictions, put right by what was measured, lose what is allowed; 0 if they say nothing."""
     aim = AIM * allowed
     if not (aim > 0 and math.isfinite(low.worse) and low.predicted_loss > 0):
         return 0.0
