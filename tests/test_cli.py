@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import structmat as sm
 from structmat.cli import app
 
-COMMANDS = ("demo", "inspect", "compress", "bench", "info")
+COMMANDS = ("demo", "inspect", "compress", "report", "diff", "bench", "info")
 
 
 def run(*arguments: str | Path, code: int = 0) -> Any:
@@ -333,3 +333,113 @@ def test_what_libraries_print_does_not_mix_with_data(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["model"] == "Sequential"
     assert "from Python" in done.stderr
     assert "from C" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ config files
+
+
+def config(folder: Path, text: str) -> Path:
+    (folder / "run.toml").write_text(text, encoding="utf-8")
+    return folder / "run.toml"
+
+
+def test_a_config_file_can_set_every_option() -> None:
+    import typer.main
+
+    from structmat.cli.compress import OPTIONS, Settings
+
+    command = typer.main.get_command(app).commands["compress"]  # type: ignore[attr-defined]
+    names = {max(p.opts, key=len).removeprefix("--") for p in command.params} - {"help"}
+    assert set(OPTIONS) == names
+    assert set(Settings.__dataclass_fields__) == {p.name for p in command.params} - {"help"}
+
+
+def test_compress_from_a_config_file(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths and functions are found beside the file, wherever the command runs; the command line has the last word."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = config(
+        tmp_path,
+        f'model = "{package}:make"\ncalibration = "{package}:load"\nout = "small"\nfamily = ["LowRank"]\njson = true\n'
+        '[budget]\nparameters = 0.6\nmemory = "100kB"\n[group]\n"0" = {flops = 0.5}\n',
+    )
+    found = json.loads(run("compress", path).stdout)
+    assert [(g["budget"], g["amount"], g["layers"]) for g in found["budget"]["goals"]] == [
+        ("Parameters", 0.6, ""),
+        ("Memory", 100_000, ""),
+        ("Flops", 0.5, "0"),
+    ]
+    assert all(g["spent"] <= g["limit"] for g in found["budget"]["goals"])
+    assert (tmp_path / "small" / "report.html").exists()
+    found = json.loads(run("compress", path, "--budget", "0.4", "--out", tmp_path / "other").stdout)
+    assert [g["budget"] for g in found["budget"]["goals"]] == ["Parameters", "Flops"]
+    assert found["budget"]["amount"] == 0.4
+    assert (tmp_path / "other" / "plan.json").exists()
+
+
+def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config file of the page with a model of its name; report and diff read what it wrote."""
+    import re
+
+    text = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text(encoding="utf-8")
+    example = re.search(r'```toml title="run.toml"\n(.*?)```', text, re.DOTALL)
+    assert example is not None
+    (tmp_path / "digits.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Linear(32, 96), nn.ReLU(), nn.Linear(96, 32))\n"
+        "def batches():\n    torch.manual_seed(1)\n    return [torch.randn(64, 32) for _ in range(4)]\n"
+        "def accuracy(net):\n"
+        "    x, first = torch.cat(batches()), model()\n"
+        "    with torch.no_grad():\n"
+        "        return {'agreement': float((net(x).argmax(-1) == first(x).argmax(-1)).double().mean())}\n"
+    )
+    monkeypatch.delitem(sys.modules, "digits", raising=False)
+    path = config(tmp_path, example[1].replace("loss = 0.02", "loss = 0.2"))
+    found = json.loads(run("compress", path, "--json").stdout)
+    assert found["quality"]["after"]["agreement"] >= 0.8
+    assert found["budget"]["spent"] < found["budget"]["dense"]
+    page = tmp_path / "small" / "report.html"
+    whole = page.read_text(encoding="utf-8")
+    page.unlink()
+    said = run("report", tmp_path / "small").stdout
+    assert page.read_text(encoding="utf-8") == whole
+    assert "was asked for" in said
+    json.loads(run("compress", path, "--loss", "0.5", "--out", tmp_path / "smaller", "--json").stdout)
+    table = run("diff", tmp_path / "small", tmp_path / "smaller").stdout
+    assert "layers differ" in table
+    difference = data("diff", tmp_path / "small" / "model", tmp_path / "smaller" / "model")
+    assert (
+        difference["totals"]["bytes of the saved model"]["a"] >= difference["totals"]["bytes of the saved model"]["b"]
+    )
+    monkeypatch.delitem(sys.modules, "digits", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("buget = 0.5", "no option buget. Did you mean budget?"),
+        ("at_least = 0.5", "no option at_least. Did you mean at-least?"),
+        ("zzz = 1", "no option zzz. Known are"),
+        ('seed = "one"', "seed is an integer; got 'one'"),
+        ("recover = -1", "recover is an integer of at least 0"),
+        ("relative = 1", "relative is true or false"),
+        ("family = [1]", "family is a list of strings"),
+        ("model = 3", "model is a string"),
+        ("budget = true", "budget is a number"),
+        ("budget = ", "is not TOML"),
+        ('model = "userland:make"\nbudget = "weight=3"', "weight is none of parameters"),
+        ('model = "userland:make"\n[group]\n"0" = "half"', "half is no number"),
+        ('model = "userland:make"\nbudget = "memory=20mb"', "Did you mean 20MB?"),
+        ('model = "userland:make"\nplan = "plan.json"\nbudget = 0.5', "there is no budget to keep"),
+        ('model = "userland:make"\nloss = 0.1\nbetter = "up"', "neither higher nor lower"),
+    ],
+)
+def test_config_files_are_read_strictly(text: str, says: str, package: str, tmp_path: Path) -> None:
+    refused = run("compress", config(tmp_path, text), code=2)
+    assert says in " ".join(refused.stderr.split())
+
+
+def test_report_and_diff_refuse_what_is_none(tmp_path: Path) -> None:
+    assert "holds no report.json" in run("report", tmp_path, code=2).stderr
+    assert "holds neither" in run("diff", tmp_path, tmp_path, code=2).stderr

@@ -105,13 +105,22 @@ def test_page_says_everything(values: dict[str, Any]) -> None:
         assert layer["name"] in page
         if layer["structure_json"]["family"] != "Dense":
             assert layer["structure"] in page
-    for words in ("Where the budget went", "Layer by layer", "Quality", "Milliseconds", "Left as they were"):
+    for words in (
+        "Where the budget went",
+        "The network",
+        "Quality against size",
+        "Layer by layer",
+        "Quality",
+        "Milliseconds",
+        "Left as they were",
+    ):
         assert words in page
     assert values["environment"]["processor"] in page.replace("&amp;", "&")
     assert "embedding_of_something_with_a_long_name" in page
     assert "1234.5" in page
     assert "held out" in page
-    assert page.count("<svg") == len(values["layers"]) + 2
+    # a card and a small multiple for each layer; the budget, two strips of time, the frontier and the training
+    assert page.count("<svg") == 2 * len(values["layers"]) + 5
 
 
 def test_verdict_is_honest(values: dict[str, Any]) -> None:

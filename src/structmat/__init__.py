@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from structmat import transforms as transforms
     from structmat.compression.budget import Flops as Flops
     from structmat.compression.budget import Latency as Latency
+    from structmat.compression.budget import Memory as Memory
     from structmat.compression.budget import Parameters as Parameters
+    from structmat.compression.budget import Quality as Quality
     from structmat.compression.calibrate import calibrate as calibrate
     from structmat.compression.compress import Result as Result
     from structmat.compression.compress import compress as compress
@@ -52,8 +54,10 @@ _HOME = {
     "Distill": "structmat.compression.recover",
     "Flops": "structmat.compression.budget",
     "Latency": "structmat.compression.budget",
+    "Memory": "structmat.compression.budget",
     "Parameters": "structmat.compression.budget",
     "Plan": "structmat.compression.plan",
+    "Quality": "structmat.compression.budget",
     "Report": "structmat.compression.report",
     "Result": "structmat.compression.compress",
     "StructmatError": "structmat.errors",

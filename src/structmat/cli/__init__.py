@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from structmat.cli import bench, compress, demo, info, inspect
+from structmat.cli import bench, compress, demo, diff, info, inspect, report
 
 app = typer.Typer(
     name="structmat",
@@ -17,6 +17,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("inspect")(inspect.inspect)
 app.command("compress")(compress.compress)
+app.command("report")(report.report)
+app.command("diff")(diff.diff)
 app.command("bench")(bench.bench)
 app.command("info")(info.info)
 

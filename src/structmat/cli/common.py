@@ -123,8 +123,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def find(name: str, option: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` names; the current folder is searched too.
+def find(name: str, option: str, folder: Path | None = None) -> Callable[..., Any]:
+    """The function that ``package.module:function`` names; the current folder is searched too, and before it another
+    one if it is given.
 
     Raises:
         ModelError: it can't be imported or is no function.
@@ -134,9 +135,9 @@ def find(name: str, option: str) -> Callable[..., Any]:
     module_name, separator, attribute = name.partition(":")
     if not separator or not module_name or not attribute:
         raise ModelError(f"{option} {name} does not name a function. Write package.module:function.")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    for place in (Path.cwd(), *([folder] if folder is not None else [])):
+        if str(place) not in sys.path:
+            sys.path.insert(0, str(place))
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:

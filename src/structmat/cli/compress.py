@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from structmat.cli import config, goals
 from structmat.cli.common import (
     fail,
     find,
@@ -18,14 +19,39 @@ from structmat.cli.common import (
     show_json,
     words,
 )
+from structmat.cli.config import merged, read_config
 
 
 def compress(
+    context: typer.Context,
     file: Annotated[
-        Path | None, typer.Argument(help="Weights alone: a .safetensors, .npy or .npz file. Or use --model.")
+        Path | None,
+        typer.Argument(help="Config file (.toml), or weights alone (.safetensors, .npy, .npz). Or use --model."),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Share to keep, strictly between 0 and 1.")] = 0.5,
-    unit: Annotated[str, typer.Option(help="Of the budget: parameters, flops or latency.")] = "parameters",
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Share to keep, such as 0.3, or UNIT=AMOUNT, such as memory=20MB; may be repeated. 0.5."),
+    ] = None,
+    unit: Annotated[
+        str, typer.Option(help="Of amounts without one: parameters, flops, latency or memory.")
+    ] = "parameters",
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once, for latency.")] = 1,
+    group: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=SHARE, a budget of the layers that match; may be repeated.")
+    ] = None,
+    loss: Annotated[
+        float | None, typer.Option(help="The smallest model that --evaluate finds at most so much worse.")
+    ] = None,
+    relative: Annotated[bool, typer.Option("--relative", help="--loss is a share of the original's value.")] = False,
+    better: Annotated[str | None, typer.Option(help="higher or lower, for --loss; found out by default.")] = None,
+    at_least: Annotated[float | None, typer.Option(help="The smallest model with at least this quality.")] = None,
+    at_most: Annotated[float | None, typer.Option(help="The same where lower is better.")] = None,
+    of: Annotated[str | None, typer.Option(help="Which number of --evaluate counts, if it returns several.")] = None,
+    tries: Annotated[int | None, typer.Option(min=2, help="Models that are built for a quality at most.")] = None,
+    frontier: Annotated[
+        list[float] | None, typer.Option(help="Share at which a model is measured besides; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="How often the choice is made again.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the model, the plan and the report.")] = Path("compressed"),
     model: Annotated[
         str | None, typer.Option(help="package:factory, a function that returns the trained model.")
@@ -44,55 +70,129 @@ def compress(
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compress a trained model, or the matrices of a file, under one budget.
+    """Compress a trained model, or the matrices of a file, under one budget or several, or to a quality.
 
     Writes the model (safetensors and JSON), plan.json, report.json and report.html. With a file the error is that of
-    the weights; with --model and --calibration it is the effect on the model's output.
+    the weights; with --model and --calibration it is the effect on the model's output. A config file sets options by
+    their names; the command line has the last word.
     """
     with refusing_bad_input():
-        if (file is None) == (model is None):
-            raise fail("Give either a file of weights or --model package:factory.")
-        if file is not None and (calibration or evaluate or recover):
-            raise fail("--calibration, --evaluate and --recover need --model: weights alone can't be run.")
-        if plan is not None and family:
-            raise fail("--plan says what every layer becomes; --family has nothing to choose. Leave one of them out.")
-        import structmat as sm
-        from structmat.cli.summary import summary
-        from structmat.compression.report_html import write_html
+        values, folder = dict(context.params), None
+        if file is not None and file.suffix.lower() == ".toml":
+            folder = file.resolve().parent
+            values["file"] = None
+            values = merged(context, values, read_config(file, OPTIONS), {"json": "as_json"})
+        _compress(Settings(**values), folder)
 
-        kinds: dict[str, Any] = {"parameters": sm.Parameters, "flops": sm.Flops, "latency": sm.Latency}
-        if unit not in kinds:
-            raise fail(f"--unit {unit} is none of {', '.join(kinds)}.")
-        with only_data_on_stdout():
-            network = _weights(file) if file is not None else find(str(model), "--model")()
-            limit = kinds[unit](budget)
-            overrides: dict[str, Any] = {}
-            if plan is not None:
-                limit, overrides = _following(sm.Plan.read(plan), network, include or (), exclude or ())
-            loader = find(calibration, "--calibration")() if calibration is not None else None
-            result = sm.compress_(
-                network,
-                budget=limit,
-                overrides=overrides,
-                calibration=loader,
-                include=tuple(include or ()),
-                exclude=tuple(exclude or ()),
-                structures=family or None,
-                recover=sm.Distill(steps=recover) if recover else None,
-                evaluate=find(evaluate, "--evaluate") if evaluate is not None else None,
-                folder=out / "work",
-                seed=seed,
-                progress=True,
-            )
-        sm.save(result.model, out / "model")
-        result.plan.write(out / "plan.json")
-        result.report.write(out / "report.json")
-        page = write_html(result.report, out / "report.html")
-        if as_json:
-            show_json(result.report.to_json())
-        else:
-            show(summary(result.report))
-        words().print(f"model   {out / 'model'}\nplan    {out / 'plan.json'}\nreport  {page.resolve()}", soft_wrap=True)
+
+OPTIONS: dict[str, config.Read] = {
+    "file": config.path,
+    "budget": goals.budgets,
+    "unit": config.text,
+    "batch": config.whole(1),
+    "group": goals.groups,
+    "loss": config.number,
+    "relative": config.flag,
+    "better": config.text,
+    "at-least": config.number,
+    "at-most": config.number,
+    "of": config.text,
+    "tries": config.whole(2),
+    "frontier": config.numbers,
+    "rounds": config.whole(0),
+    "out": config.path,
+    "model": config.text,
+    "calibration": config.text,
+    "evaluate": config.text,
+    "plan": config.path,
+    "recover": config.whole(0),
+    "include": config.texts,
+    "exclude": config.texts,
+    "family": config.texts,
+    "seed": config.integer,
+    "json": config.flag,
+}
+"""What a config file may set: every option, by its name."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of :func:`compress`."""
+
+    file: Path | None
+    budget: list[str] | None
+    unit: str
+    batch: int
+    group: list[str] | None
+    loss: float | None
+    relative: bool
+    better: str | None
+    at_least: float | None
+    at_most: float | None
+    of: str | None
+    tries: int | None
+    frontier: list[float] | None
+    rounds: int
+    out: Path
+    model: str | None
+    calibration: str | None
+    evaluate: str | None
+    plan: Path | None
+    recover: int
+    include: list[str] | None
+    exclude: list[str] | None
+    family: list[str] | None
+    seed: int
+    as_json: bool
+
+
+def _compress(given: Settings, folder: Path | None) -> None:
+    """Run what the settings say; functions are searched in the config file's folder, too."""
+    if (given.file is None) == (given.model is None):
+        raise fail("Give either a file of weights or --model package:factory.")
+    if given.file is not None and (given.calibration or given.evaluate or given.recover):
+        raise fail("--calibration, --evaluate and --recover need --model: weights alone can't be run.")
+    if given.plan is not None and given.family:
+        raise fail("--plan says what every layer becomes; --family has nothing to choose. Leave one of them out.")
+    import structmat as sm
+    from structmat.cli.summary import summary
+    from structmat.compression.report_html import write_html
+
+    quality = {n: getattr(given, n) for n in ("loss", "relative", "better", "at_least", "at_most", "of", "tries")}
+    asked = goals.goal(given.budget or (), given.group or (), given.unit, given.batch, quality)
+    if given.plan is not None and asked:
+        raise fail("--plan says what every layer becomes; there is no budget to keep. Leave one of them out.")
+    if given.plan is None and not asked:
+        asked = goals.goal(("0.5",), (), given.unit, given.batch, {})
+    with only_data_on_stdout():
+        network = _weights(given.file) if given.file is not None else find(str(given.model), "--model", folder)()
+        loader = None if given.calibration is None else find(given.calibration, "--calibration", folder)()
+        result = sm.compress_(
+            network,
+            budget=None if given.plan is not None else asked[0] if len(asked) == 1 else asked,
+            plan=None if given.plan is None else sm.Plan.read(given.plan),
+            calibration=loader,
+            include=tuple(given.include or ()),
+            exclude=tuple(given.exclude or ()),
+            structures=given.family or None,
+            recover=sm.Distill(steps=given.recover) if given.recover else None,
+            evaluate=None if given.evaluate is None else find(given.evaluate, "--evaluate", folder),
+            frontier=tuple(given.frontier or ()),
+            rounds=given.rounds,
+            folder=given.out / "work",
+            seed=given.seed,
+            progress=True,
+        )
+    sm.save(result.model, given.out / "model")
+    result.plan.write(given.out / "plan.json")
+    result.report.write(given.out / "report.json")
+    page = write_html(result.report, given.out / "report.html")
+    if given.as_json:
+        show_json(result.report.to_json())
+    else:
+        show(summary(result.report))
+    places = f"model   {given.out / 'model'}\nplan    {given.out / 'plan.json'}\nreport  {page.resolve()}"
+    words().print(places, soft_wrap=True)
 
 
 def _weights(file: Path) -> Any:
@@ -123,19 +223,3 @@ def _weights(file: Path) -> Any:
         known = ", ".join(f"{n} {tuple(t.shape)}" for n, t in list(tensors.items())[:5]) or "nothing"
         raise DataError(f"{file} holds no matrix of real floating point numbers: {known}.")
     return model
-
-
-def _following(plan: Any, network: Any, include: Sequence[str], exclude: Sequence[str]) -> tuple[Any, dict[str, Any]]:
-    """The budget and the overrides under which every layer becomes what the plan says, and all others stay."""
-    import structmat as sm
-    from structmat.errors import ModelError
-
-    present = dict(network.named_modules())
-    sites = {s.name: s for s in sm.scan(network, include, exclude, [n for n in plan.layers if n in present]).sites}
-    for name, shape in plan.shapes.items():
-        if name not in sites:
-            raise ModelError(f"The plan names the layer {name}, which is none that can be compressed in this model.")
-        if sites[name].shape != shape:
-            raise ModelError(f"The plan's layer {name} has the shape {shape}; the model's has {sites[name].shape}.")
-    dense = sum(site.shape[0] * site.shape[1] for site in sites.values())
-    return sm.Parameters(dense), {name: sm.Dense() for name in sites} | dict(plan.layers)

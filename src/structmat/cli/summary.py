@@ -49,6 +49,20 @@ def summary(report: Report) -> Group:
         for name in report.quality["before"]:
             quality.add_row(name, *(f"{report.quality[m][name]:.5g}" for m in moments))
         parts.append(quality)
+    if report.tried:
+        tried = Table(title=f"models that were tried for {report.budget['of']}")
+        for name in (str(report.budget["unit"]), "value", "accepted"):
+            tried.add_column(name, justify="right")
+        for one in report.tried:
+            tried.add_row(f"{one['cost']:,.0f}", f"{one['value']:.5g}", "yes" if one["accepted"] else "no")
+        parts.append(tried)
+    goals = Table(title="budgets")
+    for name in ("", "limit", "spent"):
+        goals.add_column(name, justify="right" if name else "left")
+    for one in report.budget.get("goals", ()):
+        goals.add_row(Text(str(one["unit"])), f"{one['limit']:,.6g}", f"{one['spent']:,.6g}")
+    if goals.row_count:
+        parts.append(goals)
     slower = [layer.name for layer in report.layers if layer.slower and layer.structure != "Dense()"]
     if slower:
         parts.append(Text(f"{len(slower)} replaced layers run slower than dense on this machine: {', '.join(slower)}"))

@@ -113,6 +113,9 @@ def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
         if isinstance(choice, Structure):
             continue
         name = family_name(choice)
+        if isinstance(choice, type) and known.get(name, choice) is choice:
+            found.append(choice)  # a family that is not installed, only named
+            continue
         if name not in known:
             raise StructureError(f"Unknown family {name!r}. Known are {', '.join(sorted(known))}.")
         found.append(known[name])

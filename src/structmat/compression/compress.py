@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from structmat.compression import budget as budgets
-from structmat.compression.allocate import Allocation, allocate
-from structmat.compression.budget import Budget
+from structmat.compression.again import Round, choose_again
+from structmat.compression.allocate import Allocation
+from structmat.compression.budget import Parameters
+from structmat.compression.build import Builder
 from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
 from structmat.compression.candidates import Choice
-from structmat.compression.contest import contest
+from structmat.compression.choose import Chooser
+from structmat.compression.decide import budget_facts, decide, frontier_of, plan_of, with_result
 from structmat.compression.figures import (
     Clock,
     Timer,
@@ -29,19 +31,20 @@ from structmat.compression.figures import (
     stored_numbers,
     total_flops,
 )
-from structmat.compression.fill import fill
+from structmat.compression.frontier import Point, write_plans
+from structmat.compression.goals import Goal, Goals, read_goals
 from structmat.compression.plan import Plan
 from structmat.compression.replace import replace_layers
 from structmat.compression.report import Report, Totals, environment
 from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss, check_loader
 from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
-from structmat.compression.score import Measurement, corrected, score
+from structmat.compression.score import Measurement, score
 from structmat.compression.screen import check_weight, screen
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint, form_and_start
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
 from structmat.projection.project import DEFAULT_SWEEPS
-from structmat.structure import Structure, resolve
+from structmat.structure import Structure, count_stored, resolve
 from structmat.structures.dense import Dense
 
 if TYPE_CHECKING:
@@ -56,14 +59,16 @@ Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Result(Generic[Model]):
-    """What :func:`compress` returns: the smaller model, the plan that made it, and the report."""
+    """What :func:`compress` returns: the smaller model, the plan that made it, the report, and what other sizes the
+    model could have, by rising cost."""
 
     model: Model
     plan: Plan
     report: Report
+    frontier: tuple[Point, ...] = ()
 
 
-def compress(model: Model, *, budget: Budget, **options: Any) -> Result[Model]:
+def compress(model: Model, *, budget: Goal | None = None, **options: Any) -> Result[Model]:
     """:func:`compress_` on a copy: the model that is given is not modified."""
     return compress_(copy.deepcopy(model), budget=budget, original=model, **options)
 
@@ -71,7 +76,8 @@ def compress(model: Model, *, budget: Budget, **options: Any) -> Result[Model]:
 def compress_(
     model: Model,
     *,
-    budget: Budget,
+    budget: Goal | None = None,
+    plan: Plan | None = None,
     original: nn.Module | None = None,
     calibration: Iterable[Any] | None = None,
     include: Sequence[str] = (),
@@ -88,6 +94,8 @@ def compress_(
     measure: bool = True,
     sequential: bool = True,
     sweeps: int = DEFAULT_SWEEPS,
+    frontier: Sequence[float] = (),
+    rounds: int = 0,
     progress: bool = False,
 ) -> Result[Model]:
     """Compress a trained model in place, choosing a structure for each linear layer under one global budget.
@@ -97,7 +105,12 @@ def compress_(
 
     Args:
         model: any module with ``nn.Linear`` layers (or transformers' ``Conv1D``).
-        budget: :class:`Parameters`, :class:`Flops` or :class:`Latency` of all compressible layers together.
+        budget: :class:`Parameters`, :class:`Flops` or :class:`Latency` of all compressible layers together;
+            :class:`Memory`, the bytes of the saved model; or :class:`Quality`, for the smallest model that ``evaluate``
+            accepts. A dict from glob patterns to budgets limits groups of layers, each by itself; layers of no group
+            stay as they are. Several of all these in a list or tuple hold at once.
+        plan: what every layer becomes, instead of a budget; layers that it does not name stay as they are. With the
+            folder of the run that made it, nothing is fitted that was fitted there.
         original: the same model as another object, which is not modified, if there is one at hand. Otherwise a copy is
             made where one is needed: with calibration data or recovery.
         calibration: batches of data that can be read again and again: tensors, tuples ``(inputs, labels)`` or dicts.
@@ -119,6 +132,10 @@ def compress_(
         sequential: fit each layer behind the compressed layers before it, so that it makes up for what they lost (needs
             calibration data).
         sweeps: that the final fits may spend.
+        frontier: shares of the dense cost, such as ``(0.2, 0.4)``, at which models are built (without recovery) and
+            evaluated besides, for ``result.frontier``; the rest of that curve is predicted.
+        rounds: how often the choice is made again from what each layer loses in the compressed model, while that brings
+            the output nearer to the original's on the calibration data.
         progress: show progress on stderr.
 
     Raises:
@@ -126,18 +143,31 @@ def compress_(
         DataError: weights, activations or gradients are NaN or infinite, or there is no calibration data in the loader.
         ModelError: there is nothing to compress, or a pattern matches nothing.
     """
-    _check(model, budget, calibration, overrides, floor)
+    goals = _goals(budget, plan, overrides, evaluate, recover, frontier, rounds, calibration)
+    _check(model, calibration, overrides, floor)
     if original is model:
         raise ModelError("The original is the model that is compressed in place. Pass a copy of it, or nothing.")
     from structmat import __version__
 
-    clock = Clock()
-    work = WorkFolder(folder)
-    overrides = overrides or {}
+    clock, follows = Clock(), plan is not None
+    work = WorkFolder(
+        folder, remember=bool(frontier) or rounds > 0 or (goals is not None and goals.quality is not None)
+    )
+    overrides = {"*": Dense(), **plan.layers} if plan is not None else overrides or {}
     with clock("scan"):
         asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
+        if plan is not None:  # a wrong name is found out below, and called one of the plan
+            present = dict(model.named_modules())
+            asked = [name for name in asked if name in present]
         found = scan(model, include, exclude, [p for p in asked if _is_exact(p)])
+        if plan is not None:
+            _check_plan(plan, found)
         fixed = _fixed(found, overrides, model)
+        if plan is not None:
+            shapes = {site.name: site.shape for site in found.sites}
+            goals = read_goals(Parameters(sum(max(count_stored(fixed[n], s), s[0] * s[1]) for n, s in shapes.items())))
+            measure = False
+        assert goals is not None, "either a budget or a plan is given"
         for site in found.sites:
             check_weight(site, dense_weight(model.get_submodule(site.name)))
         base = digest(__version__, fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
@@ -153,7 +183,7 @@ def compress_(
         screening = screen(
             model,
             sites,
-            budget,
+            goals.unit,
             calibration=seen,
             structures=structures,
             overrides=fixed,
@@ -179,41 +209,75 @@ def compress_(
                 key=key,
                 progress=progress,
             )
-    with clock("allocate"):
-        allocation = allocate(corrected(screening, measured), budget, fixed=fixed, floor=floor)
-    with clock("contest"):
-        screening, outcomes = contest(
-            model,
-            sites,
-            screening,
-            allocation,
-            budget,
+    chooser = Chooser(
+        model,
+        sites,
+        screening,
+        measured,
+        goals.unit,
+        seen,
+        structures,
+        fixed,
+        floor,
+        sweeps,
+        seed,
+        work,
+        key,
+        progress,
+    )
+    builder = Builder(
+        model,
+        lambda copied, wanted: replace_layers(
+            copied,
+            wanted,
             calibration=seen,
-            fixed=fixed,
+            original=original if sequential else None,
+            loader=calibration,
+            forward=forward,
             sweeps=sweeps,
             seed=seed,
             folder=work,
             key=key,
             progress=progress,
-        )
-    with clock("allocate"):
-        screening = corrected(screening, measured)
-        allocation = allocate(screening, budget, fixed=fixed, floor=floor)
-        screening, allocation = fill(
-            model,
-            sites,
-            screening,
-            allocation,
-            budget,
-            calibration=seen,
-            measured=measured,
-            outcomes=outcomes,
-            structures=structures,
-            fixed=fixed,
-            floor=floor,
-            seed=seed,
-        )
-        plan = _plan(allocation, sites, budget, seed, folder)
+        ),
+        None
+        if recover is None
+        else lambda copied, name: _recovered(
+            copied,
+            original if original is not None else model,
+            calibration,
+            recover,
+            forward,
+            loss,
+            seed,
+            None if folder is None else Path(folder) / f"recovery-{name}",
+            progress,
+        ),
+        None if evaluate is None else lambda copied: _numbers(evaluate, copied),
+        work,
+        digest(key, sequential, sweeps, _name(evaluate), None if recover is None else dataclasses.asdict(recover)),
+    )
+    chosen = decide(chooser, goals, builder, quality.get("before", {}), clock)
+    screening, allocation = chosen.screening, chosen.allocation
+    again: tuple[Round, ...] = ()
+    if rounds and goals.quality is None:
+        assert original is not None and calibration is not None  # noqa: PT018
+        with clock("again"):
+            screening, allocation, again = choose_again(
+                chosen.chooser,
+                chosen.limits,
+                screening,
+                allocation,
+                lambda wanted: builder.model(plan_of(wanted.chosen, sites, goals, seed)),
+                original,
+                calibration,
+                rounds,
+                forward=forward,
+                loss=loss,
+            )
+    plan = _plan(allocation, sites, goals, seed, folder)
+    with clock("frontier"):
+        points = () if follows else frontier_of(chosen, builder, frontier)
     parameters_before, bytes_before = stored_numbers(model), bytes_of(model)
     with clock("replace"):
         replaced = replace_layers(
@@ -229,32 +293,35 @@ def compress_(
             key=key,
             progress=progress,
         )
-    if evaluate:
+    built = chosen.built
+    if evaluate and (not chosen.quality or recover is not None):
         with clock("evaluate"):
             quality["after"] = _quality(evaluate, model, work, "after", digest(key, plan.to_json(), sequential, sweeps))
     recovery = None
-    if recover is not None:
+    if built is not None:  # exactly the model that was accepted, even if recovery is not repeatable
+        model.load_state_dict(built.model.state_dict())
+        recovery = built.recovery
+    elif recover is not None and (goals.quality is None or plan.changed):
         assert original is not None
         with clock("recover"):
-            recovery = _recovered(model, original, calibration, recover, forward, loss, seed, folder, progress)
+            where = None if folder is None else Path(folder) / _recovery_name(builder, plan, goals)
+            recovery = _recovered(model, original, calibration, recover, forward, loss, seed, where, progress)
         if recover.windows:
-            allocation = as_they_are(allocation, model, sites, budget, seen)
-            plan = _plan(allocation, sites, budget, seed, folder)
+            allocation = as_they_are(allocation, model, sites, goals.unit, seen)
+            plan = _plan(allocation, sites, goals, seed, folder)
         if evaluate:
             with clock("evaluate"):
                 quality["recovered"] = _numbers(evaluate, model)
+    if chosen.quality and (recover is None or built is not None):
+        quality["after" if recover is None else "recovered"] = dict(chosen.quality)
+    own = chosen.quality or quality.get("after")
+    points = () if follows else with_result(points, chosen, allocation, own)
     with clock("time"):
         timer = Timer(calibration, forward, seen)
         timings = timer.compare(original, model, plan)
     report = Report(
         model=type(model).__name__,
-        budget={
-            **budgets.to_json(budget),
-            "unit": budget.unit,
-            "limit": allocation.limit,
-            "spent": allocation.cost,
-            "dense": allocation.dense_cost,
-        },
+        budget=budget_facts(goals, allocation, chosen.judge),
         parameters=Totals(
             sum(s.shape[0] * s.shape[1] for s in sites),
             sum(c.parameters for c in allocation.chosen.values()),
@@ -264,7 +331,10 @@ def compress_(
         flops=total_flops(sites, allocation, seen),
         quality=quality,
         timings=timings,
-        layers=tuple(layer_report(site, allocation, screening, measured, replaced, fixed, timer) for site in sites),
+        layers=tuple(
+            layer_report(site, allocation, screening, measured, replaced, fixed, timer)
+            for site in _as_called(sites, seen)
+        ),
         skipped=tuple(dataclasses.asdict(s) for s in skipped),
         predicted_loss=allocation.loss,
         loss_bound=allocation.bound,
@@ -274,40 +344,94 @@ def compress_(
         seconds=clock.seconds,
         environment=environment(),
         seed=seed,
+        frontier=tuple(point.to_json() for point in points),
+        tried=tuple(tried.to_json() for tried in chosen.tried),
+        again=tuple(dataclasses.asdict(r) for r in again),
     )
     if folder is not None:
         report.write(Path(folder) / "report.json")
         write_html(report, Path(folder) / "report.html")
-    return Result(model, plan, report)
+        if points:
+            write_plans(points, Path(folder) / "frontier")
+    return Result(model, plan, report, points)
 
 
 # ---------------------------------------------------------------------------------------------------------- steps
 
 
 def _plan(
-    allocation: Allocation, sites: Sequence[Site], budget: Budget, seed: int, folder: str | os.PathLike[str] | None
+    allocation: Allocation, sites: Sequence[Site], goals: Goals, seed: int, folder: str | os.PathLike[str] | None
 ) -> Plan:
     """What the allocation chose, written to the work folder if there is one."""
-    plan = Plan(
-        {name: candidate.structure for name, candidate in allocation.chosen.items()},
-        {site.name: site.shape for site in sites},
-        budget,
-        seed,
-    )
+    plan = plan_of(allocation.chosen, sites, goals, seed)
     if folder is not None:
         plan.write(Path(folder) / "plan.json")
     return plan
 
 
+def _as_called(sites: Sequence[Site], seen: Calibration | None) -> list[Site]:
+    """The sites in the order of their first calls."""
+    order = {} if seen is None else {name: number for number, name in enumerate(seen.moments)}
+    return sorted(sites, key=lambda site: order.get(site.name, len(order)))
+
+
+def _recovery_name(builder: Builder, plan: Plan, goals: Goals) -> str:
+    """The folder of the recovery's checkpoints."""
+    return "recovery" if goals.quality is None else f"recovery-{builder.key(plan)[:12]}"
+
+
+def _goals(
+    budget: Goal | None,
+    plan: Plan | None,
+    overrides: Mapping[str, Structure] | None,
+    evaluate: Evaluate | None,
+    recover: Distill | None,
+    frontier: Sequence[float],
+    rounds: int,
+    calibration: Iterable[Any] | None,
+) -> Goals | None:
+    """What is asked for, checked; None where a plan says it."""
+    if (budget is None) == (plan is None):
+        raise BudgetError("A model is compressed under a budget or by a plan. Give budget= or plan=, and not both.")
+    if plan is not None and overrides:
+        raise BudgetError("A plan says what every layer becomes; leave out overrides, or edit the plan.")
+    for share in frontier:
+        given: object = share
+        if not isinstance(given, float) or not 0 < share <= 1:
+            raise BudgetError(f"frontier={tuple(frontier)!r}: each is a share above 0 and up to 1, as a float.")
+    if frontier and evaluate is None:
+        raise BudgetError("The models of frontier= are measured by evaluate=, which is missing.")
+    if rounds < 0:
+        raise BudgetError(f"rounds={rounds!r} is a number of repetitions, 0 or more.")
+    if rounds and calibration is None:
+        raise DataError("rounds= measures layers in the compressed model, on calibration data. Pass calibration=....")
+    goals = None if budget is None else read_goals(budget)
+    if goals is not None and goals.quality is not None:
+        if evaluate is None:
+            raise BudgetError("Quality is what evaluate= measures, which is missing. Pass evaluate=....")
+        if recover is not None and recover.windows:
+            raise BudgetError(
+                "Quality and Distill(windows=True) can't be had together: the size would move. Choose one."
+            )
+    return goals
+
+
+def _check_plan(plan: Plan, found: Scan) -> None:
+    """Raise :class:`~structmat.errors.ModelError` if a layer of a plan is missing or has another shape."""
+    shapes = {site.name: site.shape for site in found.sites}
+    for name, shape in plan.shapes.items():
+        if name not in shapes:
+            raise ModelError(f"The plan names the layer {name}, which is none that can be compressed in this model.")
+        if shapes[name] != shape:
+            raise ModelError(f"The plan's layer {name} has the shape {shape}; the model's has {shapes[name]}.")
+
+
 def _check(
     model: nn.Module,
-    budget: Budget,
     calibration: Iterable[Any] | None,
     overrides: Mapping[str, Structure] | None,
     floor: float,
 ) -> None:
-    if not isinstance(budget, Budget):
-        raise BudgetError(f"A budget is Parameters(0.4), Flops(0.4) or Latency(0.5); got {budget!r}.")
     if is_meta(model):
         raise ModelError("The model is on the meta device: its weights have no values. Load them first.")
     if calibration is not None:
@@ -402,14 +526,13 @@ def _recovered(
     forward: Forward | None,
     loss: Loss | None,
     seed: int,
-    folder: str | os.PathLike[str] | None,
+    where: Path | None,
     progress: bool,
 ) -> dict[str, Any]:
     from structmat.compression.recover import recover
 
     if data is None and settings.data is None:
         raise DataError("Recovery needs data. Pass calibration=..., or Distill(data=...).")
-    where = None if folder is None else Path(folder) / "recovery"
     outcome = recover(
         model, original, data or (), settings, forward=forward, loss=loss, seed=seed, folder=where, show=progress
     )

@@ -102,8 +102,8 @@ def contest(
         chosen = contenders(screening[site.name], allocation.chosen[site.name])
         if not chosen:
             return []
-        piece = f"contest/{number:04d}"
         own = digest(key, site.name, [structure_to_json(c.structure) for c in chosen], sweeps, seed)
+        piece = f"contest/{number:04d}-{own[:8]}"
         kept = folder.load(piece, own)
         if kept is not None:
             return [outcome_from_json(o) for o in kept[0]["outcomes"]]

@@ -149,8 +149,15 @@ def as_they_are(
             flops=budgets.flops(module.structure, site.shape),
             cost=budget.cost(module.structure, site.shape, rows),
         )
-    spent = allocation.cost + sum(c.cost - allocation.chosen[name].cost for name, c in chosen.items())
-    return dataclasses.replace(allocation, chosen=chosen, cost=spent)
+    spent = tuple(
+        dataclasses.replace(
+            one,
+            cost=one.cost
+            + sum(one.limit.spend(n, c) - one.limit.spend(n, allocation.chosen[n]) for n, c in chosen.items()),
+        )
+        for one in allocation.spent
+    )
+    return dataclasses.replace(allocation, chosen=chosen, spent=spent)
 
 
 def total_flops(sites: Sequence[Site], allocation: Allocation, seen: Calibration | None) -> Totals:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from structmat.compression.allocate import Allocation, allocate
+from structmat.compression.allocate import Allocation, Limit, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration
 from structmat.compression.candidates import Candidate, Choice, LayerScreen, Screening, families_of, variant_of
@@ -19,7 +19,7 @@ from structmat.structure import Structure
 from structmat.structures.dense import Dense
 
 ENOUGH = 0.005
-"""An allocation that leaves less than this share of the budget is left alone."""
+"""An allocation that leaves every layer less than this share of what all cost is left alone."""
 
 ROUNDS = 3
 """How often at most."""
@@ -32,9 +32,11 @@ def fill(
     allocation: Allocation,
     budget: Budget,
     *,
+    limits: Sequence[Limit] = (),
     calibration: Calibration | None = None,
     measured: Mapping[str, Sequence[Measurement]] | None = None,
     outcomes: Outcomes | None = None,
+    factors: Mapping[str, float] | None = None,
     structures: Sequence[Choice] | None = None,
     fixed: Mapping[str, Structure] | None = None,
     floor: float = 0.0,
@@ -47,9 +49,12 @@ def fill(
     measurements), so the allocation can only get better. Cost: three fits a layer and round.
 
     Args:
-        model, sites, screening, allocation, budget, calibration: from the steps before.
+        model, sites, screening, allocation, calibration: from the steps before.
+        budget: in whose unit the candidates' costs are.
+        limits: that the allocation keeps; none for the budget alone.
         measured: what :func:`structmat.compression.score.score` measured.
         outcomes: what :func:`structmat.compression.contest.contest` fitted: the same gains are expected here.
+        factors: by which the losses of each layer's candidates were multiplied; 1 by default.
         structures: as for :func:`structmat.compression.screen.screen`; what was given as a single structure stays it.
         fixed, floor: as for :func:`structmat.compression.allocate.allocate`.
         seed: of fits with random starts.
@@ -59,26 +64,26 @@ def fill(
     """
     kinds = families_of(structures)
     for _ in range(ROUNDS):
-        left = allocation.limit - allocation.cost
-        if left <= ENOUGH * allocation.limit:
+        spent = sum(c.cost for c in allocation.chosen.values())
+        if all(allocation.left(site.name) <= ENOUGH * spent for site in sites):
             break
         grown = dict(screening)
         for site in sites:
-            chosen = allocation.chosen[site.name]
+            chosen, left = allocation.chosen[site.name], allocation.left(site.name)
             if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or type(chosen.structure) not in kinds:
                 continue
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
             variant = variant_of(chosen.structure)
             gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if variant_of(o.after.structure) == variant]
             gain = gains[0] if gains else 1.0
-            found = _larger(model, site, chosen, left, screening[site.name], budget, calibration, pairs, gain, seed)
-            layer = screening[site.name]
+            layer, factor = screening[site.name], (factors or {}).get(site.name, 1.0)
+            found = _larger(model, site, chosen, left, layer, budget, calibration, pairs, gain, factor, seed)
             ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
             grown[site.name] = replace(layer, candidates=tuple(ordered))
         if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
             break
         screening = grown
-        allocation = allocate(screening, budget, fixed=fixed, floor=floor)
+        allocation = allocate(screening, limits or budget, fixed=fixed, floor=floor)
     return screening, allocation
 
 
@@ -92,6 +97,7 @@ def _larger(
     calibration: Calibration | None,
     pairs: Sequence[tuple[float, float]],
     gain: float,
+    factor: float,
     seed: int,
 ) -> list[Candidate]:
     """New candidates of the chosen family whose cost is at most the chosen one's and what is left."""
@@ -105,5 +111,6 @@ def _larger(
         share = min(chosen.parameters + part * left * numbers_a_unit, size - 1) / size
         for candidate in worker.try_share(type(chosen.structure), share, {variant_of(chosen.structure)}):
             if chosen.cost < candidate.cost <= chosen.cost + left:
-                found.append(replace(candidate, error=candidate.error * gain**0.5, loss=curve(candidate.loss * gain)))
+                loss = factor * curve(candidate.loss * gain)
+                found.append(replace(candidate, error=candidate.error * gain**0.5, loss=loss))
     return found

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from structmat.compression.budget import Budget
-from structmat.compression.budget import from_json as budget_from_json
-from structmat.compression.budget import to_json as budget_to_json
+from structmat.compression.goals import Goals, read_goals
 from structmat.compression.workfolder import write_json
 from structmat.errors import FormatError
 from structmat.structure import Shape, Structure, check_shape, resolve
@@ -30,14 +29,14 @@ class Plan:
     Args:
         layers: structure by the layer's name.
         shapes: ``(out_features, in_features)`` by the layer's name.
-        budget: what the plan was made for, if it was made by allocation.
+        budget: what the plan was made for, if it was made by allocation: one budget, or several goals.
         seed: of its making.
         version: of the file's format.
     """
 
     layers: Mapping[str, Structure]
     shapes: Mapping[str, Shape]
-    budget: Budget | None = None
+    budget: Budget | Goals | None = None
     seed: int = 0
     version: int = VERSION
 
@@ -57,7 +56,7 @@ class Plan:
         """Plain values; :meth:`from_json` reads them."""
         return {
             "structmat_plan": self.version,
-            "budget": None if self.budget is None else budget_to_json(self.budget),
+            "budget": None if self.budget is None else read_goals(self.budget).to_json(),
             "seed": self.seed,
             "layers": {
                 name: {"shape": list(self.shapes[name]), "structure": structure_to_json(structure)}
@@ -93,7 +92,8 @@ class Plan:
         budget, seed = data.get("budget"), data.get("seed", 0)
         if not isinstance(seed, int):
             raise FormatError(f"The seed of a plan is an integer; got {seed!r}.")
-        return cls(layers, shapes, None if budget is None else budget_from_json(budget), seed, version)
+        goals = None if budget is None else Goals.from_json(budget)
+        return cls(layers, shapes, goals and goals.simplest, seed, version)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""

@@ -87,11 +87,16 @@ def replace_layers(
     numbers = {name: i for i, name in enumerate(plan.layers)}
     done: dict[str, Replaced] = {}
     prefixes: dict[int, Prefix | None] = {}  # by the identity of the moment that layers of one input share
+    behind: dict[int, list[Any]] = {}  # likewise: what was replaced before, on which the fits then depend
     with Progress(progress) as bar:
         for name in bar.track(order, "replace"):
             site, structure = sites[name], plan.layers[name]
-            piece = f"fit/{numbers[name]:04d}"
-            own = digest(key, name, structure_to_json(structure), original is not None, sweeps, seed)
+            seen = moments.get(name)
+            before = [(n, structure_to_json(plan.layers[n])) for n in done] if original is not None else []
+            if seen is not None:
+                before = behind.setdefault(id(seen.second_moment), before)
+            own = digest(key, name, structure_to_json(structure), before, sweeps, seed)
+            piece = f"fit/{numbers[name]:04d}-{own[:8]}"  # fits of several plans lie side by side
             module = model.get_submodule(name)
             kept = folder.load(piece, own)
             if kept is not None:
@@ -99,8 +104,7 @@ def replace_layers(
                 done[name] = Replaced(name, structure, **data)
                 matrix = StructuredMatrix(structure, site.shape, tensors)
             else:
-                seen, weight = moments.get(name), dense_weight(module)
-                norm = ""
+                weight, norm = dense_weight(module), ""
                 if original is not None and calibration is not None and seen is not None and done:
                     assert loader is not None, "a fit behind the layers before needs the calibration data"
                     shared = id(seen.second_moment)

@@ -106,6 +106,10 @@ class Report:
         seconds: of each step.
         environment: versions, processor, threads.
         seed: of every random choice.
+        frontier: sizes that the model could have, by rising cost: cost, share, predicted_loss, and quality where it was
+            measured.
+        tried: models that were built in search of a quality: cost, predicted_loss, quality, value, worse, accepted.
+        again: choices that were made again: distance, better.
         version: of this format.
     """
 
@@ -127,6 +131,9 @@ class Report:
     seconds: Mapping[str, float]
     environment: Mapping[str, Any]
     seed: int
+    frontier: tuple[Mapping[str, Any], ...] = ()
+    tried: tuple[Mapping[str, Any], ...] = ()
+    again: tuple[Mapping[str, Any], ...] = ()
     version: int = VERSION
 
     def to_json(self) -> dict[str, Any]:

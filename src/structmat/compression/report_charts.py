@@ -88,6 +88,164 @@ def skyline(layers: Sequence[tuple[str, str, int, float, float]], overall: float
     )
 
 
+def strip(layers: Sequence[tuple[str, int, float]], total: float, label: str) -> str:
+    """Layers side by side in the order of the network, each as wide as what it takes; all of a row is ``total``.
+
+    Args:
+        layers: name, colour, and what it takes.
+        total: of the whole row, so that two rows can be compared.
+        label: for people who listen to the page.
+    """
+    x, shapes = 0.0, []
+    for name, index, value in layers:
+        width = 1000 * value / total if total else 0.0
+        shapes.append(
+            f'<rect x="{x:.2f}" y="0" width="{max(width - 0.6, 0.3 * width):.2f}" height="20" fill="{colour(index)}">'
+            f"<title>{escape(name)}</title></rect>"
+        )
+        x += width
+    return (
+        f'<svg class="strip" viewBox="0 0 1000 20" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(label, quote=True)}">{"".join(shapes)}</svg>'
+    )
+
+
+def layer_card(
+    place: int,
+    name: str,
+    structure: str,
+    index: int,
+    shape: tuple[int, int],
+    largest: int,
+    kept: float,
+    times: tuple[float, float, float],
+) -> str:
+    """One layer of the network: its matrix to scale, filled by the share that is kept, and its time below.
+
+    Args:
+        place: its place in the network.
+        name, structure: as text.
+        index: its colour.
+        shape: (out, in).
+        largest: side of any layer, which the drawing is scaled to.
+        kept: share of the parameters.
+        times: of the dense layer, of this one, and the longest of all.
+    """
+    height, width = (max(5.0, 60.0 * (side / largest) ** 0.5) for side in shape)
+    x, y = (64 - width) / 2, 62 - height
+    fill = min(1.0, kept) * height
+    dense, now, most = times
+    bars = "".join(
+        f'<div class="time {kind}" style="width:{100 * min(1.0, value / most) if most else 0:.1f}%"></div>'
+        for kind, value in (("dense", dense), ("slow" if now > 1.03 * dense else "now", now))
+    )
+    title = escape(
+        f"{name}: {structure}, {shape[0]} x {shape[1]}, {100 * kept:.1f} % kept, {now:.1f} of {dense:.1f} us"
+    )
+    return (
+        f'<li class="card" title="{title}"><svg viewBox="0 0 64 64" role="img" aria-label="{title}">'
+        f'<rect class="ghost" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="1.5"/>'
+        f'<rect x="{x:.1f}" y="{y + height - fill:.1f}" width="{width:.1f}" height="{fill:.1f}" rx="1.5" '
+        f'fill="{colour(index)}"/></svg><div class="times-pair">{bars}</div>'
+        f"<strong><i>{place}</i> <bdi>{escape(name)}</bdi></strong><span>{escape(structure)}</span></li>"
+    )
+
+
+def scatter(
+    line: Sequence[tuple[float, float]],
+    dots: Sequence[tuple[float, float, bool]],
+    label: str,
+    *,
+    logarithmic: bool,
+    level: float | None = None,
+    bound: float | None = None,
+) -> str:
+    """Something against the share of the dense cost: a line, dots on it, and level lines.
+
+    Args:
+        line: (share, value) by rising share.
+        dots: (share, value, whether it gets a ring).
+        label: of the vertical axis.
+        logarithmic: the vertical axis; values of 0 lie at its foot.
+        level: of the original, as a dashed line.
+        bound: of what is accepted, as a dotted one.
+    """
+    width, height, left, right, top, bottom = 520.0, 270.0, 52.0, 14.0, 26.0, 34.0
+    values = [v for _, v in line] + [v for _, v, _ in dots] + [v for v in (level, bound) if v is not None]
+    positive = [v for v in values if v > 0]
+    logarithmic = logarithmic and bool(positive)
+    foot = 0.5 * min(positive) if logarithmic else 0.0
+
+    def scaled(value: float) -> float:
+        return math.log10(max(value, foot)) if logarithmic else value
+
+    low, high = min(scaled(v) for v in values), max(scaled(v) for v in values)
+    span = (high - low) or 1.0
+    low, high = low - 0.04 * span, high + 0.06 * span
+    least = min([s for s, _ in line] + [s for s, _, _ in dots] + [0.5])
+
+    def place(share: float, value: float) -> tuple[float, float]:
+        x = left + math.log(max(share, least) / least) / math.log(1 / least) * (width - left - right)
+        return x, top + (high - scaled(value)) / (high - low) * (height - top - bottom)
+
+    parts = [f'<text x="0" y="12">{escape(label)}</text>']
+    for tick in _ticks(low, high, logarithmic):
+        _, y = place(1.0, tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
+    last = -math.inf
+    for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0):
+        x, _ = place(share, 1.0)
+        if share < least or x - last < 34:
+            continue
+        last = x
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{height - bottom + 16:.0f}" text-anchor="{"end" if share == 1.0 else "middle"}">'
+            f"{100 * share:.0f} %</text>"
+        )
+    for name, value in (("level", level), ("bound", bound)):
+        if value is not None:
+            _, y = place(1.0, value)
+            parts.append(f'<line class="{name}-line" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    drawn = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(place(*p) for p in line))
+    parts.append(f'<path class="front" d="{drawn}"/>')
+    for share, value, ring in sorted(dots, key=lambda dot: dot[2]):
+        x, y = place(share, value)
+        text = f"<title>{100 * share:.1f} %: {figure(value)}</title>"
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3.2">{text}</circle>')
+        if ring:
+            parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7">{text}</circle>')
+    return (
+        f'<svg class="plane" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'aria-label="{escape(label, quote=True)} against size">{"".join(parts)}</svg>'
+    )
+
+
+def _tick(value: float) -> str:
+    """A value at an axis: powers of ten that are far from 1 as such."""
+    exponent = math.log10(value) if value > 0 else 0.0
+    if abs(exponent) > 3 and abs(exponent - round(exponent)) < 1e-9:
+        sign = "&#8722;" if exponent < 0 else ""
+        return f'10<tspan dy="-4" font-size="8">{sign}{abs(round(exponent))}</tspan>'
+    return figure(value)
+
+
+def _ticks(low: float, high: float, logarithmic: bool) -> list[float]:
+    """Round values between two ends (exponents of 10 on a logarithmic axis), about five."""
+    if logarithmic:
+        first, last = math.ceil(low), math.floor(high)
+        step = max(1, math.ceil((last - first + 1) / 6))
+        if last - first >= 1:
+            return [10.0**e for e in range(first, last + 1, step)]
+        return [
+            m * 10.0**e for e in range(first - 1, last + 2) for m in (1, 2, 5) if low <= math.log10(m * 10.0**e) <= high
+        ]
+    unit = 10.0 ** math.floor(math.log10((high - low) / 4))
+    size = unit * next(m for m in (1, 2, 5, 10) if (high - low) / (m * unit) <= 6)
+    return [round(i * size, 12) for i in range(math.ceil(low / size), math.floor(high / size) + 1)]
+
+
 def bar(share: float, width: float, index: int) -> str:
     """A bar in a track: the track's width says how large the layer was, its filling what is kept."""
     return (

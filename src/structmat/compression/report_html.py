@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from html import escape, unescape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from structmat.files import write_text
 
 _MULTIPLES = 48
 """Small multiples that are open at first; more fold away."""
+
+_CARDS = 120
+"""Layers of the drawing of the network, likewise."""
 
 
 def write_html(report: Report | Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -74,7 +78,11 @@ class Remark:
 
 def verdict(data: Mapping[str, Any]) -> list[Remark]:
     """What a person must know, good or bad, in a few sentences."""
-    remarks = [_budget_remark(data), *_quality_remarks(data["quality"]), *_time_remarks(data)]
+    remarks = [
+        *_budget_remarks(data["budget"], data.get("tried", ())),
+        *_quality_remarks(data["quality"]),
+        *_time_remarks(data),
+    ]
     slower = [layer for layer in data["layers"] if layer["slower"] and family(layer) != "Dense"]
     changed = [layer for layer in data["layers"] if family(layer) != "Dense"]
     if slower:
@@ -88,12 +96,41 @@ def verdict(data: Mapping[str, Any]) -> list[Remark]:
     return remarks
 
 
-def _budget_remark(data: Mapping[str, Any]) -> Remark:
-    budget = data["budget"]
+def verdict_text(data: Mapping[str, Any]) -> list[str]:
+    """The verdict as plain text. Raises :class:`~structmat.errors.FormatError` as :func:`render`."""
+    signs = {"good": "+", "bad": "!", "plain": " "}
+    try:
+        return [f"{signs[r.tone]} {unescape(re.sub('<[^>]*>', '', r.text))}" for r in verdict(data)]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise FormatError(f"The report is damaged: {type(error).__name__}: {error}.") from error
+
+
+def _budget_remarks(budget: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> list[Remark]:
+    """That each limit is kept, and the quality that was asked for."""
+    if "allowed" in budget:
+        before, allowed, name = float(budget["before"]), float(budget["allowed"]), escape(str(budget["of"]))
+        bound = before - allowed if budget["better"] == "higher" else before + allowed
+        relation = "at least" if budget["better"] == "higher" else "at most"
+        accepted = [one for one in tried if one["accepted"]]
+        spent = f"{percent(float(budget['spent']) / float(budget['dense']))} of the {escape(str(budget['unit']))}"
+        best = min(accepted, key=lambda one: float(one["cost"]), default=None)
+        end = (
+            f"the smallest one that was found has {figure(float(best['value']))} with {spent}"
+            if best is not None
+            else "no smaller one was found, so that the layers stay as they were"
+        )
+        asked = f"{name.capitalize()} of {relation} {figure(bound)} was asked for (the original has {figure(before)})"
+        remarks = [Remark("good" if best is not None else "plain", f"{asked}; of {len(tried)} models tried {end}.")]
+        return remarks + [_limit_remark(one) for one in budget["goals"]]
+    return [_limit_remark(one) for one in budget.get("goals", (budget,))]
+
+
+def _limit_remark(budget: Mapping[str, Any]) -> Remark:
     spent, most, dense = float(budget["spent"]), float(budget["limit"]), float(budget["dense"])
     unit = escape(str(budget["unit"]))
+    where = "the saved model" if budget["budget"] == "Memory" else "the compressible layers"
     text = (
-        f"The budget is kept: {number(spent)} of at most {number(most)} {unit} in the compressible layers, "
+        f"The budget is kept: {number(spent)} of at most {number(most)} {unit} in {where}, "
         f"{percent(spent / dense)} of what they had."
     )
     return Remark("good", text) if spent <= most * (1 + 1e-9) else Remark("bad", f"The budget is exceeded: {text}")
@@ -174,6 +211,13 @@ def _page(data: Mapping[str, Any]) -> str:
         _head(data, title),
         _tiles(data),
         _section("Where the budget went", _budget_lead(layers, names), _budget(layers, names, colours, share)),
+        _section(
+            "The network",
+            "From input to output: each matrix (sides by the square root of its sizes), filled by what is kept; below "
+            "the dense layer&#8217;s time and that of this one, alone at batch size 1.",
+            _network(layers, colours),
+        ),
+        _frontier(data),
         _section("Layer by layer", _layers_lead(layers), _rows(layers, colours)),
         _section(
             "What each layer could have become",
@@ -270,6 +314,82 @@ def _budget(
         for name in present
     )
     return f'<ul class="legend">{swatches}</ul>{charts.skyline(columns, overall)}'
+
+
+def _network(layers: Sequence[Mapping[str, Any]], colours: Mapping[str, int]) -> str:
+    largest = max(int(side) for layer in layers for side in layer["shape"])
+    dense = [float(layer["dense_microseconds"]) for layer in layers]
+    now = [float(layer["microseconds"]) for layer in layers]
+    most = max([*dense, *now])
+    cards = [
+        charts.layer_card(
+            i + 1,
+            str(layer["name"]),
+            "kept dense" if family(layer) == "Dense" else str(layer["structure"]),
+            colours[family(layer)],
+            (int(layer["shape"][0]), int(layer["shape"][1])),
+            largest,
+            float(layer["parameters"]) / float(layer["dense_parameters"]),
+            (dense[i], now[i], most),
+        )
+        for i, layer in enumerate(layers)
+    ]
+    total = max(sum(dense), sum(now))
+    rows = ""
+    for name, values in (("before", dense), ("after", now)):
+        places = [
+            (f"{layer['name']}: {value:.1f} us", 0 if name == "before" else colours[family(layer)], value)
+            for layer, value in zip(layers, values, strict=True)
+        ]
+        drawing = charts.strip(places, total, f"time of the layers {name}")
+        rows += f"<tr><th>{name}</th><td>{drawing}</td><td class='num'>{milliseconds(sum(values) / 1e3)}</td></tr>"
+    shown, folded = cards[:_CARDS], cards[_CARDS:]
+    more = (
+        f'<details><summary>{len(folded)} more layers</summary><ol class="network">{"".join(folded)}</ol></details>'
+        if folded
+        else ""
+    )
+    return (
+        f'<ol class="network">{"".join(shown)}</ol>{more}<h3>Where the time goes</h3>'
+        f'<table class="strips"><tbody>{rows}</tbody></table>'
+    )
+
+
+def _frontier(data: Mapping[str, Any]) -> str:
+    points = data.get("frontier", ())
+    if len(points) < 2:
+        return ""
+    line = [(float(p["share"]), float(p["predicted_loss"])) for p in points]
+    best: list[tuple[float, float]] = []  # a model that was measured need not lie on the best predicted line
+    for share, value in line:
+        if not best or value < best[-1][1]:
+            best.append((share, value))
+    ring = [(float(p["share"]), float(p["predicted_loss"]), True) for p in points if p["chosen"]]
+    drawn = [charts.scatter(best, [(s, v, False) for s, v in best[:-1]] + ring, "predicted loss", logarithmic=True)]
+    measured = [p for p in points if p["quality"] is not None]
+    before = data["quality"].get("before", {})
+    budget = data["budget"]
+    for name in before if len(measured) > 1 else ():
+        dots = [(float(p["share"]), float(p["quality"][name]), bool(p["chosen"])) for p in measured]
+        bound = None
+        if "allowed" in budget and budget["of"] == name:
+            sign = -1.0 if budget["better"] == "higher" else 1.0
+            bound = float(budget["before"]) + sign * float(budget["allowed"])
+        ends = [(s, v) for s, v, _ in dots]
+        if max(s for s, _ in ends) < 1.0:
+            ends.append((1.0, float(before[name])))
+        drawn.append(
+            charts.scatter(ends, dots, f"{name}, measured", logarithmic=False, level=float(before[name]), bound=bound)
+        )
+    lead = (
+        "What the same screening offers at other sizes, as a share of the dense cost. "
+        "A ring marks this model; each of the others can be built from its plan."
+    )
+    if len(drawn) > 1:
+        lead += " Dashed: the original."
+        if "allowed" in budget:
+            lead += " Dotted: what was asked for."
+    return _section("Quality against size", lead, f'<div class="planes">{"".join(drawn)}</div>')
 
 
 def _layers_lead(layers: Sequence[Mapping[str, Any]]) -> str:

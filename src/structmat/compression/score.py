@@ -98,7 +98,7 @@ def score(
     """
     folder = folder or WorkFolder(None)
     measured: dict[str, tuple[Measurement, ...]] = {}
-    probe: _Probe | None = None
+    probe: Probe | None = None
     with Progress(progress) as bar:
         for number, site in enumerate(bar.track(sites, "score")):
             layer = screening[site.name]
@@ -115,7 +115,7 @@ def score(
                 )
                 continue
             if probe is None:
-                probe = _Probe(model, loader, forward, loss)
+                probe = Probe(model, loader, forward, loss)
             moments = calibration.moments.get(site.name)
             module = model.get_submodule(site.name)
             target = layer_target(site, dense_weight(module), moments, sweeps=sweeps, seed=seed)
@@ -202,7 +202,7 @@ class Correction:
         return math.exp(self._y[i - 1] + share * (self._y[i] - self._y[i - 1]))
 
 
-class _Probe:
+class Probe:
     """The outputs of a model on the beginning of its calibration data, to compare changed models with."""
 
     def __init__(self, model: nn.Module, loader: Iterable[Any], forward: Forward | None, loss: Loss | None) -> None:
@@ -240,10 +240,11 @@ class _Probe:
                 return
 
     @torch.no_grad()
-    def _run(self, batch: Any) -> Tensor:
+    def _run(self, batch: Any, model: nn.Module | None = None) -> Tensor:
         """Log-probabilities or values (terms, features); or the loss, if the user gave one."""
-        with evaluating(self.model):
-            output = call(self.model, batch, self.forward)
+        model = self.model if model is None else model
+        with evaluating(model):
+            output = call(model, batch, self.forward)
         if self.loss is not None:
             return torch.tensor(detached(own_loss(output, batch, self.loss)), dtype=torch.float64)
         result = outcome(output, batch)
@@ -256,23 +257,28 @@ class _Probe:
         """The mean rise a term when a module's weight is replaced by another (out, in)."""
         held = dense_weight(module)
         original = held.clone()
-        total, terms = 0.0, 0
         try:
             held.copy_(weight)
-            for batch, reference in zip(self.batches, self.references, strict=True):
-                changed = self._run(batch)
-                if reference.dim() == 0:
-                    count = samples_in(batch)
-                    total += float(changed - reference) * count
-                elif self.classes:
-                    count = reference.shape[0]
-                    total += float((reference.exp() * (reference - changed)).sum(dtype=torch.float64))
-                else:
-                    count = reference.shape[0]
-                    total += 0.5 * float((reference - changed).square().sum(dtype=torch.float64))
-                terms += count
+            return self.distance(self.model)
         finally:
             held.copy_(original)
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module) -> float:
+        """The mean rise a term in another model, which is called in the same way."""
+        total, terms = 0.0, 0
+        for batch, reference in zip(self.batches, self.references, strict=True):
+            changed = self._run(batch, model)
+            if reference.dim() == 0:
+                count = samples_in(batch)
+                total += float(changed - reference) * count
+            elif self.classes:
+                count = reference.shape[0]
+                total += float((reference.exp() * (reference - changed)).sum(dtype=torch.float64))
+            else:
+                count = reference.shape[0]
+                total += 0.5 * float((reference - changed).square().sum(dtype=torch.float64))
+            terms += count
         effect = total / max(terms, 1)
         floor = _NOISE * (1.0 if self.loss is None and self.classes else self.scale)
         return max(effect, floor)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -120,11 +121,16 @@ def screen(
     def work(item: tuple[int, Site]) -> LayerScreen:
         number, site = item
         fixed = (overrides or {}).get(site.name)
-        piece = f"screen/{number:04d}"
+        whole = digest(key, site.name, unit, menu, sweeps, seed, None)
         own = digest(key, site.name, unit, menu, sweeps, seed, fixed and structure_to_json(fixed))
+        # Pieces of several menus lie side by side: a plan, or another budget's unit, does not undo the others.
+        piece = f"screen/{number:04d}-{own[:8]}"
         kept = folder.load(piece, own)
         if kept is not None:
             return layer_from_json(kept[0])
+        kept = folder.load(f"screen/{number:04d}-{whole[:8]}", whole) if fixed is not None else None
+        if kept is not None and (known := only(layer_from_json(kept[0]), fixed)) is not None:
+            return known
         worker = layer_worker(model, site, budget, calibration, sweeps=sweeps, seed=seed)
         if fixed is not None:
             worker.run((fixed,), forced=True)
@@ -138,6 +144,12 @@ def screen(
     alone = isinstance(budget, Latency)
     screens = side_by_side(work, list(enumerate(sites)), "screen", progress=progress, alone=alone)
     return {screen.name: screen for screen in screens}
+
+
+def only(layer: LayerScreen, structure: Structure | None) -> LayerScreen | None:
+    """The screen of a layer that becomes one structure, from a screen that tried it; None if it did not."""
+    found = tuple(c for c in layer.candidates if c.structure in (structure, Dense()))
+    return replace(layer, candidates=found, refused={}) if any(c.structure == structure for c in found) else None
 
 
 def layer_worker(

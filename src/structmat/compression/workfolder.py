@@ -25,11 +25,13 @@ class WorkFolder:
     """A folder of finished pieces of work, each a file that appears whole or not at all.
 
     A piece has a name and a *key*: a digest of what it was made from. A piece with another key is not found, so that
-    changed settings or weights never meet old results. With ``path=None`` nothing is kept.
+    changed settings or weights never meet old results. With ``path=None`` nothing is kept, or only in memory if
+    ``remember`` says so.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, *, remember: bool = False) -> None:
         self.path = None if path is None else Path(path)
+        self._memory: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Tensor]]] | None = {} if remember else None
         if self.path is not None:
             self.path.mkdir(parents=True, exist_ok=True)
 
@@ -40,7 +42,8 @@ class WorkFolder:
             FormatError: the file is no such piece, is damaged, or is of another version.
         """
         if self.path is None:
-            return None
+            known, data, tensors = (self._memory or {}).get(name, ("", {}, {}))
+            return (json.loads(json.dumps(data)), dict(tensors)) if known == key else None
         file = self._file(name)
         if not file.exists():
             return None
@@ -61,6 +64,8 @@ class WorkFolder:
     def store(self, name: str, key: str, data: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
         """Keep a piece of work; JSON values and tensors."""
         if self.path is None:
+            if self._memory is not None:
+                self._memory[name] = key, data, tensors or {}
             return
         header = json.dumps({"version": FORMAT, "key": key, "data": data})
         # One of the tensors may be shared between names, which the format forbids.
