@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from structmat.compression.layers import Members, layer_named, layers
+from structmat.compression.scan import Site
 from structmat.errors import FormatError, StructureError
 from structmat.structure import Shape, Structure
 from structmat.structure import to_json as structure_to_json
@@ -39,6 +42,7 @@ class Candidate:
         method: how it was fitted.
         loss: predicted rise of the model's loss; see :mod:`structmat.compression.score`.
         cost: in the unit of the budget.
+        form: of a kernel or the like that the structure is, where only one kind of layer has it; "" for a family.
     """
 
     structure: Structure
@@ -50,6 +54,27 @@ class Candidate:
     method: str
     loss: float
     cost: float
+    form: str = ""
+
+    @property
+    def variant(self) -> Variant:
+        """What it is judged together with."""
+        return variant_of(self.structure, self.form)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is tried as one: a family, or a form that one kind of layer has.
+
+    Args:
+        name: of the family or of the form.
+        form: the same for a form; "" for a family.
+        members: with at most so many stored numbers.
+    """
+
+    name: str
+    form: str
+    members: Members
 
 
 @dataclass(frozen=True)
@@ -90,8 +115,10 @@ def expecting(candidate: Candidate, gain: float) -> Candidate:
     )
 
 
-def variant_of(structure: Structure) -> Variant:
+def variant_of(structure: Structure, form: str = "") -> Variant:
     """What a structure is judged together with."""
+    if form:
+        return (form,)
     return (
         tuple(type(part).__name__ for part in structure.parts)
         if isinstance(structure, Sum)
@@ -108,15 +135,37 @@ def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
     known = families()
     if structures is None:
         return [known[name] for name in sorted(known) if known[name].by_default]
+    names = [family_name(choice) for choice in structures if not isinstance(choice, Structure)]
+    _check_names(names, known)
+    return [known[name] for name in names]
+
+
+def kinds_of(structures: Sequence[Choice] | None, site: Site) -> list[Kind]:
+    """What a choice lets a layer try: families, and forms that only layers of its kind have; for None the usual
+    families and all its forms.
+
+    Raises:
+        StructureError: a name is neither a family nor a form of any kind of layer.
+    """
+    forms = layer_named(site.kind).forms(site)
+    if structures is None:
+        wanted = [kind.__name__ for kind in families_of(None)] + sorted(forms)
+    else:
+        wanted = [family_name(choice) for choice in structures if not isinstance(choice, Structure)]
+        _check_names(wanted, {*families(), *(name for adapter in layers() for name in adapter.form_names)})
     found = []
-    for choice in structures:
-        if isinstance(choice, Structure):
-            continue
-        name = family_name(choice)
+    for name in wanted:
+        if name in forms:
+            found.append(Kind(name, name, forms[name]))
+        elif name in families() and name != Dense.__name__:
+            found.append(Kind(name, "", partial(families()[name].configurations, site.shape)))
+    return found
+
+
+def _check_names(names: Iterable[str], known: Collection[str]) -> None:
+    for name in names:
         if name not in known:
             raise StructureError(f"Unknown family {name!r}. Known are {', '.join(sorted(known))}.")
-        found.append(known[name])
-    return found
 
 
 def family_name(choice: Choice) -> str:

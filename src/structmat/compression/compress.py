@@ -35,9 +35,10 @@ from structmat.compression.replace import replace_layers
 from structmat.compression.report import Report, Totals, environment
 from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss, check_loader
-from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
+from structmat.compression.scan import Scan, Site, Skipped, adapter_of, is_meta, matching, scan
 from structmat.compression.score import Measurement, corrected, score
 from structmat.compression.screen import check_weight, screen
+from structmat.compression.split import split_, whole_again_
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint, form_and_start
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
 from structmat.projection.project import DEFAULT_SWEEPS
@@ -90,13 +91,13 @@ def compress_(
     sweeps: int = DEFAULT_SWEEPS,
     progress: bool = False,
 ) -> Result[Model]:
-    """Compress a trained model in place, choosing a structure for each linear layer under one global budget.
+    """Compress a trained model in place, choosing a structure for each layer under one global budget.
 
     The steps, each callable alone: scan, calibrate, screen, score, allocate, contest, replace, recover, evaluate,
     report.
 
     Args:
-        model: any module with ``nn.Linear`` layers (or transformers' ``Conv1D``).
+        model: any module with ``nn.Linear`` layers, convolutions, recurrent nets or attention.
         budget: :class:`Parameters`, :class:`Flops` or :class:`Latency` of all compressible layers together.
         original: the same model as another object, which is not modified, if there is one at hand. Otherwise a copy is
             made where one is needed: with calibration data or recovery.
@@ -138,14 +139,16 @@ def compress_(
         asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
         found = scan(model, include, exclude, [p for p in asked if _is_exact(p)])
         fixed = _fixed(found, overrides, model)
-        for site in found.sites:
-            check_weight(site, dense_weight(model.get_submodule(site.name)))
         base = digest(__version__, fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
     sequential = sequential and calibration is not None
     if original is None and (recover is not None or calibration is not None):
         original = copy.deepcopy(model)
     with clock("evaluate"):
         quality = {"before": _quality(evaluate, model, work, "before", base)} if evaluate else {}
+    splits = whole_again_(model, split_(model), [site.name for site in found.sites])
+    for site in found.sites:
+        module = model.get_submodule(site.name)
+        check_weight(site, adapter_of(module).matrices(module))
     with clock("calibrate"):
         seen, key = _calibrated(model, found, calibration, forward, loss, seed, work, base, progress)
         sites, skipped = _called(found, seen)
@@ -229,6 +232,7 @@ def compress_(
             key=key,
             progress=progress,
         )
+    whole_again_(model, splits, plan.changed)
     if evaluate:
         with clock("evaluate"):
             quality["after"] = _quality(evaluate, model, work, "after", digest(key, plan.to_json(), sequential, sweeps))
@@ -244,7 +248,7 @@ def compress_(
             with clock("evaluate"):
                 quality["recovered"] = _numbers(evaluate, model)
     with clock("time"):
-        timer = Timer(calibration, forward, seen)
+        timer = Timer(sites, calibration, forward, seen)
         timings = timer.compare(original, model, plan)
     report = Report(
         model=type(model).__name__,
@@ -256,7 +260,7 @@ def compress_(
             "dense": allocation.dense_cost,
         },
         parameters=Totals(
-            sum(s.shape[0] * s.shape[1] for s in sites),
+            sum(s.numbers for s in sites),
             sum(c.parameters for c in allocation.chosen.values()),
         ),
         model_parameters=Totals(parameters_before, stored_numbers(model)),
@@ -382,13 +386,13 @@ def _called(found: Scan, seen: Calibration | None) -> tuple[tuple[Site, ...], tu
         return found.sites, found.skipped
     sites = tuple(site for site in found.sites if site.name in seen.moments)
     idle = tuple(
-        Skipped(site.name, site.kind, site.shape, site.shape[0] * site.shape[1], "never called on calibration data")
+        Skipped(site.name, site.kind, site.shape, site.numbers, "never called on calibration data")
         for site in found.sites
         if site.name not in seen.moments
     )
     if not sites:
         raise ModelError(
-            f"None of the {len(found.sites)} linear layers was called on the calibration data. "
+            f"None of the {len(found.sites)} layers was called on the calibration data. "
             f"Pass forward=... that runs the part of the model which holds them."
         )
     return sites, found.skipped + idle

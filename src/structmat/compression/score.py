@@ -28,8 +28,8 @@ from structmat.compression.running import (
     samples_in,
     to_device,
 )
-from structmat.compression.scan import Site, dense_weight
-from structmat.compression.screen import layer_target
+from structmat.compression.scan import Site, adapter_of
+from structmat.compression.screen import layer_targets
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.projection.project import project_target
 from structmat.structure import Structure
@@ -118,11 +118,15 @@ def score(
                 probe = _Probe(model, loader, forward, loss)
             moments = calibration.moments.get(site.name)
             module = model.get_submodule(site.name)
-            target = layer_target(site, dense_weight(module), moments, sweeps=sweeps, seed=seed)
+            held = adapter_of(module).matrices(module)
+            targets = layer_targets(site, held, moments, sweeps=sweeps, seed=seed)
             outcomes = []
             for candidate in chosen:
-                found = project_target(target, candidate.structure, dtype=torch.float64, device=torch.device("cpu"))
-                effect = probe.effect(module, found.matrix.to_dense())
+                made = [
+                    project_target(target, candidate.structure, dtype=torch.float64, device=torch.device("cpu"))
+                    for target in targets
+                ]
+                effect = probe.effect(module, torch.stack([found.matrix.to_dense() for found in made]))
                 outcomes.append(Measurement(candidate.structure, candidate.loss, effect))
             measured[site.name] = tuple(outcomes)
             folder.store(
@@ -252,13 +256,13 @@ class _Probe:
         return torch.log_softmax(values, -1) if result.classes else values
 
     @torch.no_grad()
-    def effect(self, module: nn.Module, weight: Tensor) -> float:
-        """The mean rise a term when a module's weight is replaced by another (out, in)."""
-        held = dense_weight(module)
-        original = held.clone()
+    def effect(self, module: nn.Module, weights: Tensor) -> float:
+        """The mean rise a term when a module's matrices are replaced by others (copies, out, in)."""
+        adapter = adapter_of(module)
+        original = adapter.matrices(module).clone()
         total, terms = 0.0, 0
         try:
-            held.copy_(weight)
+            adapter.assign(module, weights)
             for batch, reference in zip(self.batches, self.references, strict=True):
                 changed = self._run(batch)
                 if reference.dim() == 0:
@@ -272,7 +276,7 @@ class _Probe:
                     total += 0.5 * float((reference - changed).square().sum(dtype=torch.float64))
                 terms += count
         finally:
-            held.copy_(original)
+            adapter.assign(module, original)
         effect = total / max(terms, 1)
         floor = _NOISE * (1.0 if self.loss is None and self.classes else self.scale)
         return max(effect, floor)

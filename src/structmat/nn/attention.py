@@ -67,14 +67,12 @@ class SplitAttention(nn.Module):
     def from_attention(cls, attention: nn.MultiheadAttention) -> Self:
         """The same attention; its layers are ``nn.Linear`` that share the memory of the given weights."""
         size = attention.embed_dim
-        if attention.in_proj_weight is not None:
-            weights = list(attention.in_proj_weight.split(size))
-        else:
-            weights = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
-        held = attention.in_proj_bias
-        biases: list[Tensor | None] = [None] * 3 if held is None else list(held.split(size))
-        source = attention.in_proj_weight if attention.in_proj_weight is not None else weights[0]
-        layers = [_sharing(w, b, source.requires_grad) for w, b in zip(weights, biases, strict=True)]
+        held = dict(attention.named_parameters(recurse=False))
+        fused, bias = held.get("in_proj_weight"), held.get("in_proj_bias")
+        weights: list[Tensor] = [held[f"{n}_proj_weight"] for n in "qkv"] if fused is None else [*fused.split(size)]
+        biases: list[Tensor | None] = [None] * 3 if bias is None else [*bias.split(size)]
+        trained = (weights[0] if fused is None else fused).requires_grad
+        layers = [_sharing(w, b, trained) for w, b in zip(weights, biases, strict=True)]
         out = attention.out_proj
         layers.append(_sharing(out.weight, out.bias, out.weight.requires_grad))
         made = cls(
@@ -83,8 +81,8 @@ class SplitAttention(nn.Module):
             num_heads=attention.num_heads,
             dropout=attention.dropout,
             batch_first=attention.batch_first,
-            bias_k=attention.bias_k,
-            bias_v=attention.bias_v,
+            bias_k=cast(nn.Parameter | None, attention.bias_k),
+            bias_v=cast(nn.Parameter | None, attention.bias_v),
             add_zero_attn=attention.add_zero_attn,
         )
         return made.train(attention.training)
@@ -107,7 +105,7 @@ class SplitAttention(nn.Module):
             dtype=like.dtype,
         )
         with torch.no_grad():
-            if made.in_proj_weight is not None:
+            if made._qkv_same_embed_dim:
                 made.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers[:3]]))
             else:
                 for name, layer in zip("qkv", layers[:3], strict=True):
@@ -183,7 +181,7 @@ class SplitAttention(nn.Module):
 
     def _extended(self, k: Tensor, v: Tensor, masks: list[Tensor | None]) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Keys and values with what is appended to them, and masks that let it be seen."""
-        more = []
+        more: list[tuple[Tensor, Tensor]] = []
         if self.bias_k is not None and self.bias_v is not None:
             more.append((self.bias_k, self.bias_v))
         if self.add_zero_attn:
