@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from structmat.compression import budget as budgets
+from structmat.compression import statistics
 from structmat.compression.allocate import Allocation, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
@@ -233,6 +234,12 @@ def compress_(
             progress=progress,
         )
     whole_again_(model, splits, plan.changed)
+    fresh = None
+    if original is not None and calibration is not None:
+        with clock("statistics"):
+            fresh = _statistics(
+                model, original, calibration, forward, work, digest(key, plan.to_json(), sequential, sweeps)
+            )
     if evaluate:
         with clock("evaluate"):
             quality["after"] = _quality(evaluate, model, work, "after", digest(key, plan.to_json(), sequential, sweeps))
@@ -278,6 +285,7 @@ def compress_(
         seconds=clock.seconds,
         environment=environment(),
         seed=seed,
+        statistics=fresh,
     )
     if folder is not None:
         report.write(Path(folder) / "report.json")
@@ -396,6 +404,21 @@ def _called(found: Scan, seen: Calibration | None) -> tuple[tuple[Site, ...], tu
             f"Pass forward=... that runs the part of the model which holds them."
         )
     return sites, found.skipped + idle
+
+
+def _statistics(
+    model: nn.Module, original: nn.Module, loader: Iterable[Any], forward: Forward | None, work: WorkFolder, key: str
+) -> dict[str, Any] | None:
+    """Statistics of batch normalisations, estimated again now or when the folder was begun."""
+    kept = work.load("statistics", key)
+    if kept is not None:
+        statistics.write_(model, kept[1])
+        return kept[0]
+    found = statistics.reestimate(model, original, loader, forward=forward)
+    if found is None:
+        return None
+    work.store("statistics", key, dataclasses.asdict(found), statistics.tensors_of(model))
+    return dataclasses.asdict(found)
 
 
 def _recovered(

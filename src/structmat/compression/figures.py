@@ -147,7 +147,7 @@ def as_they_are(
     for site in sites:
         module, before = model.get_submodule(site.name), chosen[site.name]
         adapter = structured_layer_of(module)
-        structure = before.structure if adapter is None else adapter.content(module)[0]
+        structure = before.structure if adapter is None else adapter.content(module).structure
         if structure == before.structure:
             continue
         chosen[site.name] = dataclasses.replace(
@@ -197,8 +197,10 @@ def _fixed_tensors(model: nn.Module) -> list[tuple[Tensor, ParameterSpec, int]]:
         adapter = structured_layer_of(layer)
         if adapter is None:
             continue
-        structure, shape, copies = adapter.content(layer)
+        held = adapter.content(layer)
         found += [
-            (getattr(layer, name), spec, copies) for name, spec in specs(structure, shape).items() if not spec.learned
+            (getattr(layer, name), spec, held.copies)
+            for name, spec in specs(held.structure, held.shape).items()
+            if not spec.learned
         ]
     return found

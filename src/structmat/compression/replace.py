@@ -223,12 +223,18 @@ def put(model: nn.Module, site: Site, layer: nn.Module) -> None:
     for name in (site.name, *site.aliases):
         parent, child = parent_and_child(model, name)
         setattr(parent, child, layer)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fast path of evaluation reads weights; these are the switches by which it declines.
-            parent.activation_relu_or_gelu = 0
-            for module in model.modules():
-                if isinstance(module, nn.TransformerEncoder):
-                    module.enable_nested_tensor = module.use_nested_tensor = False
+        decline_fast_paths(model, name)
+
+
+def decline_fast_paths(model: nn.Module, name: str) -> None:
+    """Let an ``nn.TransformerEncoderLayer`` whose part was replaced call it: its fast path of evaluation reads weights,
+    and these are the switches by which it declines."""
+    parent, _ = parent_and_child(model, name)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder):
+                module.enable_nested_tensor = module.use_nested_tensor = False
 
 
 def to_dense(model: Model) -> Model:

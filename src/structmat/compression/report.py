@@ -106,6 +106,8 @@ class Report:
         seconds: of each step.
         environment: versions, processor, threads.
         seed: of every random choice.
+        statistics: what estimating the statistics of batch normalisations again did: layers, distances from the
+            original's outputs before and after, and whether it was kept; None if there are none.
         version: of this format.
     """
 
@@ -127,6 +129,7 @@ class Report:
     seconds: Mapping[str, float]
     environment: Mapping[str, Any]
     seed: int
+    statistics: Mapping[str, Any] | None = None
     version: int = VERSION
 
     def to_json(self) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def _others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             yield Skipped(name, kind, shape, size, "an embedding: rows of a table, not a linear map")
         elif (adapter := structured_layer_of(module)) is not None:
-            yield Skipped(name, kind, shape, size, f"already structured: {adapter.content(module)[0]}")
+            yield Skipped(name, kind, shape, size, f"already structured: {adapter.content(module).structure}")
         elif len(shape) >= 2 and size >= LARGE_SHARE * total:
             yield Skipped(name, kind, shape, size, f"layers of type {kind} are not known to compress")
 

@@ -16,11 +16,12 @@ from typing import TypeVar
 from torch import nn
 
 from structmat.compression.budget import Budget, Flops, Latency
-from structmat.compression.layers.base import Described, Layer, Load, Members, Splitter
+from structmat.compression.layers.base import Content, Described, Layer, Load, Members, Splitter
 from structmat.errors import ModelError
 from structmat.structure import Structure
 
 __all__ = [
+    "Content",
     "Described",
     "Layer",
     "Load",

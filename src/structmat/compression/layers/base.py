@@ -52,6 +52,22 @@ class Load:
     sizes: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a structured module holds.
+
+    Args:
+        structure, shape: of each of its matrices.
+        copies: how many these are.
+        dtype: of their numbers.
+    """
+
+    structure: Structure
+    shape: Shape
+    copies: int
+    dtype: torch.dtype
+
+
 class Layer(ABC):
     """How compression treats modules that multiply by one matrix, or by several of one form. Subclasses are final and
     have no state."""
@@ -120,8 +136,8 @@ class Layer(ABC):
         :meth:`saved` said."""
 
     @abstractmethod
-    def content(self, module: nn.Module) -> tuple[Structure, Shape, int]:
-        """The structure of a structured module, and the shape and number of its matrices."""
+    def content(self, module: nn.Module) -> Content:
+        """What a structured module holds."""
 
     def saved(self, module: nn.Module) -> Mapping[str, Any]:
         """What a file must hold of a structured module beside this, as JSON values."""

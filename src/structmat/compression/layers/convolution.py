@@ -12,7 +12,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from structmat.compression.layers.base import Described, Layer, Load, Members
+from structmat.compression.layers.base import Content, Described, Layer, Load, Members
 from structmat.compression.timing import LAYER_SECONDS, interleaved
 from structmat.errors import ModelError, ShapeError
 from structmat.matrix import StructuredMatrix
@@ -149,9 +149,9 @@ class ConvolutionLayer(Layer):
         dense = _bare(module) if isinstance(module, Structured) else _dense(module)
         return _like(dense, structure, order=more.get("order"), dtype=dtype)
 
-    def content(self, module: nn.Module) -> tuple[Structure, Shape, int]:
+    def content(self, module: nn.Module) -> Content:
         layer = _structured(module)
-        return layer.structure, layer.unfolded_shape, layer.groups
+        return Content(layer.structure, layer.unfolded_shape, layer.groups, layer.matrices[0].dtype)
 
     def saved(self, module: nn.Module) -> Mapping[str, Any]:
         return {"order": list(_structured(module).axis_order)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from structmat.compression.layers.base import Described, Layer, Load
+from structmat.compression.layers.base import Content, Described, Layer, Load
 from structmat.compression.timing import layer_microseconds
 from structmat.errors import ModelError
 from structmat.matrix import StructuredMatrix
@@ -74,9 +74,9 @@ class LinearLayer(Layer):
         bias = getattr(module, "bias", None) is not None
         return StructuredLinear(inputs, out, bias, structure=structure, device="meta", dtype=dtype)
 
-    def content(self, module: nn.Module) -> tuple[Structure, Shape, int]:
+    def content(self, module: nn.Module) -> Content:
         layer = _structured(module)
-        return layer.structure, (layer.out_features, layer.in_features), 1
+        return Content(layer.structure, (layer.out_features, layer.in_features), 1, layer.matrix.dtype)
 
     def to_dense(self, module: nn.Module) -> nn.Module:
         layer = _structured(module)
