@@ -108,7 +108,9 @@ def test_predicted_losses_are_second_order_effects() -> None:
     inputs, outputs = damped(moments.second_moment, 1e-3), damped(moments.gradient_moment, 0.1)
     for candidate in found["4"].candidates:
         fitted = sm.project(model[4].weight, candidate.structure, second_moment=inputs, output_moment=outputs)
-        assert probe.effect(model[4], fitted.matrix.to_dense().unsqueeze(0)) == pytest.approx(candidate.loss, rel=0.1, abs=1e-6)
+        assert probe.effect(model[4], fitted.matrix.to_dense().unsqueeze(0)) == pytest.approx(
+            candidate.loss, rel=0.1, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

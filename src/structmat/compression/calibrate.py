@@ -31,6 +31,7 @@ from structmat.compression.running import (
     to_device,
 )
 from structmat.compression.scan import Site, adapter_of
+from structmat.compression.split import split_apart
 from structmat.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,20 @@ def calibrate(
     Raises:
         DataError: no batch came, a batch can't be run, or activations or gradients are NaN or infinite.
     """
+    with split_apart(model, [site.name for site in sites]):
+        return _calibrated(model, sites, loader, forward, loss, gradients, seed, progress)
+
+
+def _calibrated(
+    model: nn.Module,
+    sites: Sequence[Site],
+    loader: Iterable[Any],
+    forward: Forward | None,
+    loss: Loss | None,
+    gradients: bool,
+    seed: int,
+    progress: bool,
+) -> Calibration:
     watch = _Watch(sites, model)
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)

@@ -181,7 +181,8 @@ def recover(
     run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed)
     run.learner = learner
     # Layer by layer the original's matrices must be layers of their own too.
-    apart = split_apart(original) if settings.layerwise else contextlib.nullcontext()
+    layers = [name for name, _ in model.named_modules()]
+    apart = split_apart(original, layers) if settings.layerwise else contextlib.nullcontext()
     with (
         apart,
         evaluating(model),

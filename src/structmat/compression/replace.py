@@ -86,7 +86,7 @@ def replace_layers(
     # Where the model was not taken apart before, as by compress: parts of recurrent nets and of attention are layers.
     splits = split_(model)
     try:
-        apart = contextlib.nullcontext() if original is None else split_apart(original)
+        apart = contextlib.nullcontext() if original is None else split_apart(original, plan.changed)
         with apart:
             return _replaced(
                 model,

@@ -79,9 +79,16 @@ def whole_again_(model: nn.Module, splits: Splits, changed: Collection[str] = ()
 
 
 @contextmanager
-def split_apart(model: nn.Module) -> Iterator[None]:
-    """The model with its modules taken apart for a while."""
+def split_apart(model: nn.Module, layers: Collection[str] | None = None) -> Iterator[None]:
+    """The model with its modules taken apart for a while.
+
+    Args:
+        model: restored afterwards.
+        layers: names of layers; only modules that hold one of them are taken apart. None for all.
+    """
     splits = split_(model)
+    if layers is not None:
+        splits = whole_again_(model, splits, layers)
     try:
         yield
     finally:
