@@ -229,12 +229,14 @@ def put(model: nn.Module, site: Site, layer: nn.Module) -> None:
 def decline_fast_paths(model: nn.Module, name: str) -> None:
     """Let an ``nn.TransformerEncoderLayer`` whose part was replaced call it: its fast path of evaluation reads weights,
     and these are the switches by which it declines."""
-    parent, _ = parent_and_child(model, name)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0
-        for module in model.modules():
-            if isinstance(module, nn.TransformerEncoder):
-                module.enable_nested_tensor = module.use_nested_tensor = False
+    parts = name.split(".")
+    parents = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+    for layer in parents:
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.activation_relu_or_gelu = 0
+            for module in model.modules():
+                if isinstance(module, nn.TransformerEncoder):
+                    module.enable_nested_tensor = module.use_nested_tensor = False
 
 
 def to_dense(model: Model) -> Model:
