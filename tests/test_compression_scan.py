@@ -45,7 +45,7 @@ def test_patterns_select_by_name() -> None:
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_is_an_error(option: str) -> None:
-    with pytest.raises(ModelError, match=r"'encoder\.\*' in .* matches none of the 3 linear layers"):
+    with pytest.raises(ModelError, match=r"'encoder\.\*' in .* matches none of the 3 layers"):
         scan(mlp(), **{option: ("encoder.*",)})  # type: ignore[arg-type]
 
 
@@ -67,13 +67,22 @@ def test_an_untied_head_is_kept_unless_asked_for() -> None:
     assert "lm_head" in {s.name for s in scan(model, asked=("lm_head",)).sites}
 
 
-def test_transformer_encoder_layer_is_recognised() -> None:
-    why = reasons(Encoder())
-    assert "never calls it" in why["block.self_attn.out_proj"]
-    assert "fast path" in why["block.linear1"]
-    assert "fast path" in why["block.linear2"]
+def test_transformer_encoder_layer_is_taken_apart_and_put_together() -> None:
+    model = Encoder()
+    attention = model.block.self_attn
+    names = [site.name.removeprefix("block.") for site in scan(model).sites if site.name.startswith("block.")]
+    assert names == [*(f"self_attn.{n}" for n in ("query", "key", "value", "output")), "linear1", "linear2"]
+    assert model.block.self_attn is attention
+
+
+def test_attention_that_can_not_be_taken_apart_is_kept() -> None:
+    class Own(nn.MultiheadAttention):
+        pass
+
+    model = nn.Sequential(nn.Linear(8, 8), Own(8, 2))
+    assert "never calls it" in reasons(model)["1.out_proj"]
     with pytest.raises(ModelError, match="out_proj was asked for but can't be replaced"):
-        scan(Encoder(), include=("*", "block.self_attn.out_proj"))
+        scan(model, include=("*", "1.out_proj"))
 
 
 def test_a_parent_that_reads_the_weight_is_recognised_by_its_source() -> None:
@@ -139,15 +148,15 @@ def test_parametrized_hooked_and_special_layers_are_kept() -> None:
 
 
 def test_large_unknown_layers_are_reported() -> None:
-    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(48, 8), nn.LayerNorm(8))
+    model = nn.Sequential(nn.Conv3d(8, 8, 3), nn.Flatten(), nn.Linear(48, 8), nn.LayerNorm(8))
     (skipped,) = scan(model).skipped
-    assert (skipped.name, skipped.kind, skipped.parameters) == ("0", "Conv1d", 8 * 8 * 3 + 8)
+    assert (skipped.name, skipped.kind, skipped.parameters) == ("0", "Conv3d", 8 * 8 * 27 + 8)
     assert "not known to compress" in skipped.reason
 
 
 def test_a_model_of_unknown_layers_is_an_error_that_names_them() -> None:
-    with pytest.raises(ModelError, match=r"no layer that can be compressed: 0 \(Conv1d\)"):
-        scan(nn.Sequential(nn.Conv1d(8, 8, 3)))
+    with pytest.raises(ModelError, match=r"no layer that can be compressed: 0 \(Conv3d\)"):
+        scan(nn.Sequential(nn.Conv3d(8, 8, 3)))
     with pytest.raises(ModelError, match="no layer with a weight"):
         scan(nn.Sequential(nn.ReLU()))
     with pytest.raises(ModelError, match="the model itself"):

@@ -19,7 +19,7 @@ from structmat.compression.plan import Plan
 from structmat.compression.replace import replace_layers, to_dense
 from structmat.compression.scan import scan
 from structmat.compression.score import Correction, points, score
-from structmat.compression.screen import damped, layer_target, layer_worker, screen
+from structmat.compression.screen import damped, layer_targets, layer_worker, screen
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, FormatError, ModelError, ShapeError, StructureError
 from structmat.files import write_atomically
@@ -70,7 +70,7 @@ def test_expected_losses_are_near_those_of_fits_with_sweeps() -> None:
         for candidate in found[site.name].candidates:
             if candidate.method.endswith(EXPECTED):
                 worker = layer_worker(model, site, sm.Parameters(0.5), seen, sweeps=1, seed=0)
-                ratios.append(candidate.loss / worker.fitted(candidate.structure, worker.target, candidate.cost).loss)
+                ratios.append(candidate.loss / worker.fitted(candidate, swept=True).loss)
     assert ratios
     assert max(ratios) < 1.5
     assert min(ratios) > 1 / 1.5
@@ -86,7 +86,7 @@ def test_what_calibration_did_not_show_is_not_free() -> None:
     moments = calibrate(model, (site,), data).moments["0"]
     weight, structure = model[0].weight.detach().double(), sm.Product(sm.Dense(), sm.BlockDiagonal(4), 8)
     free = sm.project(weight, structure, second_moment=moments.second_moment)
-    target = layer_target(site, model[0].weight, moments, sweeps=20, seed=0)
+    (target,) = layer_targets(site, model[0].weight.unsqueeze(0), moments, sweeps=20, seed=0)
     kept = project_target(target, structure, dtype=torch.float64, device=torch.device("cpu"))
     unseen = seen_inputs[6:].double()
     lost, still_lost = (
@@ -108,7 +108,9 @@ def test_predicted_losses_are_second_order_effects() -> None:
     inputs, outputs = damped(moments.second_moment, 1e-3), damped(moments.gradient_moment, 0.1)
     for candidate in found["4"].candidates:
         fitted = sm.project(model[4].weight, candidate.structure, second_moment=inputs, output_moment=outputs)
-        assert probe.effect(model[4], fitted.matrix.to_dense()) == pytest.approx(candidate.loss, rel=0.1, abs=1e-6)
+        assert probe.effect(model[4], fitted.matrix.to_dense().unsqueeze(0)) == pytest.approx(
+            candidate.loss, rel=0.1, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

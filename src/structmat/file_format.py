@@ -1,14 +1,18 @@
 """The file format: what :mod:`structmat.io` writes, and the checks of what it reads.
 
-The format, version 1. A folder holds two files:
+The format, version 2. A folder holds two files:
 
 - ``structmat.json``: one UTF-8 JSON object with exactly these fields
-    - ``format``: ``"structmat"``;  ``version``: ``1``;  ``library``: the version that wrote it (for people)
+    - ``format``: ``"structmat"``;  ``version``: ``2``;  ``library``: the version that wrote it (for people)
     - ``kind``: ``"model"`` or ``"matrix"``
     - ``tensors``: ``{"file": name, "bytes": size, "sha256": digest}`` of the tensor file
     - ``layers``: layer name -> ``{"structure": ..., "shape": [out, in], "bias": true, "dtype": "float32"}``, the
       structured layers only; ``structure`` as :func:`structmat.structure.to_json` writes it, sizes resolved to
-      integers. A matrix is the one layer named ``""``, with ``"transposed"`` in place of ``"bias"``
+      integers. A layer of several matrices of one shape (the groups of a convolution) says how many, ``"copies"``, and
+      its tensors have an axis in front for them; what else its kind needs is ``"more"``, such as the order of a
+      convolution's unfolded index. A matrix is the one layer named ``""``, with ``"transposed"`` in place of ``"bias"``
+    - ``split``: name -> ``"recurrent"`` or ``"attention"`` of modules whose matrices are layers of their own: those of
+      the model that is loaded into are taken apart first (a file of version 1 has none)
     - ``shared``: tensor name -> the name under which the same tensor is stored
     - ``computed``: names of non-persistent buffers, which are read only into a model on the meta device
 - ``model-<first 16 digits of the sha256>.safetensors``: the tensors by their names in the model; those of a
@@ -38,10 +42,10 @@ from structmat.errors import FormatError, ShapeError, StructmatError
 from structmat.structure import Shape, Structure, check_shape, resolve, specs
 from structmat.structures import from_json
 
-FORMAT, VERSION, HEADER = "structmat", 1, "structmat.json"
+FORMAT, VERSION, HEADER = "structmat", 2, "structmat.json"
 
 TENSOR_FILE = re.compile(r"model-[0-9a-f]{16}\.safetensors")
-_FIELDS = {"format", "version", "library", "kind", "tensors", "layers", "shared", "computed"}
+_FIELDS = {"format", "version", "library", "kind", "tensors", "layers", "split", "shared", "computed"}
 _HEADER_LIMIT = 256 * 2**20
 """No honest header comes near this size; a larger one is not read into memory."""
 
@@ -51,13 +55,28 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One structured layer of the header."""
+    """One structured layer of the header.
+
+    Args:
+        structure, shape: of each of its matrices.
+        bias: whether it has one.
+        transposed: of a single matrix, whether it stands for the transpose.
+        dtype: of its numbers.
+        copies: how many matrices it has.
+        more: what its kind needs beside, as JSON.
+    """
 
     structure: Structure
     shape: Shape
     bias: bool
     transposed: bool
     dtype: torch.dtype
+    copies: int = 1
+    more: str = "{}"
+
+    def stacked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor that each matrix has one of."""
+        return shape if self.copies == 1 else (self.copies, *shape)
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,7 @@ class Header:
     size: int
     digest: str
     layers: Mapping[str, LayerEntry]
+    split: Mapping[str, str]
     shared: Mapping[str, str]
     computed: frozenset[str]
 
@@ -114,6 +134,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_header(data: dict[str, Any]) -> Header:
+    if data["version"] == 1:
+        data = {**data, "split": {}}
     if set(data) != _FIELDS:
         missing, unknown = sorted(_FIELDS - set(data)), sorted(set(data) - _FIELDS)
         raise FormatError(f"fields missing: {missing}, unknown: {unknown}.")
@@ -126,18 +148,31 @@ def _parse_header(data: dict[str, Any]) -> Header:
     layers = {str(name): _parse_layer(name, entry, kind) for name, entry in data["layers"].items()}
     if kind == "matrix" and set(layers) != {""}:
         raise FormatError(f"a matrix has one layer named ''; got {some(list(layers))}.")
-    shared, computed = data["shared"], data["computed"]
+    split, shared, computed = data["split"], data["shared"], data["computed"]
+    if not all(isinstance(kind, str) for kind in split.values()):
+        raise FormatError("'split' holds the kinds of modules by their names.")
     if not all(isinstance(owner, str) for owner in shared.values()) or not all(isinstance(n, str) for n in computed):
         raise FormatError("'shared' and 'computed' hold names.")
     return Header(
-        kind, tensors["file"], int(tensors["bytes"]), str(tensors["sha256"]), layers, shared, frozenset(computed)
+        kind,
+        tensors["file"],
+        int(tensors["bytes"]),
+        str(tensors["sha256"]),
+        layers,
+        dict(split),
+        shared,
+        frozenset(computed),
     )
 
 
 def _parse_layer(name: str, entry: dict[str, Any], kind: str) -> LayerEntry:
     flag = "bias" if kind == "model" else "transposed"
-    if set(entry) != {"structure", "shape", "dtype", flag} or not isinstance(entry[flag], bool):
+    optional = {"copies", "more"} if kind == "model" else set()
+    if set(entry) - optional != {"structure", "shape", "dtype", flag} or not isinstance(entry[flag], bool):
         raise FormatError(f"layer {name!r} has the fields {sorted(entry)}.")
+    copies, more = entry.get("copies", 1), entry.get("more", {})
+    if type(copies) is not int or copies < 1 or not isinstance(more, dict):
+        raise FormatError(f"layer {name!r} has {copies!r} matrices and the details {more!r}.")
     dtype = getattr(torch, str(entry["dtype"]), None)
     if not isinstance(dtype, torch.dtype):
         raise FormatError(f"layer {name!r} has the unknown dtype {entry['dtype']!r}.")
@@ -149,18 +184,18 @@ def _parse_layer(name: str, entry: dict[str, Any], kind: str) -> LayerEntry:
         raise FormatError(f"layer {name!r}: {error}") from error
     if resolved != structure:
         raise FormatError(f"layer {name!r} has {structure}, whose sizes are not resolved to integers.")
-    return LayerEntry(
-        structure, shape, entry["bias"] if kind == "model" else False, kind == "matrix" and entry[flag], dtype
-    )
+    bias = entry["bias"] if kind == "model" else False
+    details = json.dumps(more, sort_keys=True)
+    return LayerEntry(structure, shape, bias, kind == "matrix" and entry[flag], dtype, copies, details)
 
 
 def _stored_shapes(layer: LayerEntry, kind: str) -> dict[str, tuple[int, ...]]:
     last = (2,) if layer.dtype.is_complex else ()
     shapes = {}
     for name, spec in specs(layer.structure, layer.shape).items():
-        shapes[name] = spec.file_shape + (last if spec.dtype is None else ())
+        shapes[name] = layer.stacked(spec.file_shape + (last if spec.dtype is None else ()))
     if kind == "model" and layer.bias:
-        shapes["bias"] = (layer.shape[0], *last)
+        shapes["bias"] = (layer.copies * layer.shape[0], *last)
     return shapes
 
 

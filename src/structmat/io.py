@@ -18,6 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from structmat.compression.layers import layer_named, layer_of, splitter_named, splitters, structured_layer_of
+from structmat.compression.replace import decline_fast_paths
+from structmat.compression.scan import Site
+from structmat.compression.split import Splits, split_, whole_again_
 from structmat.errors import DataError, FormatError, ModelError
 from structmat.file_format import (
     FORMAT,
@@ -34,9 +38,10 @@ from structmat.file_format import (
 )
 from structmat.files import write_named, write_text
 from structmat.matrix import StructuredMatrix
-from structmat.nn.linear import FrozenLinear, StructuredLinear
+from structmat.nn.convolution import FrozenConvolution
+from structmat.nn.linear import FrozenLinear
 from structmat.places import pack, unpack
-from structmat.structure import ParameterSpec, Shape, Structure, specs, to_json
+from structmat.structure import ParameterSpec, Structure, specs, to_json
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -98,26 +103,38 @@ def _matrix_content(matrix: StructuredMatrix) -> tuple[dict[str, Tensor], dict[s
     for name, tensor in matrix.tensors.items():
         _check_tensor(name, tensor, parameter=True)
         tensors[name] = _written(tensor, declared[name])
-    return tensors, _header("matrix", {"": layer}, {}, [])
+    return tensors, _header("matrix", {"": layer}, {}, {}, [])
 
 
 def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     layers: dict[str, Any] = {}
-    declared: dict[str, ParameterSpec] = {}
+    declared: dict[str, tuple[ParameterSpec, int]] = {}
+    split: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FrozenLinear):
+        if isinstance(module, FrozenLinear | FrozenConvolution):
             raise ModelError(
                 f"Layer {name!r} is frozen: its fused tensors belong to no structure. Save the model before freezing."
             )
-        if isinstance(module, StructuredLinear):
-            layers[name] = {
-                "structure": to_json(module.structure),
-                "shape": [module.out_features, module.in_features],
-                "bias": module.bias is not None,
-                "dtype": _dtype_name(module.matrix.dtype),
-            }
-            start = f"{name}." if name else ""
-            declared |= {start + n: s for n, s in specs(module.structure, module.matrix.shape).items()}
+        for splitter in splitters():
+            if splitter.is_split(module):
+                split[name] = splitter.name
+        adapter = structured_layer_of(module)
+        if adapter is None:
+            continue
+        held = adapter.content(module)
+        layers[name] = {
+            "structure": to_json(held.structure),
+            "shape": list(held.shape),
+            "bias": getattr(module, "bias", None) is not None,
+            "dtype": _dtype_name(held.dtype),
+        }
+        more = dict(adapter.saved(module))
+        if held.copies > 1:
+            layers[name]["copies"] = held.copies
+        if more:
+            layers[name]["more"] = more
+        start = f"{name}." if name else ""
+        declared |= {start + n: (s, held.copies) for n, s in specs(held.structure, held.shape).items()}
     extra = [name for name in model.state_dict() if name.endswith("_extra_state")]
     if extra:
         raise ModelError(f"The model holds state that is not a tensor: {some(extra)}. Only tensors are saved.")
@@ -133,16 +150,18 @@ def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
         if owner != name:
             shared[name] = owner
             continue
-        plain = _written(tensor, declared.get(name))
+        plain = _written(tensor, *declared.get(name, (None, 1)))
         memory = plain.untyped_storage().data_ptr()
         tensors[name] = plain.clone() if memory in used else plain  # views of one memory, of other shapes
         used.add(memory)
         if kind == "computed":
             computed.append(name)
-    return tensors, _header("model", layers, shared, computed)
+    return tensors, _header("model", layers, split, shared, computed)
 
 
-def _header(kind: str, layers: dict[str, Any], shared: dict[str, str], computed: list[str]) -> dict[str, Any]:
+def _header(
+    kind: str, layers: dict[str, Any], split: dict[str, str], shared: dict[str, str], computed: list[str]
+) -> dict[str, Any]:
     from structmat import __version__
 
     return {
@@ -151,6 +170,7 @@ def _header(kind: str, layers: dict[str, Any], shared: dict[str, str], computed:
         "library": __version__,
         "kind": kind,
         "layers": layers,
+        "split": split,
         "shared": shared,
         "computed": sorted(computed),
     }
@@ -192,8 +212,11 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if whole else tensor.contiguous().clone()
 
 
-def _written(tensor: Tensor, spec: ParameterSpec | None) -> Tensor:
-    return pack(tensor, spec.places_in) if spec is not None and spec.is_packed else _plain(tensor)
+def _written(tensor: Tensor, spec: ParameterSpec | None, copies: int = 1) -> Tensor:
+    if spec is None or not spec.is_packed:
+        return _plain(tensor)
+    parts = [pack(part, spec.places_in) for part in (tensor if copies > 1 else [tensor])]
+    return torch.stack(parts) if copies > 1 else parts[0]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -216,8 +239,8 @@ def load(
 
     Args:
         folder: where it was saved.
-        model: the architecture, freshly built and dense, on any device including meta; its linear layers are replaced
-            in place by the structured ones, without a dense copy. Left out, a single matrix is read.
+        model: the architecture, freshly built and dense, on any device including meta; its layers are replaced in place
+            by the structured ones, without a dense copy. Left out, a single matrix is read.
         device: of the tensors; by default that of the model, and the CPU for one on the meta device.
 
     Returns:
@@ -243,7 +266,12 @@ def load(
                 return _load_matrix(header, file, torch.device(device or "cpu"))
             if model is None:
                 raise FormatError(f"{folder} holds a model. Build its architecture and call load(folder, model).")
-            return _load_model(header, file, shapes, model, device, folder)
+            splits = _split(header, model)
+            try:
+                return _load_model(header, file, shapes, model, device, folder)
+            except BaseException:
+                whole_again_(model, splits)
+                raise
     except SafetensorError as error:
         raise FormatError(f"{path} is not a readable safetensors file: {error}. Get the file again.") from error
 
@@ -265,22 +293,40 @@ def _load_matrix(header: Header, file: Any, device: torch.device) -> StructuredM
     return StructuredMatrix(layer.structure, layer.shape, tensors, transposed=layer.transposed)
 
 
-def _declared(header: Header) -> dict[str, ParameterSpec]:
-    """The tensors that structures call for, by their full names."""
+def _split(header: Header, model: nn.Module) -> Splits:
+    """Take apart what was so when it was saved. Raises FormatError; then nothing is changed."""
+    splits = split_(model, header.split)
+    for name, kind in header.split.items():
+        try:
+            found = splitter_named(kind).is_split(model.get_submodule(name))
+        except (AttributeError, ModelError):
+            found = False
+        if not found:
+            whole_again_(model, splits)
+            raise FormatError(
+                f"The file holds the matrices of {name!r}, a module of kind {kind!r}, as layers; the model has no such "
+                f"module there. Build the architecture that was saved."
+            )
+    return splits
+
+
+def _declared(header: Header) -> dict[str, tuple[ParameterSpec, LayerEntry]]:
+    """The tensors that structures call for, by their full names, with their layers."""
     return {
-        f"{prefix}.{name}" if prefix else name: spec
+        f"{prefix}.{name}" if prefix else name: (spec, layer)
         for prefix, layer in header.layers.items()
         for name, spec in specs(layer.structure, layer.shape).items()
     }
 
 
-def _unpacked(name: str, tensor: Tensor, spec: ParameterSpec | None) -> Tensor:
+def _unpacked(name: str, tensor: Tensor, spec: ParameterSpec | None, copies: int = 1) -> Tensor:
     """The tensor as it is used, from what the file holds."""
     if spec is None or not spec.is_packed:
         return tensor
     if tensor.dtype != spec.file_dtype:
         raise FormatError(f"The tensor {name!r} holds bits: it is {tensor.dtype} and must be {spec.file_dtype}.")
-    return unpack(tensor, spec.numel, spec.places_in, name)
+    parts = [unpack(part, spec.numel, spec.places_in, name) for part in (tensor if copies > 1 else [tensor])]
+    return torch.stack(parts) if copies > 1 else parts[0]
 
 
 def _check_dtype(name: str, tensor: Tensor, layer: LayerEntry, spec: ParameterSpec | None) -> None:
@@ -302,8 +348,11 @@ def _load_model(
     slots = _slots(model, made)
     stored = {name: header.shared.get(name, name) for name in (*shapes, *header.shared)}
     declared = _declared(header)
-    packed = {name: spec for name, spec in declared.items() if spec.is_packed}
-    whole = {name: packed[name].shape if name in packed else shape for name, shape in shapes.items()}
+    packed = {name: found for name, found in declared.items() if found[0].is_packed}
+    whole = {
+        name: packed[name][1].stacked(packed[name][0].shape) if name in packed else shape
+        for name, shape in shapes.items()
+    }
     _check_architecture(header, slots, {name: whole[owner] for name, owner in stored.items()}, folder)
     # Everything is read before the model is touched, so that a bad tensor leaves it as it was.
     values: dict[tuple[str, torch.device], Tensor] = {}
@@ -317,10 +366,13 @@ def _load_model(
         key = (stored[name], target)
         if key not in values:
             value = _read(file, stored[name], target, finite=slot.is_parameter)
-            values[key] = _unpacked(stored[name], value, packed.get(stored[name]))
+            if stored[name] in packed:
+                spec, layer = packed[stored[name]]
+                value = _unpacked(stored[name], value, spec, layer.copies)
+            values[key] = value
         value = values[key]
         if slot.layer is not None:
-            _check_dtype(name, value, header.layers[slot.layer], declared.get(name))
+            _check_dtype(name, value, header.layers[slot.layer], declared[name][0] if name in declared else None)
         earlier = owners.setdefault(id(slot.current), stored[name])
         if earlier != stored[name] and not torch.equal(value, _read(file, earlier, target, finite=False)):
             raise FormatError(
@@ -342,6 +394,7 @@ def _load_model(
         return made[""]
     for prefix, layer_module in made.items():
         model.set_submodule(prefix, layer_module)
+        decline_fast_paths(model, prefix)
     return model
 
 
@@ -360,10 +413,10 @@ class _Slot:
         return self.kind == "parameter"
 
 
-def _structured_layers(header: Header, model: nn.Module) -> dict[str, StructuredLinear]:
+def _structured_layers(header: Header, model: nn.Module) -> dict[str, nn.Module]:
     """The layers to put in, on the meta device; a layer that stands in two places of the model is made once."""
-    made: dict[str, StructuredLinear] = {}
-    same: dict[tuple[int, LayerEntry], StructuredLinear] = {}
+    made: dict[str, nn.Module] = {}
+    same: dict[tuple[int, LayerEntry], nn.Module] = {}
     for prefix, layer in header.layers.items():
         try:
             old = model.get_submodule(prefix)
@@ -371,40 +424,40 @@ def _structured_layers(header: Header, model: nn.Module) -> dict[str, Structured
             raise FormatError(
                 f"The model has no layer {prefix!r}, which the file holds as {layer.structure}."
             ) from error
-        shape = _linear_shape(old)
-        if shape is None:
+        adapter = layer_of(old) or structured_layer_of(old)
+        if adapter is None:
             raise FormatError(
                 f"Layer {prefix!r} of the model is a {type(old).__name__}; the file holds {layer.structure} "
                 f"in place of a linear layer."
             )
+        if adapter.is_structured(old):
+            held = adapter.content(old)
+            copies, shape = held.copies, held.shape
+        else:
+            copies, shape = adapter.shape(old)
         bias = getattr(old, "bias", None) is not None
-        if shape != layer.shape or bias != layer.bias:
+        if (copies, shape, bias) != (layer.copies, layer.shape, layer.bias):
             raise FormatError(
-                f"Layer {prefix!r} of the model has shape {shape} and bias={bias}; "
-                f"the file has shape {layer.shape} and bias={layer.bias}. Build the architecture that was saved."
+                f"Layer {prefix!r} of the model has shape {shape}{_times(copies)} and bias={bias}; "
+                f"the file has shape {layer.shape}{_times(layer.copies)} and bias={layer.bias}. "
+                f"Build the architecture that was saved."
             )
         key = (id(old), layer)
         if key not in same:
-            out_features, in_features = layer.shape
-            new = StructuredLinear(
-                in_features, out_features, layer.bias, structure=layer.structure, device="meta", dtype=layer.dtype
-            )
+            more = json.loads(layer.more)
+            new = adapter.empty(old, layer.structure, layer.dtype, **more)
+            if dict(adapter.saved(new)) != more:
+                raise FormatError(f"Layer {prefix!r} of the file says {more}, which a {type(old).__name__} is not.")
             same[key] = new.train(old.training)
         made[prefix] = same[key]
     return made
 
 
-def _linear_shape(module: nn.Module) -> Shape | None:
-    """``(out, in)`` of a linear layer of PyTorch, of transformers (``Conv1D``, transposed) or of this library."""
-    if isinstance(module, nn.Linear | StructuredLinear):
-        return (module.out_features, module.in_features)
-    weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.dim() == 2:
-        return (weight.shape[1], weight.shape[0])
-    return None
+def _times(copies: int) -> str:
+    return "" if copies == 1 else f" ({copies} times)"
 
 
-def _slots(model: nn.Module, made: Mapping[str, StructuredLinear]) -> dict[str, _Slot]:
+def _slots(model: nn.Module, made: Mapping[str, nn.Module]) -> dict[str, _Slot]:
     slots: dict[str, _Slot] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         inside = next((p for p in made if prefix == p or not p or prefix.startswith(f"{p}.")), None)
@@ -499,20 +552,26 @@ class StoredSize:
         """Of a layer's weight as it is; 0 if it is stored under the name of another."""
         return self._dense.get(name, 0)
 
-    def structured(
-        self, name: str, structure: Structure, shape: Shape, dtype: str, bias: bool, aliases: Sequence[str] = ()
-    ) -> int:
+    def structured(self, site: Site, structure: Structure) -> int:
         """Of a layer with a structure in the place of its weight, and the description of it."""
-        kind: torch.dtype = getattr(torch, dtype)
+        kind: torch.dtype = getattr(torch, site.dtype)
         total = 0
-        declared = specs(structure, shape)
+        declared = specs(structure, site.shape)
+        copies = (site.copies,) if site.copies > 1 else ()
         for tensor, spec in declared.items():
-            total += self._tensor(f"{name}.{tensor}", spec.file_shape, spec.file_dtype or kind)
-        entry = {"structure": to_json(structure), "shape": list(shape), "bias": bias, "dtype": dtype}
-        for own in (name, *aliases):
+            total += self._tensor(f"{site.name}.{tensor}", (*copies, *spec.file_shape), spec.file_dtype or kind)
+        entry = {
+            "structure": to_json(structure),
+            "shape": list(site.shape),
+            "bias": site.bias,
+            "dtype": site.dtype,
+            "copies": site.copies,
+            "more": dict(layer_named(site.kind).longest_saved()),
+        }
+        for own in (site.name, *site.aliases):
             total += len(json.dumps({"layers": {own: entry}}, indent=1).encode())
-        for alias in aliases:
-            total += sum(len(f'\n  "{alias}.{t}": "{name}.{t}",'.encode()) for t in declared)
+        for alias in site.aliases:
+            total += sum(len(f'\n  "{alias}.{t}": "{site.name}.{t}",'.encode()) for t in declared)
         return total
 
     def _tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from structmat.compression.layers import Layer, Load
 from structmat.compression.progress import Progress
 from structmat.compression.running import (
     GIVEN,
@@ -29,7 +30,8 @@ from structmat.compression.running import (
     samples_in,
     to_device,
 )
-from structmat.compression.scan import Site
+from structmat.compression.scan import Site, adapter_of
+from structmat.compression.split import split_apart
 from structmat.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -43,17 +45,29 @@ class Moments:
     """What one layer saw.
 
     Args:
-        second_moment: (in, in) float64, the mean of ``x x^T`` over input rows.
+        second_moment: (in, in) float64, the mean of ``x x^T`` over the rows that the matrix multiplies; of a layer with
+            several matrices (copies, in, in).
         gradient_moment: (out, out) float64, the mean of ``g g^T`` over output rows, ``g`` the gradient of the summed
-            loss in the layer's output; None where no gradient arrives.
-        rows: input rows in all.
+            loss in the layer's output, or (copies, out, out); None where no gradient arrives.
+        rows: that each matrix multiplied in all.
         calls: how often the layer was called.
+        sizes: of the last input, where costs depend on them.
     """
 
     second_moment: Tensor
     gradient_moment: Tensor | None
     rows: int
     calls: int
+    sizes: tuple[int, ...] = ()
+
+    def inputs(self, copy: int) -> Tensor:
+        """The second moment of what one of the matrices multiplies."""
+        return self.second_moment if self.second_moment.dim() == 2 else self.second_moment[copy]
+
+    def gradients(self, copy: int) -> Tensor | None:
+        """That of the gradients in its outputs."""
+        found = self.gradient_moment
+        return found if found is None or found.dim() == 2 else found[copy]
 
 
 @dataclass(frozen=True)
@@ -78,8 +92,12 @@ class Calibration:
 
     def rows_per_sample(self, name: str) -> float:
         """Input rows that a layer sees for one sample; 1 for a layer that was never called."""
+        return self.load(name).rows
+
+    def load(self, name: str) -> Load:
+        """What a layer does for one sample; one row for a layer that was never called."""
         found = self.moments.get(name)
-        return 1.0 if found is None else found.rows / self.samples
+        return Load() if found is None else Load(found.rows / self.samples, found.sizes)
 
 
 def calibrate(
@@ -114,6 +132,20 @@ def calibrate(
     Raises:
         DataError: no batch came, a batch can't be run, or activations or gradients are NaN or infinite.
     """
+    with split_apart(model, [site.name for site in sites]):
+        return _calibrated(model, sites, loader, forward, loss, gradients, seed, progress)
+
+
+def _calibrated(
+    model: nn.Module,
+    sites: Sequence[Site],
+    loader: Iterable[Any],
+    forward: Forward | None,
+    loss: Loss | None,
+    gradients: bool,
+    seed: int,
+    progress: bool,
+) -> Calibration:
     watch = _Watch(sites, model)
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
@@ -157,6 +189,7 @@ class _Record:
     gradient: Tensor | None = None
     rows: int = 0
     calls: int = 0
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -165,6 +198,8 @@ class _Shared:
 
     tensor: Tensor | None = None
     version: int = 0
+    detail: object = None
+    rows: int = 0
     product: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
@@ -195,38 +230,44 @@ class _Watch:
         self._last = _Shared()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        site, adapter = self.sites[name], adapter_of(self.modules[name])
+
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
             x = arguments[0]
-            rows = x.numel() // x.shape[-1] if x.numel() else 0
             record = self.records.get(name)
             if record is None:
-                size = self.sites[name].shape[1]
-                record = self.records[name] = _Record(torch.zeros(size, size, dtype=torch.float64))
-            record.inputs += self._product(name, x)
-            record.rows += rows
+                size = site.shape[1]
+                record = self.records[name] = _Record(torch.zeros(site.copies, size, size, dtype=torch.float64))
+            if x.numel():
+                product, rows = self._product(site, adapter, x)
+                record.inputs += product
+                record.rows += rows
+                record.sizes = adapter.sizes(module, x)
             record.calls += 1
             if not torch.is_grad_enabled():
                 return None
             fresh = not output.requires_grad
             if fresh:
                 output.requires_grad_()
-            output.register_hook(lambda g: self._gradient(name, g))
+            output.register_hook(lambda g: self._gradient(name, adapter, g))
             # What follows may work in place, which a leaf that requires a gradient forbids.
             return output.clone() if fresh else None
 
         return hook
 
-    def _product(self, name: str, x: Tensor) -> Tensor:
-        last = self._last
-        if last.tensor is x and last.version == x._version:
-            return last.product
-        product = _gram(x)
-        _check_finite(product, name, "inputs")
-        self._last = _Shared(x, x._version, product)
-        return product
+    def _product(self, site: Site, adapter: Layer, x: Tensor) -> tuple[Tensor, int]:
+        """The sum of ``x x^T`` over rows, and how many these are."""
+        last, detail = self._last, (site.kind, site.detail)
+        if last.tensor is x and last.version == x._version and last.detail == detail:
+            return last.product, last.rows
+        product, rows = gram(adapter.rows(self.modules[site.name], x.detach()), site.copies, site.shape[1])
+        _check_finite(product, site.name, "inputs")
+        self._last = _Shared(x, x._version, detail, rows, product)
+        return product, rows
 
-    def _gradient(self, name: str, gradient: Tensor) -> None:
-        product = _gram(gradient)
+    def _gradient(self, name: str, adapter: Layer, gradient: Tensor) -> None:
+        site = self.sites[name]
+        product, _ = gram([adapter.output_rows(self.modules[name], gradient.detach())], site.copies, site.shape[0])
         _check_finite(product, name, "gradients in the outputs")
         record = self.records[name]
         record.gradient = product if record.gradient is None else record.gradient.add_(product)
@@ -236,24 +277,27 @@ class _Watch:
         for name, record in self.records.items():
             if record.rows == 0:
                 continue
-            inputs = record.inputs / record.rows
+            inputs = (record.inputs[0] if len(record.inputs) == 1 else record.inputs) / record.rows
             for other in found.values():  # layers that read the same input share one tensor
                 if other.rows == record.rows and torch.equal(other.second_moment, inputs):
                     inputs = other.second_moment
                     break
             gradient = None if record.gradient is None else record.gradient / record.rows
-            found[name] = Moments(inputs, gradient, record.rows, record.calls)
+            if gradient is not None and len(gradient) == 1:
+                gradient = gradient[0]
+            found[name] = Moments(inputs, gradient, record.rows, record.calls, record.sizes)
         return found
 
 
-def _gram(x: Tensor) -> Tensor:
-    """The sum of ``x x^T`` over rows, in float64 on the CPU."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
-    for chunk in rows.split(_CHUNK):
-        wide = chunk if chunk.dtype == torch.float64 else chunk.float()
-        total += (wide.T @ wide).to(device="cpu", dtype=torch.float64)
-    return total
+def gram(parts: Iterable[Tensor], copies: int, size: int) -> tuple[Tensor, int]:
+    """The sums of ``x x^T`` over the rows of parts (copies, rows, size), in float64 on the CPU, and how many rows."""
+    total, count = torch.zeros(copies, size, size, dtype=torch.float64), 0
+    for part in parts:
+        count += part.shape[1]
+        for chunk in part.split(_CHUNK, 1):
+            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
+            total += (wide.mT @ wide).to(device="cpu", dtype=torch.float64)
+    return total, count
 
 
 def _check_finite(product: Tensor, name: str, what: str) -> None:
@@ -282,14 +326,28 @@ def to_tensors(seen: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors[shared] = moments.second_moment
         if moments.gradient_moment is not None:
             tensors[f"gradient.{number}"] = moments.gradient_moment
-        layers.append({"name": name, "second": shared, "rows": moments.rows, "calls": moments.calls})
+        layers.append(
+            {
+                "name": name,
+                "second": shared,
+                "rows": moments.rows,
+                "calls": moments.calls,
+                "sizes": list(moments.sizes),
+            }
+        )
     return {**facts(seen), "layers": layers}, tensors
 
 
 def from_tensors(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Calibration:
     """Read what :func:`to_tensors` made."""
     moments = {
-        layer["name"]: Moments(tensors[layer["second"]], tensors.get(f"gradient.{i}"), layer["rows"], layer["calls"])
+        layer["name"]: Moments(
+            tensors[layer["second"]],
+            tensors.get(f"gradient.{i}"),
+            layer["rows"],
+            layer["calls"],
+            tuple(layer["sizes"]),
+        )
         for i, layer in enumerate(data["layers"])
     }
     known = {n: data[n] for n in ("loss", "batches", "samples", "terms", "kind")}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from structmat.compression.layers import Members, layer_named, layers
+from structmat.compression.scan import Site
 from structmat.errors import FormatError, StructureError
 from structmat.structure import Shape, Structure
 from structmat.structure import to_json as structure_to_json
@@ -39,6 +42,7 @@ class Candidate:
         method: how it was fitted.
         loss: predicted rise of the model's loss; see :mod:`structmat.compression.score`.
         cost: in the unit of the budget.
+        form: of a kernel or the like that the structure is, where only one kind of layer has it; "" for a family.
     """
 
     structure: Structure
@@ -50,6 +54,27 @@ class Candidate:
     method: str
     loss: float
     cost: float
+    form: str = ""
+
+    @property
+    def variant(self) -> Variant:
+        """What it is judged together with."""
+        return variant_of(self.structure, self.form)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is tried as one: a family, or a form that one kind of layer has.
+
+    Args:
+        name: of the family or of the form.
+        form: the same for a form; "" for a family.
+        members: with at most so many stored numbers.
+    """
+
+    name: str
+    form: str
+    members: Members
 
 
 @dataclass(frozen=True)
@@ -90,8 +115,10 @@ def expecting(candidate: Candidate, gain: float) -> Candidate:
     )
 
 
-def variant_of(structure: Structure) -> Variant:
+def variant_of(structure: Structure, form: str = "") -> Variant:
     """What a structure is judged together with."""
+    if form:
+        return (form,)
     return (
         tuple(type(part).__name__ for part in structure.parts)
         if isinstance(structure, Sum)
@@ -108,18 +135,39 @@ def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
     known = families()
     if structures is None:
         return [known[name] for name in sorted(known) if known[name].by_default]
+    return [_family(choice) for choice in structures if not isinstance(choice, Structure)]
+
+
+def kinds_of(structures: Sequence[Choice] | None, site: Site) -> list[Kind]:
+    """What a choice lets a layer try: families, and forms that only layers of its kind have; for None the usual
+    families and all its forms.
+
+    Raises:
+        StructureError: a name is neither a family nor a form of any kind of layer.
+    """
+    forms = layer_named(site.kind).forms(site)
+    of_others = {name for adapter in layers() for name in adapter.form_names} - set(forms)
+    wanted: list[str | type[Structure]] = [*families_of(None), *sorted(forms)]
+    if structures is not None:
+        wanted = [choice for choice in structures if not isinstance(choice, Structure)]
     found = []
-    for choice in structures:
-        if isinstance(choice, Structure):
-            continue
+    for choice in wanted:
         name = family_name(choice)
-        if isinstance(choice, type) and known.get(name, choice) is choice:
-            found.append(choice)  # a family that is not installed, only named
-            continue
-        if name not in known:
-            raise StructureError(f"Unknown family {name!r}. Known are {', '.join(sorted(known))}.")
-        found.append(known[name])
+        if name in forms:
+            found.append(Kind(name, name, forms[name]))
+        elif name not in of_others and name != Dense.__name__:
+            found.append(Kind(name, "", partial(_family(choice).configurations, site.shape)))
     return found
+
+
+def _family(choice: str | type[Structure]) -> type[Structure]:
+    """The family of a class, which need not be installed, or of a name. Raises what :func:`families_of` does."""
+    name, known = family_name(choice), families()
+    if isinstance(choice, type) and known.get(name, choice) is choice:
+        return choice
+    if name not in known:
+        raise StructureError(f"Unknown family {name!r}. Known are {', '.join(sorted(known))}.")
+    return known[name]
 
 
 def family_name(choice: Choice) -> str:

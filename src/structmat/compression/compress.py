@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from structmat.compression import statistics
 from structmat.compression.again import Round, choose_again
 from structmat.compression.allocate import Allocation
 from structmat.compression.budget import Parameters
@@ -34,13 +35,14 @@ from structmat.compression.figures import (
 from structmat.compression.frontier import Point, write_plans
 from structmat.compression.goals import Goal, Goals, read_goals
 from structmat.compression.plan import Plan
-from structmat.compression.replace import replace_layers
+from structmat.compression.replace import Replaced, replace_layers
 from structmat.compression.report import Report, Totals, environment
 from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss, check_loader
-from structmat.compression.scan import Scan, Site, Skipped, dense_weight, is_meta, matching, scan
+from structmat.compression.scan import Scan, Site, Skipped, adapter_of, is_meta, matching, scan
 from structmat.compression.score import Measurement, score
 from structmat.compression.screen import check_weight, screen
+from structmat.compression.split import Splits, split_, split_apart, whole_again_
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint, form_and_start
 from structmat.errors import BudgetError, DataError, ModelError, StructureError
 from structmat.projection.project import DEFAULT_SWEEPS
@@ -98,13 +100,13 @@ def compress_(
     rounds: int = 0,
     progress: bool = False,
 ) -> Result[Model]:
-    """Compress a trained model in place, choosing a structure for each linear layer under one global budget.
+    """Compress a trained model in place, choosing a structure for each layer under one global budget.
 
     The steps, each callable alone: scan, calibrate, screen, score, allocate, contest, replace, recover, evaluate,
     report.
 
     Args:
-        model: any module with ``nn.Linear`` layers (or transformers' ``Conv1D``).
+        model: any module with ``nn.Linear`` layers, convolutions, recurrent nets or attention.
         budget: :class:`Parameters`, :class:`Flops` or :class:`Latency` of all compressible layers together;
             :class:`Memory`, the bytes of the saved model; or :class:`Quality`, for the smallest model that ``evaluate``
             accepts. A dict from glob patterns to budgets limits groups of layers, each by itself; layers of no group
@@ -164,18 +166,20 @@ def compress_(
             _check_plan(plan, found)
         fixed = _fixed(found, overrides, model)
         if plan is not None:
-            shapes = {site.name: site.shape for site in found.sites}
-            goals = read_goals(Parameters(sum(max(count_stored(fixed[n], s), s[0] * s[1]) for n, s in shapes.items())))
+            numbers = {s.name: max(s.copies * count_stored(fixed[s.name], s.shape), s.numbers) for s in found.sites}
+            goals = read_goals(Parameters(sum(numbers.values())))
             measure = False
         assert goals is not None, "either a budget or a plan is given"
-        for site in found.sites:
-            check_weight(site, dense_weight(model.get_submodule(site.name)))
         base = digest(__version__, fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
     sequential = sequential and calibration is not None
     if original is None and (recover is not None or calibration is not None):
         original = copy.deepcopy(model)
     with clock("evaluate"):
         quality = {"before": _quality(evaluate, model, work, "before", base)} if evaluate else {}
+    splits = whole_again_(model, split_(model), [site.name for site in found.sites])
+    for site in found.sites:
+        module = model.get_submodule(site.name)
+        check_weight(site, adapter_of(module).matrices(module))
     with clock("calibrate"):
         seen, key = _calibrated(model, found, calibration, forward, loss, seed, work, base, progress)
         sites, skipped = _called(found, seen)
@@ -225,10 +229,13 @@ def compress_(
         key,
         progress,
     )
-    builder = Builder(
-        model,
-        lambda copied, wanted: replace_layers(
-            copied,
+
+    def fit(
+        target: nn.Module, wanted: Plan, taken_apart: Splits
+    ) -> tuple[tuple[Replaced, ...], Mapping[str, Any] | None]:
+        """Put the structures of a plan into a model, and estimate batch statistics again."""
+        done = replace_layers(
+            target,
             wanted,
             calibration=seen,
             original=original if sequential else None,
@@ -239,7 +246,16 @@ def compress_(
             folder=work,
             key=key,
             progress=progress,
-        ),
+        )
+        whole_again_(target, taken_apart, wanted.changed)
+        if original is None or calibration is None:
+            return done, None
+        own = digest(key, wanted.to_json()["layers"], sequential, sweeps)
+        return done, _statistics(target, original, calibration, forward, work, own)
+
+    builder = Builder(
+        model,
+        lambda copied, wanted: fit(copied, wanted, copy.deepcopy(splits)),
         None
         if recover is None
         else lambda copied, name: _recovered(
@@ -262,7 +278,7 @@ def compress_(
     again: tuple[Round, ...] = ()
     if rounds and goals.quality is None:
         assert original is not None and calibration is not None  # noqa: PT018
-        with clock("again"):
+        with clock("again"), split_apart(original):
             screening, allocation, again = choose_again(
                 chosen.chooser,
                 chosen.limits,
@@ -280,19 +296,7 @@ def compress_(
         points = () if follows else frontier_of(chosen, builder, frontier)
     parameters_before, bytes_before = stored_numbers(model), bytes_of(model)
     with clock("replace"):
-        replaced = replace_layers(
-            model,
-            plan,
-            calibration=seen,
-            original=original if sequential else None,
-            loader=calibration,
-            forward=forward,
-            sweeps=sweeps,
-            seed=seed,
-            folder=work,
-            key=key,
-            progress=progress,
-        )
+        replaced, fresh = fit(model, plan, splits)
     built = chosen.built
     if evaluate and (not chosen.quality or recover is not None):
         with clock("evaluate"):
@@ -317,13 +321,13 @@ def compress_(
     own = chosen.quality or quality.get("after")
     points = () if follows else with_result(points, chosen, allocation, own)
     with clock("time"):
-        timer = Timer(calibration, forward, seen)
+        timer = Timer(sites, calibration, forward, seen)
         timings = timer.compare(original, model, plan)
     report = Report(
         model=type(model).__name__,
         budget=budget_facts(goals, allocation, chosen.judge),
         parameters=Totals(
-            sum(s.shape[0] * s.shape[1] for s in sites),
+            sum(s.numbers for s in sites),
             sum(c.parameters for c in allocation.chosen.values()),
         ),
         model_parameters=Totals(parameters_before, stored_numbers(model)),
@@ -347,6 +351,7 @@ def compress_(
         frontier=tuple(point.to_json() for point in points),
         tried=tuple(tried.to_json() for tried in chosen.tried),
         again=tuple(dataclasses.asdict(r) for r in again),
+        statistics=fresh,
     )
     if folder is not None:
         report.write(Path(folder) / "report.json")
@@ -506,16 +511,32 @@ def _called(found: Scan, seen: Calibration | None) -> tuple[tuple[Site, ...], tu
         return found.sites, found.skipped
     sites = tuple(site for site in found.sites if site.name in seen.moments)
     idle = tuple(
-        Skipped(site.name, site.kind, site.shape, site.shape[0] * site.shape[1], "never called on calibration data")
+        Skipped(site.name, site.kind, site.shape, site.numbers, "never called on calibration data")
         for site in found.sites
         if site.name not in seen.moments
     )
     if not sites:
         raise ModelError(
-            f"None of the {len(found.sites)} linear layers was called on the calibration data. "
+            f"None of the {len(found.sites)} layers was called on the calibration data. "
             f"Pass forward=... that runs the part of the model which holds them."
         )
     return sites, found.skipped + idle
+
+
+def _statistics(
+    model: nn.Module, original: nn.Module, loader: Iterable[Any], forward: Forward | None, work: WorkFolder, key: str
+) -> dict[str, Any] | None:
+    """Statistics of batch normalisations, estimated again now or when the folder was begun."""
+    piece = f"statistics/{key[:12]}"
+    kept = work.load(piece, key)
+    if kept is not None:
+        statistics.write_(model, kept[1])
+        return kept[0]
+    found = statistics.reestimate(model, original, loader, forward=forward)
+    if found is None:
+        return None
+    work.store(piece, key, dataclasses.asdict(found), statistics.tensors_of(model))
+    return dataclasses.asdict(found)
 
 
 def _recovered(

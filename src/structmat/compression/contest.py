@@ -19,7 +19,6 @@ from structmat.compression.candidates import (
     candidate_from_json,
     candidate_to_json,
     expecting,
-    variant_of,
 )
 from structmat.compression.scan import Site
 from structmat.compression.screen import layer_worker
@@ -110,8 +109,7 @@ def contest(
         found = []
         worker = layer_worker(model, site, budget, calibration, sweeps=sweeps, seed=seed)
         for before in chosen:
-            quick = worker.fitted(before.structure, worker.quick, before.cost)
-            after = worker.fitted(before.structure, worker.target, before.cost)
+            quick, after = worker.fitted(before, swept=False), worker.fitted(before, swept=True)
             if not (math.isfinite(after.loss) and quick.loss > 0):
                 continue
             found.append(Outcome(before, after, after.loss / quick.loss))
@@ -137,8 +135,8 @@ def contenders(layer: LayerScreen, chosen: Candidate) -> list[Candidate]:
             continue
         if not chosen.cost / NEAR <= candidate.cost <= chosen.cost * NEAR:
             continue
-        variant = variant_of(candidate.structure)
-        others = (c for c in layer.candidates if c.cost <= candidate.cost and variant_of(c.structure) != variant)
+        variant = candidate.variant
+        others = (c for c in layer.candidates if c.cost <= candidate.cost and c.variant != variant)
         least = min((c.loss for c in others), default=math.inf)
         ratio = candidate.loss / least if least > 0 else math.inf
         if ratio <= REACH and (variant not in best or ratio < best[variant][0]):
@@ -150,12 +148,12 @@ def improved(layer: LayerScreen, outcomes: Sequence[Outcome]) -> LayerScreen:
     """The layer's candidates with what the contest showed."""
     candidates = list(layer.candidates)
     for outcome in outcomes:
-        variant = variant_of(outcome.before.structure)
+        variant = outcome.before.variant
         share = outcome.after.loss / outcome.before.loss if outcome.before.loss > 0 else 1.0
         for index, candidate in enumerate(candidates):
             if candidate.structure == outcome.before.structure:
                 candidates[index] = outcome.after
-            elif variant_of(candidate.structure) == variant and (
+            elif candidate.variant == variant and (
                 outcome.before.cost / NEAR <= candidate.cost <= outcome.before.cost * NEAR
             ):
                 candidates[index] = expecting(candidate, share)

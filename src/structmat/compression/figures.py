@@ -18,6 +18,7 @@ from structmat.compression.allocate import Allocation
 from structmat.compression.budget import Budget, Latency
 from structmat.compression.calibrate import Calibration
 from structmat.compression.candidates import Screening, candidate_to_json
+from structmat.compression.layers import Load, cost_of, layer_named, structured_layer_of
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, frozen_layers
 from structmat.compression.report import LayerReport, Timing, Totals
@@ -25,7 +26,6 @@ from structmat.compression.running import Forward
 from structmat.compression.scan import Site
 from structmat.compression.score import Measurement
 from structmat.compression.timing import ModelTiming, sized, time_models
-from structmat.nn.linear import StructuredLinear
 from structmat.structure import ParameterSpec, Structure, count_stored, specs
 from structmat.structure import to_json as structure_to_json
 from structmat.structures.dense import Dense
@@ -58,14 +58,16 @@ class Clock:
 class Timer:
     """Times of layers and of the whole model at several batch sizes."""
 
-    def __init__(self, loader: Iterable[Any] | None, forward: Forward | None, seen: Calibration | None) -> None:
+    def __init__(
+        self, sites: Sequence[Site], loader: Iterable[Any] | None, forward: Forward | None, seen: Calibration | None
+    ) -> None:
+        self.sites = sites
         self.batch = next(iter(loader)) if loader is not None else None
         self.forward, self.seen = forward, seen
 
-    def layer(self, structure: Structure, site_name: str, shape: tuple[int, int], batch: int) -> float:
+    def layer(self, structure: Structure, site: Site, batch: int) -> float:
         """Microseconds of one layer's structure for so many samples, each of as many rows as calibration saw."""
-        rows = 1.0 if self.seen is None else self.seen.rows_per_sample(site_name)
-        return Latency(0.5, batch).cost(structure, shape, rows)
+        return cost_of(Latency(0.5, batch), site, structure, load_of(site, self.seen))
 
     def compare(self, original: nn.Module | None, model: nn.Module, plan: Plan) -> tuple[Timing, ...]:
         """Layers alone at every batch size; both models in turns where there is data to run them on."""
@@ -79,12 +81,12 @@ class Timer:
 
     def _rows(self, plan: Plan, batch: int) -> int:
         """Of the input of a typical layer."""
-        counts = [1.0 if self.seen is None else self.seen.rows_per_sample(name) for name in plan.shapes]
+        counts = [load_of(site, self.seen).rows for site in self.sites]
         return max(1, round(batch * statistics.median(counts))) if counts else batch
 
     def _layers(self, plan: Plan, batch: int) -> tuple[float, float]:
-        dense = sum(self.layer(Dense(), n, s, batch) for n, s in plan.shapes.items())
-        now = sum(self.layer(plan.layers[n], n, s, batch) for n, s in plan.shapes.items())
+        dense = sum(self.layer(Dense(), site, batch) for site in self.sites)
+        now = sum(self.layer(plan.layers[site.name], site, batch) for site in self.sites)
         return dense / 1e3, now / 1e3
 
 
@@ -101,8 +103,8 @@ def layer_report(
     layer, chosen = screening[site.name], allocation.chosen[site.name]
     final = next((r for r in replaced if r.name == site.name), None)
     dense = layer.keep
-    now = timer.layer(chosen.structure, site.name, site.shape, 1)
-    then = timer.layer(Dense(), site.name, site.shape, 1)
+    now = timer.layer(chosen.structure, site, 1)
+    then = timer.layer(Dense(), site, 1)
     return LayerReport(
         name=site.name,
         shape=site.shape,
@@ -132,6 +134,11 @@ def layer_report(
     )
 
 
+def load_of(site: Site, seen: Calibration | None) -> Load:
+    """What a layer does for one sample; one row if nothing was seen."""
+    return Load() if seen is None else seen.load(site.name)
+
+
 def as_they_are(
     allocation: Allocation, model: nn.Module, sites: Sequence[Site], budget: Budget, seen: Calibration | None
 ) -> Allocation:
@@ -139,15 +146,16 @@ def as_they_are(
     chosen = dict(allocation.chosen)
     for site in sites:
         module, before = model.get_submodule(site.name), chosen[site.name]
-        if not isinstance(module, StructuredLinear) or module.structure == before.structure:
+        adapter = structured_layer_of(module)
+        structure = before.structure if adapter is None else adapter.content(module).structure
+        if structure == before.structure:
             continue
-        rows = 1.0 if seen is None else seen.rows_per_sample(site.name)
         chosen[site.name] = dataclasses.replace(
             before,
-            structure=module.structure,
-            parameters=count_stored(module.structure, site.shape),
-            flops=budgets.flops(module.structure, site.shape),
-            cost=budget.cost(module.structure, site.shape, rows),
+            structure=structure,
+            parameters=site.copies * count_stored(structure, site.shape),
+            flops=site.copies * budgets.flops(structure, site.shape),
+            cost=cost_of(budget, site, structure, load_of(site, seen)),
         )
     spent = tuple(
         dataclasses.replace(
@@ -165,9 +173,10 @@ def total_flops(sites: Sequence[Site], allocation: Allocation, seen: Calibration
 
     def total(dense: bool) -> float:
         return sum(
-            budgets.flops(Dense() if dense else allocation.chosen[s.name].structure, s.shape)
-            * (1.0 if seen is None else seen.rows_per_sample(s.name))
-            for s in sites
+            layer_named(site.kind).flops(
+                site, Dense() if dense else allocation.chosen[site.name].structure, load_of(site, seen)
+            )
+            for site in sites
         )
 
     return Totals(total(True), total(False))
@@ -176,22 +185,29 @@ def total_flops(sites: Sequence[Site], allocation: Allocation, seen: Calibration
 def stored_numbers(model: nn.Module) -> int:
     """Stored numbers of a whole model: parameters, and what says where those of structured layers lie."""
     size = sum(p.numel() for p in model.parameters())
-    return size + sum(spec.stored for _, spec in _fixed_tensors(model))
+    return size + sum(copies * spec.stored for _, spec, copies in _fixed_tensors(model))
 
 
 def bytes_of(model: nn.Module) -> int:
     """Of all tensors that are saved, each once."""
     kept = {(t.data_ptr(), t.shape, t.dtype): t for t in model.state_dict().values() if isinstance(t, Tensor)}
-    packed = {t.data_ptr(): math.prod(spec.file_shape) for t, spec in _fixed_tensors(model) if spec.is_packed}
+    packed = {
+        t.data_ptr(): copies * math.prod(spec.file_shape) for t, spec, copies in _fixed_tensors(model) if spec.is_packed
+    }
     return sum(packed.get(t.data_ptr(), t.numel() * t.element_size()) for t in kept.values())
 
 
-def _fixed_tensors(model: nn.Module) -> list[tuple[Tensor, ParameterSpec]]:
+def _fixed_tensors(model: nn.Module) -> list[tuple[Tensor, ParameterSpec, int]]:
     """Supports and permutations of structured layers, each once."""
-    layers = {id(m): m for m in model.modules() if isinstance(m, StructuredLinear)}
-    return [
-        (getattr(layer, name), spec)
-        for layer in layers.values()
-        for name, spec in specs(layer.structure, layer.matrix.shape).items()
-        if not spec.learned
-    ]
+    found = []
+    for layer in {id(m): m for m in model.modules()}.values():
+        adapter = structured_layer_of(layer)
+        if adapter is None:
+            continue
+        held = adapter.content(layer)
+        found += [
+            (getattr(layer, name), spec, held.copies)
+            for name, spec in specs(held.structure, held.shape).items()
+            if not spec.learned
+        ]
+    return found

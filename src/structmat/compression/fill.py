@@ -10,7 +10,7 @@ from torch import nn
 from structmat.compression.allocate import Allocation, Limit, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration
-from structmat.compression.candidates import Candidate, Choice, LayerScreen, Screening, families_of, variant_of
+from structmat.compression.candidates import Candidate, Choice, Kind, LayerScreen, Screening, kinds_of
 from structmat.compression.contest import Outcomes
 from structmat.compression.scan import Site
 from structmat.compression.score import Correction, Measurement
@@ -62,7 +62,6 @@ def fill(
     Returns:
         The screening with the new candidates, and the allocation.
     """
-    kinds = families_of(structures)
     for _ in range(ROUNDS):
         spent = sum(c.cost for c in allocation.chosen.values())
         if all(allocation.left(site.name) <= ENOUGH * spent for site in sites):
@@ -70,14 +69,15 @@ def fill(
         grown = dict(screening)
         for site in sites:
             chosen, left = allocation.chosen[site.name], allocation.left(site.name)
-            if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or type(chosen.structure) not in kinds:
+            name = chosen.form or type(chosen.structure).__name__
+            kind = next((kind for kind in kinds_of(structures, site) if kind.name == name), None)
+            if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or kind is None:
                 continue
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
-            variant = variant_of(chosen.structure)
-            gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if variant_of(o.after.structure) == variant]
+            gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if o.after.variant == chosen.variant]
             gain = gains[0] if gains else 1.0
             layer, factor = screening[site.name], (factors or {}).get(site.name, 1.0)
-            found = _larger(model, site, chosen, left, layer, budget, calibration, pairs, gain, factor, seed)
+            found = _larger(model, site, chosen, kind, left, layer, budget, calibration, pairs, gain, factor, seed)
             ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
             grown[site.name] = replace(layer, candidates=tuple(ordered))
         if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
@@ -91,6 +91,7 @@ def _larger(
     model: nn.Module,
     site: Site,
     chosen: Candidate,
+    kind: Kind,
     left: float,
     layer: LayerScreen,
     budget: Budget,
@@ -107,9 +108,8 @@ def _larger(
     numbers_a_unit = chosen.parameters / chosen.cost if chosen.cost > 0 else 0.0
     found: list[Candidate] = []
     for part in (1.0, 0.5, 0.25):
-        size = site.shape[0] * site.shape[1]
-        share = min(chosen.parameters + part * left * numbers_a_unit, size - 1) / size
-        for candidate in worker.try_share(type(chosen.structure), share, {variant_of(chosen.structure)}):
+        share = min(chosen.parameters + part * left * numbers_a_unit, site.numbers - site.copies) / site.numbers
+        for candidate in worker.try_share(kind, share, {chosen.variant}):
             if chosen.cost < candidate.cost <= chosen.cost + left:
                 loss = factor * curve(candidate.loss * gain)
                 found.append(replace(candidate, error=candidate.error * gain**0.5, loss=loss))

@@ -13,6 +13,8 @@ from structmat.compression.allocate import Limit
 from structmat.compression.budget import Budget, Flops, Latency, Memory, Parameters, Quality, from_json, limit, to_json
 from structmat.compression.calibrate import Calibration
 from structmat.compression.candidates import Candidate, Screening
+from structmat.compression.figures import load_of
+from structmat.compression.layers import cost_of
 from structmat.compression.scan import Site, matching
 from structmat.errors import BudgetError, FormatError, ModelError
 from structmat.io import StoredSize
@@ -171,7 +173,7 @@ def _limit(
             return 0.0
         if is_unit:
             return candidate.cost
-        return budget.cost(candidate.structure, counted[name].shape, rows_of(seen, name))
+        return cost_of(budget, counted[name], candidate.structure, load_of(counted[name], seen))
 
     dense = sum(spend(name, screening[name].keep) for name in counted)
     return Limit(budget, limit(budget, dense), dense, spend, pattern)
@@ -188,9 +190,7 @@ def _memory(budget: Memory, counted: Mapping[str, Site], model: nn.Module) -> Li
             if isinstance(candidate.structure, Dense):
                 cached[key] = float(size.dense(name))
             else:
-                cached[key] = float(
-                    size.structured(name, candidate.structure, site.shape, site.dtype, site.bias, site.aliases)
-                )
+                cached[key] = float(size.structured(site, candidate.structure))
         return cached[key]
 
     dense = size.beside + sum(size.dense(name) for name in counted)
@@ -217,8 +217,3 @@ def matching_sites(pattern: str, sites: Sequence[Site]) -> list[Site]:
             f"{', '.join(near)}."
         )
     return [site for site in sites if site.name in names]
-
-
-def rows_of(seen: Calibration | None, name: str) -> float:
-    """Input rows that a layer sees for one sample; 1 without calibration."""
-    return 1.0 if seen is None else seen.rows_per_sample(name)

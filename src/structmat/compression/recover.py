@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structmat.compression.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from structmat.compression.layers import structured_layer_of
 from structmat.compression.progress import Progress
 from structmat.compression.running import (
     Forward,
@@ -29,10 +31,10 @@ from structmat.compression.running import (
     own_loss,
     to_device,
 )
+from structmat.compression.split import split_apart
 from structmat.errors import DataError, StructureError
 from structmat.learn.groups import recovery_groups
 from structmat.learn.windows import WindowLearner, hardened, softened
-from structmat.nn.linear import StructuredLinear
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +180,16 @@ def recover(
     learner = _learner(model, settings, seed) if settings.windows else None
     run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed)
     run.learner = learner
-    with evaluating(model), evaluating(original), torch.random.fork_rng(devices=[]), Progress(show) as progress:
+    # Layer by layer the original's matrices must be layers of their own too.
+    layers = [name for name, _ in model.named_modules()]
+    apart = split_apart(original, layers) if settings.layerwise else contextlib.nullcontext()
+    with (
+        apart,
+        evaluating(model),
+        evaluating(original),
+        torch.random.fork_rng(devices=[]),
+        Progress(show) as progress,
+    ):
         done = run.go(Path(folder) if folder is not None else None, progress)
     if learner is not None:
         learner.harden()
@@ -381,7 +392,7 @@ class _Run:
 
     def _layerwise(self, batch: Any) -> Tensor:
         """The mean over structured layers of the squared error of their outputs, relative to the original layer's."""
-        names = [n for n, m in self.model.named_modules() if isinstance(m, StructuredLinear)]
+        names = [n for n, m in self.model.named_modules() if structured_layer_of(m) is not None]
         wanted: dict[str, list[Tensor]] = {name: [] for name in names}
         errors: list[Tensor] = []
         handles = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -13,16 +15,17 @@ from torch import Tensor, nn
 
 from structmat.compression.budget import flops
 from structmat.compression.calibrate import Calibration
+from structmat.compression.layers import layer_of, splitters, structured_layer_of
 from structmat.compression.plan import Plan
 from structmat.compression.progress import Progress
 from structmat.compression.running import Forward
-from structmat.compression.scan import Site, dense_weight, kind_of, parent_and_child
-from structmat.compression.screen import layer_target, norm_name
+from structmat.compression.scan import Site, adapter_of, parent_and_child, site_of
+from structmat.compression.screen import layer_targets, norm_name, weakest
 from structmat.compression.sequential import Prefix, corrected, prefix_moments
+from structmat.compression.split import split_, split_apart, whole_again_
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import ModelError
 from structmat.matrix import StructuredMatrix
-from structmat.nn.linear import StructuredLinear
 from structmat.projection.project import DEFAULT_SWEEPS, project_target
 from structmat.structure import Structure, count_stored
 from structmat.structure import to_json as structure_to_json
@@ -78,9 +81,43 @@ def replace_layers(
         progress: show a progress bar on stderr.
 
     Raises:
-        ModelError: a layer of the plan is missing in the model, has another shape or is not linear.
+        ModelError: a layer of the plan is missing in the model, has another shape or is of no known kind.
     """
-    folder = folder or WorkFolder(None)
+    # Where the model was not taken apart before, as by compress: parts of recurrent nets and of attention are layers.
+    splits = split_(model)
+    try:
+        apart = contextlib.nullcontext() if original is None else split_apart(original, plan.changed)
+        with apart:
+            return _replaced(
+                model,
+                plan,
+                calibration,
+                original,
+                loader,
+                forward,
+                sweeps,
+                seed,
+                folder or WorkFolder(None),
+                key,
+                progress,
+            )
+    finally:
+        whole_again_(model, splits, plan.changed)
+
+
+def _replaced(
+    model: nn.Module,
+    plan: Plan,
+    calibration: Calibration | None,
+    original: nn.Module | None,
+    loader: Iterable[Any] | None,
+    forward: Forward | None,
+    sweeps: int,
+    seed: int,
+    folder: WorkFolder,
+    key: str,
+    progress: bool,
+) -> tuple[Replaced, ...]:
     sites = {name: _site(model, name, plan) for name in plan.changed}
     moments = dict(calibration.moments) if calibration is not None else {}
     order = [n for n in moments if n in sites] + [n for n in sites if n not in moments]
@@ -102,9 +139,11 @@ def replace_layers(
             if kept is not None:
                 data, tensors = kept
                 done[name] = Replaced(name, structure, **data)
-                matrix = StructuredMatrix(structure, site.shape, tensors)
+                matrices = [
+                    StructuredMatrix(structure, site.shape, _of_copy(tensors, copy)) for copy in range(site.copies)
+                ]
             else:
-                weight, norm = dense_weight(module), ""
+                weights, norm = adapter_of(module).matrices(module), ""
                 if original is not None and calibration is not None and seen is not None and done:
                     assert loader is not None, "a fit behind the layers before needs the calibration data"
                     shared = id(seen.second_moment)
@@ -114,25 +153,44 @@ def replace_layers(
                     prefix = prefixes[shared]
                     if prefix is not None:
                         seen = replace(seen, second_moment=prefix.second_moment)
-                        weight, norm = corrected(weight, prefix), ", behind the layers before"
-                target = layer_target(site, weight, seen, sweeps=sweeps, seed=seed)
-                found = project_target(target, structure, dtype=torch.float64, device=torch.device("cpu"))
-                matrix = found.matrix
+                        weights, norm = corrected(weights, prefix), ", behind the layers before"
+                targets = layer_targets(site, weights, seen, sweeps=sweeps, seed=seed)
+                fits = [
+                    project_target(target, structure, dtype=torch.float64, device=torch.device("cpu"))
+                    for target in targets
+                ]
+                matrices = [found.matrix for found in fits]
+                sizes = [target.norm() for target in targets]
                 done[name] = Replaced(
                     name=name,
                     structure=structure,
-                    parameters=count_stored(structure, site.shape),
-                    flops=flops(structure, site.shape),
-                    error=found.error,
-                    lower_bound=found.lower_bound,
-                    certificate=found.certificate.value,
-                    method=found.method,
-                    norm=norm_name(target) + norm,
+                    parameters=site.copies * count_stored(structure, site.shape),
+                    flops=site.copies * flops(structure, site.shape),
+                    error=_together([found.error for found in fits], sizes),
+                    lower_bound=_together([found.lower_bound for found in fits], sizes),
+                    certificate=weakest([found.certificate for found in fits]).value,
+                    method=fits[0].method,
+                    norm=norm_name(targets[0]) + norm,
                 )
                 facts = {k: v for k, v in done[name].__dict__.items() if k not in ("name", "structure")}
-                folder.store(piece, own, facts, matrix.tensors)
-            put(model, site, _structured(module, matrix))
+                tensors = {f"{copy}.{n}": t for copy, m in enumerate(matrices) for n, t in m.tensors.items()}
+                folder.store(piece, own, facts, tensors)
+            put(model, site, _structured(module, matrices))
     return tuple(done[name] for name in plan.changed)
+
+
+def _of_copy(tensors: Mapping[str, Tensor], copy: int) -> dict[str, Tensor]:
+    """Those of one of a layer's matrices."""
+    start = f"{copy}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def _together(errors: Sequence[float], sizes: Sequence[float]) -> float:
+    """The relative error of several matrices, from those of each and their norms."""
+    whole = math.hypot(*sizes)
+    if len(errors) == 1 or whole == 0:
+        return errors[0]
+    return math.hypot(*(error * size for error, size in zip(errors, sizes, strict=True))) / whole
 
 
 def _site(model: nn.Module, name: str, plan: Plan) -> Site:
@@ -143,22 +201,21 @@ def _site(model: nn.Module, name: str, plan: Plan) -> Site:
             f"The plan names a layer {name}, which {type(model).__name__} does not have. "
             f"Apply the plan to the architecture that it was made for."
         ) from None
-    kind = kind_of(module)
-    if kind is None or not name:
+    adapter = layer_of(module)
+    if adapter is None or not name:
         raise ModelError(f"The plan names a layer {name!r}, which is a {type(module).__name__} and can't be replaced.")
-    shape = tuple(dense_weight(module).shape)
-    if shape != plan.shapes[name]:
-        raise ModelError(f"{name} has shape {shape} in the model and {plan.shapes[name]} in the plan.")
     aliases = [n for n, m in model.named_modules(remove_duplicate=False) if m is module and n != name]
-    weight = cast(Tensor, module.weight)
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return Site(name, kind, plan.shapes[name], module.bias is not None, dtype, tuple(aliases))
+    site = site_of(name, module, tuple(aliases))
+    if site.shape != plan.shapes[name]:
+        raise ModelError(f"{name} has shape {site.shape} in the model and {plan.shapes[name]} in the plan.")
+    return site
 
 
-def _structured(module: nn.Module, matrix: StructuredMatrix) -> StructuredLinear:
+def _structured(module: nn.Module, matrices: Sequence[StructuredMatrix]) -> nn.Module:
     """The layer that takes a module's place: its bias, dtype, device, mode and ``requires_grad``."""
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
-    layer = StructuredLinear.from_matrix(matrix.to(dtype=weight.dtype, device=weight.device), bias)
+    moved = [matrix.to(dtype=weight.dtype, device=weight.device) for matrix in matrices]
+    layer = adapter_of(module).build(module, moved)
     for name, parameter in layer.named_parameters():
         source = bias if name == "bias" and bias is not None else weight
         parameter.requires_grad_(source.requires_grad)
@@ -170,21 +227,41 @@ def put(model: nn.Module, site: Site, layer: nn.Module) -> None:
     for name in (site.name, *site.aliases):
         parent, child = parent_and_child(model, name)
         setattr(parent, child, layer)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            # Its fast path of evaluation reads weights; these are the switches by which it declines.
-            parent.activation_relu_or_gelu = 0
+        decline_fast_paths(model, name)
+
+
+def decline_fast_paths(model: nn.Module, name: str) -> None:
+    """Let an ``nn.TransformerEncoderLayer`` whose part was replaced call it: its fast path of evaluation reads weights,
+    and these are the switches by which it declines."""
+    parts = name.split(".")
+    parents = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+    for layer in parents:
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.activation_relu_or_gelu = 0
             for module in model.modules():
                 if isinstance(module, nn.TransformerEncoder):
                     module.enable_nested_tensor = module.use_nested_tensor = False
 
 
 def to_dense(model: Model) -> Model:
-    """A copy of a model in which every structured layer is an ``nn.Linear`` with the same weight and bias again."""
-    return _converted(model, _dense)
+    """A copy of a model in which every structured layer is one of PyTorch's with the same weight and bias again:
+    ``nn.Linear``, convolutions, recurrent nets, ``nn.MultiheadAttention``."""
+
+    def dense(module: nn.Module) -> nn.Module | None:
+        for splitter in splitters():
+            if splitter.is_split(module):
+                return splitter.join(_copied(module, dense_layer))
+        return dense_layer(module)
+
+    def dense_layer(module: nn.Module) -> nn.Module | None:
+        adapter = structured_layer_of(module)
+        return None if adapter is None else adapter.to_dense(module)
+
+    return _copied(model, dense)
 
 
 def freeze(model: Model, rows: int | None = None) -> Model:
-    """A copy of a model for deployment, in evaluation mode: every structured layer is a ``FrozenLinear``.
+    """A copy of a model for deployment, in evaluation mode: every structured layer is a frozen one.
 
     Its stages are merged where that runs faster, and what would be put together at every call (the matrix of a sparse
     stage, for one) is put together once, which may take more memory. A frozen model computes the same but can't be
@@ -195,14 +272,24 @@ def freeze(model: Model, rows: int | None = None) -> Model:
         rows: of a layer's typical input, all leading axes together: tokens, for a language model. Many by default; 1
             for a model that answers one request at a time.
     """
-    return _converted(model, lambda layer: layer.freeze(rows)).eval()
+    return _copied(model, lambda module: _frozen(module, rows)).eval()
+
+
+def _frozen(module: nn.Module, rows: int | None) -> nn.Module | None:
+    """A module for deployment if it is structured."""
+    for splitter in splitters():
+        if splitter.is_split(module):
+            return splitter.freeze(module, rows)
+    adapter = structured_layer_of(module)
+    return None if adapter is None else adapter.freeze(module, rows)
 
 
 @contextmanager
 def frozen_layers(model: nn.Module, rows: int | None = None) -> Iterator[None]:
     """The model itself with frozen layers for a while: what :func:`freeze` would make, without copying the rest."""
-    places = [(parent_and_child(model, name), module) for name, module in _structured_layers(model)]
-    made = {id(module): module.freeze(rows) for _, module in places}
+    made = _converted(model, lambda module: _frozen(module, rows))
+    named = list(model.named_modules(remove_duplicate=False))
+    places = [(parent_and_child(model, name), module) for name, module in named if id(module) in made and name]
     try:
         for (parent, child), module in places:
             setattr(parent, child, made[id(module)])
@@ -212,25 +299,28 @@ def frozen_layers(model: nn.Module, rows: int | None = None) -> Iterator[None]:
             setattr(parent, child, module)
 
 
-def _converted(model: Model, convert: Callable[[StructuredLinear], nn.Module]) -> Model:
-    """A copy in which every structured layer is converted, one that stands in two places once."""
+def _converted(model: nn.Module, convert: Callable[[nn.Module], nn.Module | None]) -> dict[int, nn.Module]:
+    """What becomes of the outermost modules that are converted, by identity."""
+    found: dict[int, nn.Module] = {}
+
+    def walk(module: nn.Module) -> None:
+        if id(module) in found:
+            return
+        made = convert(module)
+        if made is not None:
+            found[id(module)] = made
+            return
+        for child in module.children():
+            walk(child)
+
+    walk(model)
+    return found
+
+
+def _copied(model: Model, convert: Callable[[nn.Module], nn.Module | None]) -> Model:
+    """A copy with converted modules, one that stands in two places converted once."""
     # What the memo holds is not copied but taken from there.
-    return copy.deepcopy(model, {id(layer): convert(layer) for _, layer in _structured_layers(model, once=True)})
-
-
-def _structured_layers(model: nn.Module, *, once: bool = False) -> list[tuple[str, StructuredLinear]]:
-    """Structured layers by all their names, or each by the first."""
-    found = model.named_modules(remove_duplicate=once)
-    return [(name, module) for name, module in found if isinstance(module, StructuredLinear)]
-
-
-def _dense(layer: StructuredLinear) -> nn.Linear:
-    linear = layer.to_linear()
-    required = [p.requires_grad for n, p in layer.named_parameters() if n != "bias"]
-    linear.weight.requires_grad_(any(required))
-    if layer.bias is not None:
-        linear.bias.requires_grad_(layer.bias.requires_grad)
-    return linear
+    return copy.deepcopy(model, cast(dict[int, Any], _converted(model, convert)))
 
 
 def selected(sites: Sequence[Site], names: Iterable[str]) -> list[Site]:

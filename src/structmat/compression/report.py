@@ -110,6 +110,8 @@ class Report:
             measured.
         tried: models that were built in search of a quality: cost, predicted_loss, quality, value, worse, accepted.
         again: choices that were made again: distance, better.
+        statistics: what estimating the statistics of batch normalisations again did: layers, distances from the
+            original's outputs before and after, and whether it was kept; None if there are none.
         version: of this format.
     """
 
@@ -134,6 +136,7 @@ class Report:
     frontier: tuple[Mapping[str, Any], ...] = ()
     tried: tuple[Mapping[str, Any], ...] = ()
     again: tuple[Mapping[str, Any], ...] = ()
+    statistics: Mapping[str, Any] | None = None
     version: int = VERSION
 
     def to_json(self) -> dict[str, Any]:

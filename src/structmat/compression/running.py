@@ -208,6 +208,8 @@ def own_loss(output: Any, batch: Any, loss: Loss | None) -> Tensor | None:
         return None
     result = outcome(output, batch)
     if result.classes:
+        if labels.numel() != result.values.shape[0]:
+            return None  # the output leaves some out, such as padding: which are whose is the user's to say
         return F.cross_entropy(result.values.float(), labels.reshape(-1).long())
     if labels.is_floating_point() and labels.numel() == result.values.numel():
         return F.mse_loss(result.values.float(), labels.reshape(result.values.shape).float())

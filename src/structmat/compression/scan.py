@@ -13,12 +13,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from structmat.compression.layers import Layer, layer_of, structured_layer_of
+from structmat.compression.split import split_apart
 from structmat.errors import ModelError
-from structmat.nn.linear import StructuredLinear
 from structmat.structure import Shape
 
 LARGE_SHARE = 0.01
@@ -27,15 +27,18 @@ LARGE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Site:
-    """A layer that can be compressed.
+    """A layer that can be compressed: a module that multiplies by one matrix, or by several of one form.
 
     Args:
-        name: of the module in the model, as in ``model.get_submodule(name)``.
-        kind: ``"Linear"``, or ``"Conv1D"`` for that of transformers, whose weight is stored transposed.
-        shape: ``(out_features, in_features)``, whatever the storage.
+        name: of the module in the model, as in ``model.get_submodule(name)``; where that is part of a recurrent net or
+            of attention, in the model with these taken apart (:mod:`structmat.compression.split`).
+        kind: ``"Linear"``, ``"Conv2d"`` and so on; ``"Conv1D"`` is that of transformers.
+        shape: ``(out_features, in_features)`` of a matrix, whatever the storage; of the unfolded kernel of a group.
         bias: whether it has one.
         dtype: of the weight, such as ``"float32"``.
         aliases: other names of the same module.
+        copies: how many matrices there are, all of which get one structure, each with tensors of its own.
+        detail: what its cost depends on beside these, as its adapter says.
     """
 
     name: str
@@ -44,6 +47,13 @@ class Site:
     bias: bool
     dtype: str
     aliases: tuple[str, ...] = ()
+    copies: int = 1
+    detail: Hashable = None
+
+    @property
+    def numbers(self) -> int:
+        """Of all its matrices."""
+        return self.copies * self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,16 @@ class Scan:
     @property
     def compressible_parameters(self) -> int:
         """Numbers in the weights of the sites, biases not counted."""
-        return sum(site.shape[0] * site.shape[1] for site in self.sites)
+        return sum(site.numbers for site in self.sites)
 
 
 def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), asked: Sequence[str] = ()) -> Scan:
-    """Find the layers to compress: ``nn.Linear``, and ``Conv1D`` of transformers.
+    """Find the layers to compress: ``nn.Linear``, convolutions, and the matrices of recurrent nets and of attention.
 
-    Kept unless asked for are layers that are more than a linear map with a weight of their own: weights that are shared
-    or tied, output heads, weights that another module reads, and layers with hooks or parametrizations. A layer is
-    asked for by its exact name (without wildcards) in ``include`` or by a match in ``asked``.
+    The adapters in :mod:`structmat.compression.layers` say what is known of each kind. Kept unless asked for are layers
+    that are more than a linear map with a weight of their own: weights that are shared or tied, output heads, weights
+    that another module reads, and layers with hooks or parametrizations. A layer is asked for by its exact name
+    (without wildcards) in ``include`` or by a match in ``asked``.
 
     Args:
         model: any module; it may be on the meta device.
@@ -88,6 +99,11 @@ def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
         ModelError: a pattern matches no layer, a layer that was asked for can't be replaced at all, or nothing is
             left to compress.
     """
+    with split_apart(model):
+        return _scan(model, include, exclude, asked)
+
+
+def _scan(model: nn.Module, include: Sequence[str], exclude: Sequence[str], asked: Sequence[str]) -> Scan:
     modules = dict(model.named_modules(remove_duplicate=False))
     first: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
@@ -96,7 +112,8 @@ def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
         aliases.setdefault(owner, [])
         if owner != name:
             aliases[owner].append(name)
-    layers = {name: modules[name] for name in aliases if kind_of(modules[name]) is not None}
+    adapters = {name: adapter for name in aliases if (adapter := layer_of(modules[name])) is not None}
+    layers = {name: modules[name] for name in adapters}
     _check_patterns(layers, aliases, include, exclude, asked)
     owners = _weight_owners(modules)
     heads = _heads(model)
@@ -111,16 +128,15 @@ def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
         elif include and not _matches(names, include) and not wanted:
             reason = "not among the included names"
         else:
-            forbidden = _forbidden(name, module, modules)
+            forbidden = _forbidden(name, module, modules, adapters[name])
             if forbidden and wanted:
                 raise ModelError(f"{name} was asked for but can't be replaced: {forbidden}. Leave it out.")
-            reason = forbidden or (None if wanted else _doubt(name, names, module, modules, owners, heads))
+            reason = forbidden or (
+                None if wanted else _doubt(name, names, module, modules, owners, heads, adapters[name])
+            )
         weight = cast(Tensor, module.weight)
         if reason is None:
-            kind = cast(str, kind_of(module))
-            shape = (weight.shape[0], weight.shape[1]) if kind == "Linear" else (weight.shape[1], weight.shape[0])
-            dtype = str(weight.dtype).removeprefix("torch.")
-            sites.append(Site(name, kind, shape, module.bias is not None, dtype, tuple(aliases[name])))
+            sites.append(site_of(name, module, tuple(aliases[name])))
         else:
             shape_ = () if is_lazy(weight) else tuple(weight.shape)
             skipped.append(Skipped(name, type(module).__name__, shape_, _own_parameters(module), reason))
@@ -130,25 +146,30 @@ def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
         kept = "; ".join(f"{s.name or 'the model itself'} ({s.kind}): {s.reason}" for s in skipped[:3])
         raise ModelError(
             f"{type(model).__name__} has no layer that can be compressed: {kept or 'it holds no layer with a weight'}. "
-            f"Ask for a kept layer by its exact name in include, or pass a model with nn.Linear layers."
+            f"Ask for a kept layer by its exact name in include, or pass a model with layers that are known."
         )
     return Scan(tuple(sites), tuple(skipped), total)
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """``"Linear"``, ``"Conv1D"`` or None; subclasses of ``nn.Linear`` are recognised, and judged later."""
-    if isinstance(module, nn.Linear):
-        return "Linear"
-    origin = type(module)
-    if origin.__name__ == "Conv1D" and origin.__module__.startswith("transformers."):
-        return "Conv1D"
-    return None
+def adapter_of(module: nn.Module) -> Layer:
+    """The adapter of a site's module.
+
+    Raises:
+        ModelError: the module is of no kind that is known.
+    """
+    found = layer_of(module)
+    if found is None:
+        raise ModelError(f"Layers of type {type(module).__name__} are not known to compress. Leave them out.")
+    return found
 
 
-def dense_weight(module: nn.Module) -> Tensor:
-    """The weight of a site's module as (out_features, in_features)."""
-    weight = cast(Tensor, module.weight)
-    return weight.T if kind_of(module) == "Conv1D" else weight
+def site_of(name: str, module: nn.Module, aliases: tuple[str, ...] = ()) -> Site:
+    """What there is to say of a module. Raises :class:`~structmat.errors.ModelError`, as :func:`adapter_of`."""
+    adapter = adapter_of(module)
+    copies, shape = adapter.shape(module)
+    dtype = str(cast(Tensor, module.weight).dtype).removeprefix("torch.")
+    kind = adapter.kind(module) or ""
+    return Site(name, kind, shape, module.bias is not None, dtype, aliases, copies, adapter.detail(module))
 
 
 def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -160,7 +181,7 @@ def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 # ------------------------------------------------------------------------------------------------------- reasons
 
 
-def _forbidden(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+def _forbidden(name: str, module: nn.Module, modules: dict[str, nn.Module], adapter: Layer) -> str | None:
     """Why a layer can't be replaced even if asked for, or None."""
     if is_lazy(cast(Tensor, module.weight)):
         return "its weight has no shape yet; run the model once"
@@ -171,7 +192,7 @@ def _forbidden(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> s
         return "it is the model itself; wrap it in nn.Sequential"
     if not cast(Tensor, module.weight).is_floating_point():
         return f"its weight has dtype {module.weight.dtype}, which is not real floating point"
-    return None
+    return adapter.refusal(module)
 
 
 def _doubt(
@@ -181,6 +202,7 @@ def _doubt(
     modules: dict[str, nn.Module],
     owners: dict[int, list[str]],
     heads: set[int],
+    adapter: Layer,
 ) -> str | None:
     """Why a layer is kept unless asked for, or None."""
     if len(names) > 1:
@@ -192,16 +214,15 @@ def _doubt(
         return f"its weight is shared with {', '.join(others)}"
     if id(module) in heads:
         return "it is the output head"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "it is of a class that marks weights which the parent reads"
-    if kind_of(module) == "Linear" and type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} has a forward of its own"
+    doubt = adapter.doubt(module)
+    if doubt is not None:
+        return doubt
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks, which a replacement would lose"
     parent_name, _, child = name.rpartition(".")
     parent = modules[parent_name]
     if isinstance(parent, nn.TransformerEncoderLayer):
-        return "nn.TransformerEncoderLayer reads its weight in the fast path of evaluation"
+        return None  # reads weights in the fast path of evaluation, which it can be told to decline
     if child in _weights_read_by(cast(Hashable, type(parent))):
         return f"{type(parent).__name__} reads its weight"
     return None
@@ -265,8 +286,8 @@ def _others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
         shape = () if is_lazy(largest) else tuple(largest.shape)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             yield Skipped(name, kind, shape, size, "an embedding: rows of a table, not a linear map")
-        elif isinstance(module, StructuredLinear):
-            yield Skipped(name, kind, shape, size, f"already structured: {module.structure}")
+        elif (adapter := structured_layer_of(module)) is not None:
+            yield Skipped(name, kind, shape, size, f"already structured: {adapter.content(module).structure}")
         elif len(shape) >= 2 and size >= LARGE_SHARE * total:
             yield Skipped(name, kind, shape, size, f"layers of type {kind} are not known to compress")
 
@@ -309,7 +330,7 @@ def _check_patterns(
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
                 raise ModelError(
-                    f"The pattern {pattern!r} in {option} matches none of the {len(names)} linear layers. "
+                    f"The pattern {pattern!r} in {option} matches none of the {len(names)} layers. "
                     f"Their names are {shown or 'none'}."
                 )
 

@@ -28,8 +28,8 @@ from structmat.compression.running import (
     samples_in,
     to_device,
 )
-from structmat.compression.scan import Site, dense_weight
-from structmat.compression.screen import layer_target
+from structmat.compression.scan import Site, adapter_of
+from structmat.compression.screen import layer_targets
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.projection.project import project_target
 from structmat.structure import Structure
@@ -118,11 +118,15 @@ def score(
                 probe = Probe(model, loader, forward, loss)
             moments = calibration.moments.get(site.name)
             module = model.get_submodule(site.name)
-            target = layer_target(site, dense_weight(module), moments, sweeps=sweeps, seed=seed)
+            held = adapter_of(module).matrices(module)
+            targets = layer_targets(site, held, moments, sweeps=sweeps, seed=seed)
             outcomes = []
             for candidate in chosen:
-                found = project_target(target, candidate.structure, dtype=torch.float64, device=torch.device("cpu"))
-                effect = probe.effect(module, found.matrix.to_dense())
+                made = [
+                    project_target(target, candidate.structure, dtype=torch.float64, device=torch.device("cpu"))
+                    for target in targets
+                ]
+                effect = probe.effect(module, torch.stack([found.matrix.to_dense() for found in made]))
                 outcomes.append(Measurement(candidate.structure, candidate.loss, effect))
             measured[site.name] = tuple(outcomes)
             folder.store(
@@ -253,15 +257,15 @@ class Probe:
         return torch.log_softmax(values, -1) if result.classes else values
 
     @torch.no_grad()
-    def effect(self, module: nn.Module, weight: Tensor) -> float:
-        """The mean rise a term when a module's weight is replaced by another (out, in)."""
-        held = dense_weight(module)
-        original = held.clone()
+    def effect(self, module: nn.Module, weights: Tensor) -> float:
+        """The mean rise a term when a module's matrices are replaced by others (copies, out, in)."""
+        adapter = adapter_of(module)
+        original = adapter.matrices(module).clone()
         try:
-            held.copy_(weight)
+            adapter.assign(module, weights)
             return self.distance(self.model)
         finally:
-            held.copy_(original)
+            adapter.assign(module, original)
 
     @torch.no_grad()
     def distance(self, model: nn.Module) -> float:

@@ -16,17 +16,19 @@ from structmat.compression.calibrate import Calibration, Moments
 from structmat.compression.candidates import (
     Candidate,
     Choice,
+    Kind,
     LayerScreen,
     Screening,
     Variant,
     expecting,
-    families_of,
     family_name,
+    kinds_of,
     layer_from_json,
     layer_to_json,
     variant_of,
 )
-from structmat.compression.scan import Site, dense_weight
+from structmat.compression.layers import Load, cost_of
+from structmat.compression.scan import Site, adapter_of
 from structmat.compression.workers import side_by_side
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, ShapeError, StructureError
@@ -140,7 +142,8 @@ def screen(
         folder.store(piece, own, layer_to_json(found))
         return found
 
-    families_of(structures)  # a wrong name is an error before the work begins
+    for site in sites[:1]:
+        kinds_of(structures, site)  # a wrong name is an error before the work begins
     alone = isinstance(budget, Latency)
     screens = side_by_side(work, list(enumerate(sites)), "screen", progress=progress, alone=alone)
     return {screen.name: screen for screen in screens}
@@ -157,27 +160,36 @@ def layer_worker(
 ) -> LayerWorker:
     """What fits candidates to one layer."""
     moments = calibration.moments.get(site.name) if calibration is not None else None
-    weight = dense_weight(model.get_submodule(site.name))
-    target = layer_target(site, weight, moments, sweeps=sweeps, seed=seed)
-    rows = calibration.rows_per_sample(site.name) if calibration is not None else 1.0
-    terms = rows * calibration.samples / calibration.terms if calibration is not None else 1.0
-    return LayerWorker(site, target, moments, terms, budget, rows, weight.dtype)
+    module = model.get_submodule(site.name)
+    weights = adapter_of(module).matrices(module)
+    targets = layer_targets(site, weights, moments, sweeps=sweeps, seed=seed)
+    load = calibration.load(site.name) if calibration is not None else Load()
+    terms = load.rows * calibration.samples / calibration.terms if calibration is not None else 1.0
+    return LayerWorker(site, targets, moments, terms, budget, load, weights.dtype)
 
 
-def layer_target(site: Site, weight: Tensor, moments: Moments | None, *, sweeps: int, seed: int) -> Target:
-    """What a layer's structure is fitted to: its weight, in the best norm that the moments allow.
+def layer_targets(
+    site: Site, weights: Tensor, moments: Moments | None, *, sweeps: int, seed: int
+) -> tuple[Target, ...]:
+    """What a layer's structure is fitted to: each of its matrices, in the best norm that the moments allow.
+
+    Args:
+        weights: (copies, out, in).
 
     Raises:
-        DataError: the weight is NaN or infinite; the message names the layer.
+        DataError: a weight is NaN or infinite; the message names the layer.
     """
-    check_weight(site, weight)
-    held = weight.detach().to(device="cpu", dtype=torch.float64)
-    second = outputs = None
-    if moments is not None:  # sums of squares: positive semidefinite by their making
-        second = damped(moments.second_moment, INPUT_DAMPING)
-        if moments.gradient_moment is not None and _energy(moments) > 0:
-            outputs = damped(moments.gradient_moment, OUTPUT_DAMPING)
-    return Target(held, second, site.shape, sweeps, seed, outputs)
+    check_weight(site, weights)
+    found = []
+    for copy, weight in enumerate(weights.detach().to(device="cpu", dtype=torch.float64)):
+        second = outputs = None
+        if moments is not None:  # sums of squares: positive semidefinite by their making
+            second = damped(moments.inputs(copy), INPUT_DAMPING)
+            gradients = moments.gradients(copy)
+            if gradients is not None and _energy(gradients) > 0:
+                outputs = damped(gradients, OUTPUT_DAMPING)
+        found.append(Target(weight, second, site.shape, sweeps, seed, outputs))
+    return tuple(found)
 
 
 def damped(moment: Tensor, share: float) -> Tensor:
@@ -194,9 +206,9 @@ def check_weight(site: Site, weight: Tensor) -> None:
         )
 
 
-def _energy(moments: Moments) -> float:
+def _energy(gradients: Tensor | None) -> float:
     """The mean square of a gradient's entry."""
-    return 0.0 if moments.gradient_moment is None else float(moments.gradient_moment.diagonal().mean())
+    return 0.0 if gradients is None else float(gradients.diagonal().mean())
 
 
 def norm_name(target: Target) -> str:
@@ -207,7 +219,7 @@ def norm_name(target: Target) -> str:
 
 
 class Judge:
-    """Errors and predicted losses of the candidates of one layer.
+    """Errors and predicted losses of candidates for one matrix.
 
     The predicted rise of the loss a term of it, if the weight changes by ``D``, is ``1/2 tr(G D C D^T)`` with the
     second moments ``C`` of the inputs and ``G`` of the gradients of the summed loss in the outputs, times the layer's
@@ -216,14 +228,13 @@ class Judge:
     can tell loses nothing: exact ones are not ranked by their rounding.
     """
 
-    def __init__(self, target: Target, moments: Moments | None, terms: float, dtype: torch.dtype) -> None:
+    def __init__(self, target: Target, gradients: Tensor | None, terms: float, dtype: torch.dtype) -> None:
         self.target, self.terms = target, terms
         self.norm = target.norm()
         self.rounding = 0.5 * torch.finfo(dtype).eps * float(torch.linalg.norm(target.weight))
         self.inputs = None if target.second_moment is None else target.second_moment.float()
-        weighed = target.output_moment is not None and moments is not None and moments.gradient_moment is not None
-        self.outputs = moments.gradient_moment.float() if weighed else None  # type: ignore[union-attr]
-        self.damping = OUTPUT_DAMPING * _energy(moments) if moments is not None else 0.0
+        self.outputs = None if target.output_moment is None or gradients is None else gradients.float()
+        self.damping = OUTPUT_DAMPING * _energy(gradients)
 
     def __call__(self, dense: Tensor) -> tuple[float, float]:
         """The relative error in the target's norm and the predicted loss of a candidate written out (out, in)."""
@@ -251,32 +262,35 @@ class LayerWorker:
     def __init__(
         self,
         site: Site,
-        target: Target,
+        targets: Sequence[Target],
         moments: Moments | None,
         terms: float,
         budget: Budget,
-        rows: float,
+        load: Load,
         dtype: torch.dtype,
     ) -> None:
-        self.site, self.target, self.quick = site, target, target.replace_sweeps(0)
-        self.judge = Judge(target, moments, terms, dtype)
-        self.budget, self.rows = budget, rows
-        self.dense_cost = budget.cost(Dense(), site.shape, rows)
+        self.site, self.targets = site, targets
+        self.quick_targets = [target.replace_sweeps(0) for target in targets]
+        self.judges = [
+            Judge(target, None if moments is None else moments.gradients(copy), terms, dtype)
+            for copy, target in enumerate(targets)
+        ]
+        self.norm = math.hypot(*(judge.norm for judge in self.judges))
+        self.budget, self.load = budget, load
+        self.dense_cost = cost_of(budget, site, Dense(), load)
         self.refused: Counter[str] = Counter()
         self.seen: set[Structure] = {Dense()}
-        size = site.shape[0] * site.shape[1]
-        self.found = [
-            Candidate(Dense(), size, flops(Dense(), site.shape), 0.0, 0.0, "optimal", "kept", 0.0, self.dense_cost)
-        ]
+        operations = site.copies * flops(Dense(), site.shape)
+        self.found = [Candidate(Dense(), site.numbers, operations, 0.0, 0.0, "optimal", "kept", 0.0, self.dense_cost)]
 
     def run(self, structures: Sequence[Choice] | None, *, forced: bool = False) -> None:
         for structure in (s for s in structures or () if isinstance(s, Structure)):
             try:
-                self.try_one(resolve(structure, self.site.shape), self.target, forced=forced)
+                self.try_one(resolve(structure, self.site.shape), forced=forced, swept=True)
             except ShapeError as error:
                 self.refused[f"refuses the shape: {type(structure).__name__}"] += 1
                 logger.info("%s: %s", self.site.name, error)
-        kinds = [kind for kind in families_of(structures) if kind is not Dense]
+        kinds = kinds_of(structures, self.site)
         coarse = {share: [c for kind in kinds for c in self.try_share(kind, share)] for share in COARSE}
         # Optimal fits are cheap: they come first, so that the others are held against all of them.
         for optimal in (True, False):
@@ -286,7 +300,7 @@ class LayerWorker:
                 gains = near[_nearest(share)]
                 for candidate in [c for kind in kinds for c in self.try_share(kind, share, gains)]:
                     if not optimal:
-                        gain = gains[variant_of(candidate.structure)]
+                        gain = gains[candidate.variant]
                         self.found[self.found.index(candidate)] = expecting(candidate, gain)
 
     def contenders(self, share: float, tried: Sequence[Candidate], optimal: bool) -> dict[Variant, float]:
@@ -320,18 +334,16 @@ class LayerWorker:
         )
         return candidate.loss / best if best > 0 else math.inf if candidate.loss > 0 else 1.0
 
-    def try_share(
-        self, kind: type[Structure], share: float, wanted: Container[Variant] | None = None
-    ) -> list[Candidate]:
+    def try_share(self, kind: Kind, share: float, wanted: Container[Variant] | None = None) -> list[Candidate]:
         """Try what a family would do with a share of the dense parameters, without sweeps; nothing twice."""
         shape, found = self.site.shape, []
-        for structure in kind.configurations(shape, int(share * shape[0] * shape[1])):
-            if wanted is not None and variant_of(structure) not in wanted:
+        for structure in kind.members(int(share * shape[0] * shape[1])):
+            if wanted is not None and variant_of(structure, kind.form) not in wanted:
                 continue
             try:
-                candidate = self.try_one(resolve(structure, shape), self.quick)
+                candidate = self.try_one(resolve(structure, shape), form=kind.form)
             except (ShapeError, StructureError) as error:
-                self.refused[f"refuses the shape: {kind.__name__}"] += 1
+                self.refused[f"refuses the shape: {kind.name}"] += 1
                 logger.info("%s: %s", self.site.name, error)
                 continue
             if candidate is not None:
@@ -340,53 +352,71 @@ class LayerWorker:
 
     def improve(self, candidate: Candidate) -> Candidate:
         """Fit again, with sweeps, and keep what is better."""
-        better = self.fitted(candidate.structure, self.target, candidate.cost)
+        better = self.fitted(candidate, swept=True)
         if better.loss >= candidate.loss:
             return candidate
         self.found[self.found.index(candidate)] = better
         return better
 
-    def try_one(self, structure: Structure, target: Target, *, forced: bool = False) -> Candidate | None:
+    def try_one(
+        self, structure: Structure, *, form: str = "", forced: bool = False, swept: bool = False
+    ) -> Candidate | None:
         if structure in self.seen:
             return None
         self.seen.add(structure)
-        cost = self.budget.cost(structure, self.site.shape, self.rows)
+        site = self.site
+        cost = cost_of(self.budget, site, structure, self.load)
         if cost >= self.dense_cost and not forced:
             self.refused[f"not cheaper than the dense layer in {self.budget.unit}"] += 1
             return None
-        candidate = self.fitted(structure, target, cost)
+        numbers = site.copies * count_stored(structure, site.shape)
+        operations = site.copies * flops(structure, site.shape)
+        empty = Candidate(structure, numbers, operations, 0.0, 0.0, "none", "", 0.0, cost, form)
+        candidate = self.fitted(empty, swept=swept)
         if not (math.isfinite(candidate.loss) and math.isfinite(candidate.error)):
             self.refused["the fit is not finite"] += 1
             return None
         self.found.append(candidate)
         return candidate
 
-    def fitted(self, structure: Structure, target: Target, cost: float) -> Candidate:
-        shape, norm = self.site.shape, self.judge.norm
-        found = fit(structure, target)
-        error, loss = self.judge(StructuredMatrix(structure, shape, found.tensors).to_dense())
-        return Candidate(
-            structure=structure,
-            parameters=count_stored(structure, shape),
-            flops=flops(structure, shape),
+    def fitted(self, candidate: Candidate, *, swept: bool) -> Candidate:
+        """A candidate with what a fit of its structure reaches, with sweeps or without."""
+        structure, shape = candidate.structure, self.site.shape
+        targets = self.targets if swept else self.quick_targets
+        fits = [fit(structure, target) for target in targets]
+        judged = [
+            judge(StructuredMatrix(structure, shape, found.tensors).to_dense())
+            for judge, found in zip(self.judges, fits, strict=True)
+        ]
+        error = math.hypot(*(own * judge.norm for (own, _), judge in zip(judged, self.judges, strict=True)))
+        error = error / self.norm if self.norm > 0 else 0.0
+        weighed = any(judge.outputs is not None for judge in self.judges)
+        is_exact = all(loss == 0.0 for _, loss in judged)
+        bound = math.hypot(*(found.lower_bound for found in fits))
+        return replace(
+            candidate,
             error=error,
-            lower_bound=min(found.lower_bound / norm, error) if norm > 0 else 0.0,
-            certificate=found.certificate.value,
-            method=found.method,
-            loss=loss,
-            cost=cost,
+            lower_bound=min(bound / self.norm, error) if self.norm > 0 else 0.0,
+            certificate=weakest([found.certificate for found in fits]).value,
+            method=fits[0].method,
+            loss=sum(loss for _, loss in judged) if weighed else 0.0 if is_exact else error**2,
         )
 
     def result(self) -> LayerScreen:
         ordered = tuple(sorted(self.found, key=lambda c: (c.cost, c.loss)))
-        return LayerScreen(self.site.name, self.site.shape, norm_name(self.target), ordered, dict(+self.refused))
+        return LayerScreen(self.site.name, self.site.shape, norm_name(self.targets[0]), ordered, dict(+self.refused))
 
 
 def _by_variant(candidates: Sequence[Candidate]) -> dict[Variant, list[Candidate]]:
     found: dict[Variant, list[Candidate]] = {}
     for candidate in candidates:
-        found.setdefault(variant_of(candidate.structure), []).append(candidate)
+        found.setdefault(candidate.variant, []).append(candidate)
     return found
+
+
+def weakest(certificates: Sequence[Certificate]) -> Certificate:
+    """What is known of several fits together."""
+    return min(certificates, key=(Certificate.NONE, Certificate.BOUND, Certificate.OPTIMAL).index)
 
 
 def _nearest(share: float) -> float:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from structmat.compression.running import Forward, call, device_of, evaluating, to_device
+from structmat.compression.scan import adapter_of
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_INPUT, FEWEST_ROWS = 24, 4096
-"""Rows of calibration data to read: so many for each input feature, and at least so many in all."""
+"""Rows of calibration data to read: so many for each input feature, and at least so many in all; of patches that
+overlap only those that are new count."""
 
 DAMPING = 1e-3
 """Of the second moment before it is inverted, as a share of its mean eigenvalue."""
@@ -32,8 +34,8 @@ class Prefix:
     """What a layer reads behind a compressed prefix.
 
     Args:
-        second_moment: (in, in), ``E[x x^T]`` of its inputs in the compressed model.
-        cross_moment: (in, in), ``E[z x^T]`` with the inputs ``z`` of the same layer in the original model.
+        second_moment: (copies, in, in), ``E[x x^T]`` of what its matrices multiply in the compressed model.
+        cross_moment: (copies, in, in), ``E[z x^T]`` with what they multiply in the original model, ``z``.
     """
 
     second_moment: Tensor
@@ -54,7 +56,7 @@ def prefix_moments(
     Args:
         original: the model before compression.
         model: the same with the layers before ``name`` replaced.
-        name: of the layer.
+        name: of the layer, which is still dense in both.
         loader, forward: as for :func:`structmat.compression.calibrate.calibrate`; the beginning of the data is read.
         calls: how often the layer is called for one batch.
 
@@ -64,38 +66,42 @@ def prefix_moments(
     second: Tensor | None = None
     cross: Tensor | None = None
     rows = 0
+    layer = model.get_submodule(name)
+    adapter = adapter_of(layer)
     for batch in loader:
         before = _inputs(original, name, batch, forward, calls)
         after = _inputs(model, name, batch, forward, calls)
         if [x.shape for x in before] != [x.shape for x in after]:
             logger.info("%s: the compressed model calls it otherwise; its weight is not corrected", name)
             return None
-        for z, x in zip(before, after, strict=True):
-            z, x = (t.reshape(-1, t.shape[-1]).double() for t in (z, x))
-            if second is None or cross is None:
-                second = cross = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
-            second, cross = second + (x.T @ x).cpu(), cross + (z.T @ x).cpu()
-            rows += x.shape[0]
-        if second is not None and rows >= max(FEWEST_ROWS, ROWS_PER_INPUT * second.shape[0]):
-            break
+        for old, new in zip(before, after, strict=True):
+            for z, x in zip(adapter.rows(layer, old), adapter.rows(layer, new), strict=True):
+                z, x = z.double(), x.double()
+                own, both = (x.mT @ x).cpu(), (z.mT @ x).cpu()
+                second, cross = (own, both) if second is None or cross is None else (second + own, cross + both)
+                rows += x.shape[1]
+        if second is not None:
+            fewest = max(FEWEST_ROWS, ROWS_PER_INPUT * second.shape[-1])
+            if rows >= fewest * adapter.overlap(layer):
+                break
     if second is None or cross is None or rows == 0:
         return None
     return Prefix(second / rows, cross / rows)
 
 
-def corrected(weight: Tensor, prefix: Prefix) -> Tensor:
-    """The weight (out, in) that puts out what ``weight`` did, as well as a linear map of the new inputs can.
+def corrected(weights: Tensor, prefix: Prefix) -> Tensor:
+    """The weights (copies, out, in) that put out what ``weights`` did, as well as linear maps of the new inputs can.
 
     ``W (I + (E[z x^T] - E[x x^T]) (E[x x^T] + d I)^(-1))``: equal to ``W`` where the prefix changed nothing.
     """
-    size = prefix.second_moment.shape[0]
-    damping = DAMPING * float(prefix.second_moment.diagonal().mean())
-    if damping <= 0:
-        return weight
-    regular = prefix.second_moment + damping * torch.eye(size, dtype=torch.float64)
+    size = prefix.second_moment.shape[-1]
+    damping = DAMPING * prefix.second_moment.diagonal(dim1=-2, dim2=-1).mean(-1)
+    wide = weights.detach().cpu().double()
+    if bool((damping <= 0).any()):
+        return weights
+    regular = prefix.second_moment + damping[:, None, None] * torch.eye(size, dtype=torch.float64)
     change: Tensor = torch.linalg.solve(regular, prefix.cross_moment - prefix.second_moment, left=False)
-    wide = weight.detach().cpu().double()
-    return torch.addmm(wide, wide, change)
+    return torch.baddbmm(wide, wide, change)
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error

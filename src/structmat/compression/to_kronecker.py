@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from structmat.compression.calibrate import calibrate
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, replace_layers
 from structmat.compression.running import Forward, call, evaluating, outcome
-from structmat.compression.scan import scan
+from structmat.compression.scan import Scan, scan
 from structmat.errors import DataError, ModelError, StructureError
 from structmat.nn.kronecker.activation import Activation, Slopes
 from structmat.nn.kronecker.block import KroneckerBlock
@@ -144,7 +144,7 @@ def to_kronecker(
     batches = list(calibration)
     if not batches:
         raise DataError("There is no calibration data: the loader is empty. Give at least one batch.")
-    found = scan(model, include, exclude)
+    found = _linear(scan(model, include, exclude), model)
     wanted = _structures(found.sites, family, overrides or {})
     plan = Plan(wanted, {s.name: s.shape for s in found.sites}, None, seed)
     seen = calibrate(model, found.sites, batches, forward=forward, gradients=False, seed=seed, progress=progress)
@@ -220,6 +220,15 @@ def activate_(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, block)
     return tuple(blocks)
+
+
+def _linear(found: Scan, model: nn.Module) -> Scan:
+    """The linear layers of a scan: those that follow one another, not parts of recurrent nets or of attention."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    sites = tuple(site for site in found.sites if site.name in linear or site.kind == "Conv1D")
+    if not sites:
+        raise ModelError(f"{type(model).__name__} has no linear layer to convert: give a model with nn.Linear layers.")
+    return replace(found, sites=sites)
 
 
 def _structures(sites: Sequence[Any], family: Kronecker, overrides: Mapping[str, Structure]) -> dict[str, Structure]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from structmat.compression.layers.convolution import ConvolutionLayer
 from structmat.compression.progress import Progress
+from structmat.compression.running import Forward, call, device_of, evaluating, to_device
 from structmat.compression.timing import interleaved
 from structmat.errors import ModelError
 from structmat.kernels import native, tuning
 from structmat.kernels.choice import NATIVE_DTYPES
 from structmat.kernels.text import Text, text_of
+from structmat.nn.convolution import FrozenConvolution
 from structmat.nn.linear import FrozenLinear, StructuredLinear
 from structmat.program.plain import plain_form
 
@@ -67,6 +72,8 @@ def tune(
     allow_dense: bool = False,
     seconds: float = 0.1,
     again: bool = False,
+    example: Any = None,
+    forward: Forward | None = None,
     progress: bool = False,
 ) -> Tuning:
     """Measure, for every structured layer on the CPU, which backend is faster, and use that from now on.
@@ -82,6 +89,10 @@ def tune(
         allow_dense: let frozen layers hold their dense matrix too, where it is the fastest for one of the numbers.
         seconds: to spend on each layer and number of rows.
         again: measure anew what is known.
+        example: a batch, as of :func:`structmat.compress`. The model is run on it once, so that frozen convolutions are
+            timed at the sizes that reach them: as they are and with their dense kernel, the faster of which they hold
+            from then on (if ``allow_dense``; in this process only). Without it convolutions stay as they are.
+        forward: ``forward(model, batch)``, if the example is none of the usual.
         progress: show a bar.
 
     Raises:
@@ -96,9 +107,12 @@ def tune(
         for name, module in model.named_modules()
         if isinstance(module, StructuredLinear | FrozenLinear) and _is_here(module)
     }
-    if not layers:
-        raise ModelError("The model has no structured layer on the CPU, so there is nothing to tune.")
-    if allow_dense and not any(isinstance(layer, FrozenLinear) for layer in layers.values()):
+    convolutions = {n: m for n, m in model.named_modules() if isinstance(m, FrozenConvolution) and _is_here(m)}
+    if not layers and not (convolutions and example is not None):
+        hint = " Convolutions are tuned when frozen, on an example=... batch." if _has_convolutions(model) else ""
+        raise ModelError(f"The model has no structured layer on the CPU, so there is nothing to tune.{hint}")
+    frozen = (*layers.values(), *convolutions.values())
+    if allow_dense and not any(isinstance(layer, FrozenLinear | FrozenConvolution) for layer in frozen):
         raise ModelError("allow_dense=True needs frozen layers: tune structmat.freeze(model).")
     # Layers of equal programs share one measurement, even a new one.
     programs = {name: tuning.name_of(layer.program, _dtype(layer)) for name, layer in layers.items()}
@@ -117,6 +131,14 @@ def tune(
                 else:
                     layer.hold_dense(False)
             found += own
+    if example is not None and convolutions:
+        found += _tuned_convolutions(model, convolutions, example, forward, allow_dense, seconds)
+        dense_bytes += sum(
+            t.numel() * t.element_size()
+            for c in convolutions.values()
+            if c.dense is not None
+            for t in _tensors(c.dense)
+        )
     return Tuning(tuple(found), dense_bytes)
 
 
@@ -132,6 +154,53 @@ def _tuned(
         tuning.note(key, {rows: times})
     ways = {way: t for way, t in times.items() if with_dense or way is not tuning.Way.DENSE}
     return TunedLayer(name, rows, ways, min(ways, key=lambda way: (ways[way], way.value)))
+
+
+def _has_convolutions(model: nn.Module) -> bool:
+    return any(isinstance(m, FrozenConvolution) or ConvolutionLayer().is_structured(m) for m in model.modules())
+
+
+def _tuned_convolutions(
+    model: nn.Module,
+    layers: Mapping[str, FrozenConvolution],
+    example: Any,
+    forward: Forward | None,
+    allow_dense: bool,
+    seconds: float,
+) -> list[TunedLayer]:
+    """Frozen convolutions, timed on what they get."""
+    inputs: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+            inputs[name] = given[0]
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    found = []
+    try:
+        with evaluating(model), torch.inference_mode():
+            call(model, to_device(example, device_of(model)), forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, x in inputs.items():
+        layer = layers[name]
+        held = layer.dense is not None
+        ways = [tuning.Way.REFERENCE] if not allow_dense and not held else [tuning.Way.REFERENCE, tuning.Way.DENSE]
+        with torch.inference_mode():
+            if tuning.Way.DENSE in ways and not held:
+                layer.hold_dense()
+            dense = layer.dense
+            runs = [partial(layer.layer, x)] + ([partial(dense, x)] if dense is not None else [])
+            times = interleaved(*runs, seconds=seconds)
+        medians = {way: 1e6 * statistics.median(own) for way, own in zip(ways, times, strict=True)}
+        chosen = min(medians, key=lambda way: (medians[way], way.value))
+        layer.hold_dense(chosen is tuning.Way.DENSE)
+        rows = next(iter(ConvolutionLayer().rows(layer.layer, x[:1]))).shape[1] * (len(x) if x.dim() > 2 else 1)
+        found.append(TunedLayer(name, rows, medians, chosen))
+    return found
 
 
 _OTHERS = 1 << 20

@@ -1,5 +1,6 @@
 """Modules: structured layers as drop-in replacements of PyTorch's."""
 
+from structmat.nn.attention import SplitAttention
 from structmat.nn.convac import ConvAC, ModeTree, TensorialMixture
 from structmat.nn.convolution import (
     CP,
@@ -27,6 +28,7 @@ __all__ = [
     "MatrixConv2d",
     "ModeTree",
     "Separable",
+    "SplitAttention",
     "StructuredConv1d",
     "StructuredConv2d",
     "StructuredConvTranspose1d",

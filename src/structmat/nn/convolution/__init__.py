@@ -2,14 +2,17 @@
 
 from structmat.nn.convolution.forms import CP, KernelForm, KroneckerKernel, Separable, Tucker
 from structmat.nn.convolution.layer import (
+    FrozenConvolution,
     StructuredConv1d,
     StructuredConv2d,
     StructuredConvTranspose1d,
     StructuredConvTranspose2d,
+    dense_convolution,
 )
 
 __all__ = [
     "CP",
+    "FrozenConvolution",
     "KernelForm",
     "KroneckerKernel",
     "Separable",
@@ -18,4 +21,5 @@ __all__ = [
     "StructuredConvTranspose1d",
     "StructuredConvTranspose2d",
     "Tucker",
+    "dense_convolution",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import ClassVar, Self, final
+from typing import Any, ClassVar, Self, final
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from structmat.matrix import StructuredMatrix, draw
 from structmat.nn.convolution.forms import KernelForm
 from structmat.nn.convolution.geometry import PADDING_MODES, Geometry, as_padding, as_sizes, places
 from structmat.nn.convolution.plan import Axis, Plan, is_lowered, lower, unfolded
-from structmat.nn.convolution.run import Run, multiply_adds, run_simple, simple
+from structmat.nn.convolution.run import PATCH_NUMBERS, Run, multiply_adds, run_simple, simple
 from structmat.nn.convolution.text import lines
 from structmat.program import Program, build, table
 from structmat.projection.project import DEFAULT_SWEEPS, project
@@ -168,13 +169,50 @@ class _StructuredConv(nn.Module):
         """The kernel written out, shaped as the weight of the dense layer."""
         return _folded([matrix.to_dense() for matrix in self.matrices], self)
 
-    def _load(self, matrices: Sequence[StructuredMatrix], bias: Tensor | None) -> None:
+    def load(self, matrices: Sequence[StructuredMatrix], bias: Tensor | None) -> Self:
+        """Itself, with the tensors of a matrix for each group and a bias (out_channels,), where these lie."""
+        like = next((t for matrix in matrices for t in matrix.tensors.values()), bias)
+        if like is not None:
+            self.to_empty(device=like.device)
         with torch.no_grad():
             for name in self._names:
                 made = [matrix.tensors[name] for matrix in matrices]
                 getattr(self, name).copy_(torch.stack(made) if self.groups > 1 else made[0])
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
+        return self
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        """The weight of the dense layer as matrices (groups, out / groups, in / groups * taps)."""
+        return torch.stack(_unfolded(weight, self))
+
+    def fold(self, matrices: Tensor) -> Tensor:
+        """What :meth:`unfold` took apart."""
+        return _folded(list(matrices), self)
+
+    def patches(self, x: Tensor) -> Iterator[Tensor]:
+        """What the matrices multiply: (groups, rows, in / groups * taps), one row for each place of the output, for a
+        few images at a time, so that they are never all in memory."""
+        dims, own = self.dims, self._geometry
+        x = x if x.dim() == 2 + dims else x.unsqueeze(0)
+        own.check(x.shape[2:])
+        numbers = places(own.out_sizes(x.shape[2:])) * self.groups * self._shape[1]
+        for part in x.split(max(1, PATCH_NUMBERS // max(1, numbers))):
+            wide = own.after_padding.windows(own.padded(part).unflatten(1, (self.groups, -1)))
+            # (images, groups, channels, *places, *kernel)
+            channels = [axis + (2 if axis == 0 else 2 + dims) for axis in self.axis_order]
+            rows = wide.permute(1, 0, *range(3, 3 + dims), *channels)
+            yield rows.flatten(1 + 1 + dims).flatten(1, 1 + dims)
+
+    def rows(self, y: Tensor) -> Tensor:
+        """An output (batch, out_channels, *places), or without the batch, as (groups, rows, out / groups)."""
+        y = y if y.dim() == 2 + self.dims else y.unsqueeze(0)
+        rows: Tensor = y.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
+        return rows
+
+    def out_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Places of the output for an input of these sizes."""
+        return self._geometry.out_sizes(sizes)
 
     def _fitted(self, conv: nn.Module, second_moment: Tensor | None, sweeps: int, seed: int) -> Self:
         """Itself, with the projection of a dense layer's kernel."""
@@ -183,9 +221,7 @@ class _StructuredConv(nn.Module):
             project(matrix, self.structure, second_moment=moment, sweeps=sweeps, seed=seed).matrix
             for matrix, moment in zip(_unfolded(weight, self), _moments(second_moment, self), strict=True)
         ]
-        self.to_empty(device=weight.device)
-        self._load(found, bias)
-        return self.train(conv.training)
+        return self.load(found, bias).train(conv.training)
 
     def _copied(self, linear: nn.Module) -> None:
         """Kernel and bias into a dense layer."""
@@ -194,6 +230,15 @@ class _StructuredConv(nn.Module):
             if self.bias is not None:
                 linear.get_parameter("bias").copy_(self.bias)
         linear.train(self.training)
+
+    def freeze(self, rows: int | None = None) -> FrozenConvolution:
+        """The layer for deployment, in evaluation mode: nothing is left to train, and where multiplying by the dense
+        kernel takes no more multiply-adds, or all others would write patches out, that kernel is held instead.
+
+        Args:
+            rows: of a typical call; convolutions run the same for all.
+        """
+        return FrozenConvolution(self)
 
     # --------------------------------------------------------------------------------------------------------- text
 
@@ -243,6 +288,43 @@ class _StructuredConv(nn.Module):
         if self.axis_order != tuple(range(1 + self.dims)):
             text += f", order={self.axis_order}"
         return f"{text}, structure={self.structure}, {share:.1%} of dense"
+
+
+class FrozenConvolution(nn.Module):
+    """A convolution with fixed tensors: what ``freeze`` of a structured one returns. Called like that one.
+
+    Args:
+        layer: the structured convolution, which is copied.
+    """
+
+    def __init__(self, layer: _StructuredConv) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.layer = copy.deepcopy(layer).requires_grad_(False)
+        self.dense: nn.Module | None = None
+        sizes = [size * 4 for size in layer.kernel_size]
+        self.hold_dense(not layer.is_lowered or layer.macs(*sizes) >= layer.dense_macs(*sizes))
+        self.eval()
+
+    def hold_dense(self, hold: bool = True) -> None:
+        """Multiply by the dense kernel, or no longer."""
+        self.dense = dense_convolution(self.layer).requires_grad_(False) if hold else None
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        """As of the layer that was frozen."""
+        y: Tensor = (self.layer if self.dense is None else self.dense)(x, *more, **named)
+        return y
+
+    def extra_repr(self) -> str:
+        return "dense kernel" if self.dense is not None else ""
+
+
+def dense_convolution(layer: nn.Module) -> nn.Module:
+    """The dense layer with the same kernel and bias, whatever the number of axes."""
+    assert isinstance(
+        layer, StructuredConv1d | StructuredConv2d | StructuredConvTranspose1d | StructuredConvTranspose2d
+    )
+    return layer.to_conv()
 
 
 @lru_cache(maxsize=1024)
@@ -329,16 +411,16 @@ class _Forwards(_StructuredConv):
         return self._run(x, self._geometry)
 
     @classmethod
-    def _from(
+    def like(
         cls,
         conv: nn.Conv1d | nn.Conv2d,
         structure: Structure | KernelForm,
-        second_moment: Tensor | None,
-        order: Sequence[int] | None,
-        sweeps: int,
-        seed: int,
+        *,
+        order: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        made = cls(
+        """A layer without values, on the meta device, of the geometry of a dense one."""
+        return cls(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,
@@ -349,11 +431,10 @@ class _Forwards(_StructuredConv):
             conv.bias is not None,
             conv.padding_mode,
             "meta",
-            conv.weight.dtype,
+            conv.weight.dtype if dtype is None else dtype,
             structure=structure,
             order=order,
         )
-        return made._fitted(conv, second_moment, sweeps, seed)
 
 
 class _Transposed(_StructuredConv):
@@ -416,16 +497,16 @@ class _Transposed(_StructuredConv):
         return self._run(x, replace(self._geometry, output_padding=extra))
 
     @classmethod
-    def _from(
+    def like(
         cls,
         conv: nn.ConvTranspose1d | nn.ConvTranspose2d,
         structure: Structure | KernelForm,
-        second_moment: Tensor | None,
-        order: Sequence[int] | None,
-        sweeps: int,
-        seed: int,
+        *,
+        order: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        made = cls(
+        """A layer without values, on the meta device, of the geometry of a dense one."""
+        return cls(
             conv.in_channels,
             conv.out_channels,
             conv.kernel_size,
@@ -437,11 +518,10 @@ class _Transposed(_StructuredConv):
             conv.dilation,
             conv.padding_mode,
             "meta",
-            conv.weight.dtype,
+            conv.weight.dtype if dtype is None else dtype,
             structure=structure,
             order=order,
         )
-        return made._fitted(conv, second_moment, sweeps, seed)
 
 
 @final
@@ -495,7 +575,7 @@ class StructuredConv2d(_Forwards):
             order: of the unfolded index.
             sweeps, seed: of the fit.
         """
-        return cls._from(conv, structure, second_moment, order, sweeps, seed)
+        return cls.like(conv, structure, order=order)._fitted(conv, second_moment, sweeps, seed)
 
     def to_conv(self) -> nn.Conv2d:
         """The dense layer with the same kernel and bias."""
@@ -535,7 +615,7 @@ class StructuredConv1d(_Forwards):
         seed: int = 0,
     ) -> Self:
         """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
-        return cls._from(conv, structure, second_moment, order, sweeps, seed)
+        return cls.like(conv, structure, order=order)._fitted(conv, second_moment, sweeps, seed)
 
     def to_conv(self) -> nn.Conv1d:
         """The dense layer with the same kernel and bias."""
@@ -579,7 +659,7 @@ class StructuredConvTranspose2d(_Transposed):
         seed: int = 0,
     ) -> Self:
         """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
-        return cls._from(conv, structure, second_moment, order, sweeps, seed)
+        return cls.like(conv, structure, order=order)._fitted(conv, second_moment, sweeps, seed)
 
     def to_conv(self) -> nn.ConvTranspose2d:
         """The dense layer with the same kernel and bias."""
@@ -623,7 +703,7 @@ class StructuredConvTranspose1d(_Transposed):
         seed: int = 0,
     ) -> Self:
         """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
-        return cls._from(conv, structure, second_moment, order, sweeps, seed)
+        return cls.like(conv, structure, order=order)._fitted(conv, second_moment, sweeps, seed)
 
     def to_conv(self) -> nn.ConvTranspose1d:
         """The dense layer with the same kernel and bias."""

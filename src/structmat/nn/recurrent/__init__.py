@@ -5,6 +5,7 @@ from structmat.nn.recurrent.frozen import FrozenRecurrent
 from structmat.nn.recurrent.gates import GateLinear
 from structmat.nn.recurrent.layers import StructuredGRU, StructuredLSTM, StructuredRNN
 from structmat.nn.recurrent.moments import second_moments
+from structmat.nn.recurrent.split import joined, split
 
 __all__ = [
     "FrozenRecurrent",
@@ -13,5 +14,7 @@ __all__ = [
     "StructuredGRU",
     "StructuredLSTM",
     "StructuredRNN",
+    "joined",
     "second_moments",
+    "split",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from structmat.errors import ModelError, StructureError
+from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import FrozenLinear, StructuredLinear
 from structmat.nn.recurrent.cells import Cell
 from structmat.nn.recurrent.frozen import FrozenRecurrent, as_returned
@@ -20,6 +21,7 @@ from structmat.nn.recurrent.sequences import Given
 from structmat.program.scaling import scaling_cut
 from structmat.projection.project import DEFAULT_SWEEPS, project
 from structmat.structure import Shape, Structure
+from structmat.structures.dense import Dense
 
 
 class Recurrent(nn.Module):
@@ -27,7 +29,8 @@ class Recurrent(nn.Module):
 
     The matrices are layers of their own: ``ih_l0`` for PyTorch's ``weight_ih_l0`` and ``bias_ih_l0``, and so on. With a
     structure a gate they are a :class:`GateLinear` that holds a :class:`StructuredLinear` a gate, else one
-    :class:`StructuredLinear`.
+    :class:`StructuredLinear`; a layer that was split (:func:`structmat.nn.recurrent.split`) has ``nn.Linear`` until
+    these are replaced.
     """
 
     torch_class: ClassVar[type[nn.RNNBase]]
@@ -182,6 +185,9 @@ class Recurrent(nn.Module):
                 if torch_name.startswith("bias"):
                     _bias(layer).copy_(state[torch_name])
                     continue
+                if isinstance(layer, nn.Linear):
+                    layer.weight.copy_(state[torch_name])
+                    continue
                 parts = list(layer.gates().values()) if isinstance(layer, GateLinear) else [layer]
                 for part, rows in zip(parts, state[torch_name].chunk(len(parts)), strict=True):
                     assert isinstance(part, StructuredLinear), f"{name} is a {type(part).__name__}"
@@ -258,6 +264,8 @@ class Recurrent(nn.Module):
             value = getattr(self.options, name)
             if value != getattr(defaults, name):
                 shown.append(f"{name}={value}")
+        if any(isinstance(layer, nn.Linear) for layer in self.children()):
+            return ", ".join(shown)  # each matrix shows what it is
         shown.append(f"structure={self.structure}")
         if self.input_structure != self.structure:
             shown.append(f"input_structure={self.input_structure}")
@@ -290,6 +298,10 @@ def _written(layer: nn.Module) -> Tensor:
 def _frozen(layer: nn.Module, rows: int | None) -> FrozenLinear:
     if isinstance(layer, StructuredLinear):
         return layer.freeze(rows)
+    if isinstance(layer, nn.Linear):
+        shape = (layer.out_features, layer.in_features)
+        matrix = StructuredMatrix(Dense(), shape, {"weight": layer.weight.detach()})
+        return StructuredLinear.from_matrix(matrix, layer.bias).freeze(rows)
     assert isinstance(layer, GateLinear), f"a {type(layer).__name__} can't be frozen"
     return layer.freeze(rows)
 
