@@ -530,6 +530,45 @@ def test_batches_of_several_inputs_and_packed_sequences_go_through_forward() -> 
     assert found.moments["gru.hh_l0_reverse"].rows == 33
 
 
+def test_matrices_of_states_are_not_fitted_behind_what_they_do_themselves() -> None:
+    model = Tagger()
+    data = [torch.randint(0, 9, (8, 7), generator=seeded(i)) for i in range(2)]
+    result = sm.compress(
+        model, budget=sm.Parameters(0.5), calibration=data, overrides={"*": sm.LowRank(3)}, structures=["LowRank"]
+    )
+    behind = {layer.name for layer in result.report.layers if layer.norm.endswith("behind the layers before")}
+    assert behind == {"head"}  # the inputs' matrix is the first
+
+
+def test_labels_that_are_not_one_to_one_with_the_logits_make_no_loss() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    labels = torch.tensor([0, 1, -100, 2])
+
+    def forward(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"logits": net(batch[0])[batch[1] >= 0]}
+
+    found = calibrate(model, (site_of("0", model[0]),), [(torch.randn(4, 6), labels)], forward=forward)
+    assert (found.terms, found.loss) == (3, None)
+
+
+def test_what_reads_few_directions_is_measured_at_small_shares_too() -> None:
+    from structmat.compression.candidates import Candidate, LayerScreen
+    from structmat.compression.score import SHARES, points
+
+    def screen_of(losses: dict[int, float]) -> LayerScreen:
+        found = [Candidate(sm.Dense(), 100, 0, 0.0, 0.0, "optimal", "", 0.0, 100.0)]
+        found += [
+            Candidate(sm.LowRank(cost), cost, 0, 0.0, 0.0, "none", "", loss, float(cost))
+            for cost, loss in losses.items()
+        ]
+        return LayerScreen("a", (10, 10), "weights", tuple(sorted(found, key=lambda c: c.cost)), {})
+
+    plain = points(screen_of({5: 1.0, 10: 0.5, 20: 0.2, 35: 0.1, 50: 0.05, 70: 0.01}))
+    assert [c.cost for c in plain] == [100 * share for share in SHARES]
+    faint = points(screen_of({5: 1.0, 10: 0.5, 20: 1e-6, 35: 1e-7, 50: 1e-8, 70: 1e-9}))
+    assert [c.cost for c in faint] == [5, 10, *(100 * share for share in SHARES)]
+
+
 def test_split_apart_gives_the_model_back_whatever_happens() -> None:
     model = Tagger()
     lstm = model.lstm

@@ -352,3 +352,8 @@ def from_tensors(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cali
     }
     known = {n: data[n] for n in ("loss", "batches", "samples", "terms", "kind")}
     return Calibration(moments, **known)
+
+
+def load_of(site: Site, seen: Calibration | None) -> Load:
+    """What a layer does for one sample; one row if nothing was seen."""
+    return Load() if seen is None else seen.load(site.name)

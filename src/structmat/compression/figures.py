@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from structmat.compression import budget as budgets
 from structmat.compression.allocate import Allocation
 from structmat.compression.budget import Budget, Latency
-from structmat.compression.calibrate import Calibration
+from structmat.compression.calibrate import Calibration, load_of
 from structmat.compression.candidates import Screening, candidate_to_json
-from structmat.compression.layers import Load, cost_of, layer_named, structured_layer_of
+from structmat.compression.layers import cost_of, layer_named, structured_layer_of
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, frozen_layers
 from structmat.compression.report import LayerReport, Timing, Totals
@@ -132,11 +132,6 @@ def layer_report(
         ),
         refused=layer.refused,
     )
-
-
-def load_of(site: Site, seen: Calibration | None) -> Load:
-    """What a layer does for one sample; one row if nothing was seen."""
-    return Load() if seen is None else seen.load(site.name)
 
 
 def as_they_are(

@@ -11,9 +11,8 @@ from torch import nn
 
 from structmat.compression.allocate import Limit
 from structmat.compression.budget import Budget, Flops, Latency, Memory, Parameters, Quality, from_json, limit, to_json
-from structmat.compression.calibrate import Calibration
+from structmat.compression.calibrate import Calibration, load_of
 from structmat.compression.candidates import Candidate, Screening
-from structmat.compression.figures import load_of
 from structmat.compression.layers import cost_of
 from structmat.compression.scan import Site, matching
 from structmat.errors import BudgetError, FormatError, ModelError

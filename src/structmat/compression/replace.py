@@ -70,10 +70,11 @@ def replace_layers(
         model: its layers are exchanged.
         plan: names and structures.
         calibration: moments that weigh the fits; without them, errors are those of the weights.
-        original: the same model as another object, which stays as it is. Then each layer is fitted behind the layers
-            that are replaced before it (in the order of calls): on the inputs that it will see, for the outputs that it
-            used to have (see :mod:`structmat.compression.sequential`). Both models run over a part of the data for
-            every group of layers that read the same input. Needs ``calibration`` and ``loader``.
+        original: the same model as another object, which stays as it is. Then each layer, but matrices of recurrent
+            states, is fitted behind the layers that are replaced before it (in the order of calls): on the inputs that
+            it will see, for the outputs that it used to have (see :mod:`structmat.compression.sequential`). Both models
+            run over a part of the data for every group of layers that read the same input. Needs ``calibration`` and
+            ``loader``.
         loader, forward: as for :func:`structmat.compression.calibrate.calibrate`.
         sweeps: that an iterative fit may spend.
         seed: of fits with random starts.
@@ -129,8 +130,9 @@ def _replaced(
         for name in bar.track(order, "replace"):
             site, structure = sites[name], plan.layers[name]
             seen = moments.get(name)
-            before = [(n, structure_to_json(plan.layers[n])) for n in done] if original is not None else []
-            if seen is not None:
+            follows = original is not None and not _feeds_back(model, name)
+            before = [(n, structure_to_json(plan.layers[n])) for n in done] if follows else []
+            if seen is not None and follows:
                 before = behind.setdefault(id(seen.second_moment), before)
             own = digest(key, name, structure_to_json(structure), before, sweeps, seed)
             piece = f"fit/{numbers[name]:04d}-{own[:8]}"  # fits of several plans lie side by side
@@ -144,7 +146,7 @@ def _replaced(
                 ]
             else:
                 weights, norm = adapter_of(module).matrices(module), ""
-                if original is not None and calibration is not None and seen is not None and done:
+                if follows and original is not None and calibration is not None and seen is not None and done:
                     assert loader is not None, "a fit behind the layers before needs the calibration data"
                     shared = id(seen.second_moment)
                     if shared not in prefixes:
@@ -177,6 +179,14 @@ def _replaced(
                 folder.store(piece, own, facts, tensors)
             put(model, site, _structured(module, matrices))
     return tuple(done[name] for name in plan.changed)
+
+
+def _feeds_back(model: nn.Module, name: str) -> bool:
+    """Whether a layer reads what it did itself: its inputs behind the layers before are not those that it will get,
+    and a weight that makes up for them is worse than none (measured: an encoder and decoder of GRUs at a quarter of
+    its size, 74 % of phonemes wrong instead of 18 %)."""
+    parent, child = parent_and_child(model, name)
+    return any(splitter.is_split(parent) and splitter.feeds_back(child) for splitter in splitters())
 
 
 def _of_copy(tensors: Mapping[str, Tensor], copy: int) -> dict[str, Tensor]:

@@ -42,6 +42,13 @@ logger = logging.getLogger(__name__)
 SHARES = (0.2, 0.35, 0.5, 0.7)
 """Shares of a layer's dense cost at which the effect of replacing it alone is measured."""
 
+SMALL_SHARES = (0.05, 0.1)
+"""Shares that are measured too where the loss at those above is nothing beside that of the smallest candidate: what a
+matrix does that reads few directions (an embedding of few characters) shows only below."""
+
+FAINT = 1e-3
+"""What is nothing, as a share of the loss of the smallest candidate."""
+
 TERMS, FEWEST_SAMPLES, MOST_SAMPLES = 6144, 24, 512
 """Measurements read calibration data up to this many terms of the loss, within these numbers of samples."""
 
@@ -164,6 +171,10 @@ def points(layer: LayerScreen, shares: Sequence[float] = SHARES) -> list[Candida
             frontier.append(candidate)
     dense = layer.keep.cost
     chosen: list[Candidate] = []
+    if frontier:
+        at_smallest = min(frontier, key=lambda c: abs(c.cost - min(shares) * dense))
+        if at_smallest.loss < FAINT * frontier[0].loss:
+            shares = (*SMALL_SHARES, *shares)
     for share in shares if frontier else ():
         nearest = min(frontier, key=lambda c: abs(c.cost - share * dense))
         if nearest not in chosen:

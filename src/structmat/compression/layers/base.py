@@ -190,6 +190,10 @@ class Splitter(ABC):
     def join(self, module: nn.Module) -> nn.Module:
         """The module that :meth:`split` takes, with the outputs of a split one: matrices written out."""
 
+    def feeds_back(self, part: str) -> bool:
+        """Whether what a part multiplies depends on its own earlier outputs, as a state does."""
+        return False
+
     @abstractmethod
     def freeze(self, module: nn.Module, rows: int | None) -> nn.Module | None:
         """A split module for deployment; None if its parts are frozen one by one."""

@@ -28,5 +28,8 @@ class RecurrentSplitter(Splitter):
     def join(self, module: nn.Module) -> nn.Module:
         return joined(cast(Recurrent, module))
 
+    def feeds_back(self, part: str) -> bool:
+        return part.startswith(("hh", "hr"))
+
     def freeze(self, module: nn.Module, rows: int | None) -> nn.Module | None:
         return cast(Recurrent, module).freeze(rows)
