@@ -20,6 +20,7 @@ from structmat.compression.scan import scan, site_of
 from structmat.compression.split import split_, split_apart, whole_again_
 from structmat.compression.statistics import reestimate
 from structmat.errors import FormatError, ModelError
+from structmat.io import size_on_disk
 from structmat.nn.attention import SplitAttention
 from structmat.nn.convolution import FrozenConvolution
 from structmat.nn.recurrent import FrozenRecurrent, Recurrent, joined, split
@@ -301,9 +302,7 @@ PLAN = {
 
 @pytest.fixture(scope="module")
 def compressed() -> tuple[Net, sm.Result[Net], list[Tensor]]:
-    torch.manual_seed(0)
-    model = Net().eval()
-    data = [torch.randn(4, 4, 4, 4, generator=seeded(i)) for i in range(3)]
+    model, data = net_and_data()
     result = sm.compress(
         model,
         budget=sm.Parameters(0.9),
@@ -312,6 +311,74 @@ def compressed() -> tuple[Net, sm.Result[Net], list[Tensor]]:
         measure=False,
     )
     return model, result, data
+
+
+def net_and_data() -> tuple[Net, list[Tensor]]:
+    torch.manual_seed(0)
+    return Net().eval(), [torch.randn(4, 4, 4, 4, generator=seeded(i)) for i in range(3)]
+
+
+FEW = ("LowRank", "Sparse")
+
+
+def test_a_saved_model_of_all_kinds_has_at_most_the_bytes_of_the_budget(tmp_path: Path) -> None:
+    model, data = net_and_data()
+    whole = size_on_disk(sm.save(model, tmp_path / "dense"))
+    result = sm.compress(
+        model, budget=sm.Memory(int(0.9 * whole)), calibration=data, structures=FEW, measure=False, sequential=False
+    )
+    assert result.plan.changed
+    assert size_on_disk(sm.save(result.model, tmp_path / "small")) <= 0.9 * whole
+
+
+def test_points_of_the_frontier_are_built_with_all_kinds_of_layers(tmp_path: Path) -> None:
+    """Each from a copy, so that what stays as it is in one of them is not shared with another."""
+    model, data = net_and_data()
+    wanted = [model(x) for x in data]
+
+    def error(found: nn.Module) -> float:
+        return float(sum((found(x) - y).square().sum() for x, y in zip(data, wanted, strict=True)).detach())
+
+    result = sm.compress(
+        model,
+        budget=sm.Parameters(0.8),
+        calibration=data,
+        structures=FEW,
+        evaluate=error,
+        measure=False,
+        frontier=(0.5,),
+        rounds=1,
+        folder=tmp_path,
+    )
+    assert all(torch.equal(model(x), y) for x, y in zip(data, wanted, strict=True))
+    built = [point for point in result.frontier if point.quality is not None]
+    assert len(built) >= 2
+    for point in built:
+        again = sm.compress(model, plan=point.plan, calibration=data, folder=tmp_path)
+        assert error(again.model) == pytest.approx(next(iter(point.quality.values())), rel=1e-4)
+
+
+def test_a_quality_is_kept_with_all_kinds_of_layers_and_recovery() -> None:
+    model, data = net_and_data()
+    wanted = [model(x).detach() for x in data]
+    before = copy.deepcopy(model.state_dict())
+
+    def error(found: nn.Module) -> float:
+        return float(sum((found(x) - y).square().mean() for x, y in zip(data, wanted, strict=True)).detach().detach())
+
+    result = sm.compress(
+        model,
+        budget=sm.Quality(loss=0.05, better="lower", tries=3),
+        calibration=data,
+        structures=FEW,
+        evaluate=error,
+        measure=False,
+        sequential=False,
+        recover=sm.Distill(steps=3),
+    )
+    assert error(result.model) <= 0.05
+    assert result.report.parameters.after < result.report.parameters.before
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_compress_takes_all_kinds_of_layers(compressed: tuple[Net, sm.Result[Net], list[Tensor]]) -> None:

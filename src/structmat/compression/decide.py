@@ -15,7 +15,8 @@ from structmat.compression.candidates import Candidate, Screening, with_losses
 from structmat.compression.choose import Chooser
 from structmat.compression.figures import Clock
 from structmat.compression.frontier import ANCHORS, Point, merged, point_of, predicted
-from structmat.compression.goals import Goals, limits_of
+from structmat.compression.goals import Goals
+from structmat.compression.limits import limits_of
 from structmat.compression.plan import Plan
 from structmat.compression.scan import Site
 from structmat.compression.seek import Judge, Size, Tried, judge_of, seek

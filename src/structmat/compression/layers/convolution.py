@@ -133,7 +133,7 @@ class ConvolutionLayer(Layer):
         return (module if isinstance(module, Structured) else _twin(module)).patches(x)
 
     def output_rows(self, module: nn.Module, y: Tensor) -> Tensor:
-        return _twin(module).rows(y)
+        return _twin(module).output_rows(y)
 
     def sizes(self, module: nn.Module, x: Tensor) -> tuple[int, ...]:
         return tuple(x.shape[-len(_dense(module).kernel_size) :])

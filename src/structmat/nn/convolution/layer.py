@@ -204,7 +204,7 @@ class _StructuredConv(nn.Module):
             rows = wide.permute(1, 0, *range(3, 3 + dims), *channels)
             yield rows.flatten(1 + 1 + dims).flatten(1, 1 + dims)
 
-    def rows(self, y: Tensor) -> Tensor:
+    def output_rows(self, y: Tensor) -> Tensor:
         """An output (batch, out_channels, *places), or without the batch, as (groups, rows, out / groups)."""
         y = y if y.dim() == 2 + self.dims else y.unsqueeze(0)
         rows: Tensor = y.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
