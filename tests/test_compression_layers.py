@@ -364,7 +364,7 @@ def test_a_quality_is_kept_with_all_kinds_of_layers_and_recovery() -> None:
     before = copy.deepcopy(model.state_dict())
 
     def error(found: nn.Module) -> float:
-        return float(sum((found(x) - y).square().mean() for x, y in zip(data, wanted, strict=True)).detach().detach())
+        return float(sum((found(x) - y).square().mean() for x, y in zip(data, wanted, strict=True)).detach())
 
     result = sm.compress(
         model,
