@@ -72,8 +72,15 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
         k.scatter_add(p.indices[s.index], gy, gx, s.rows, columns);
       break;
     case Instruction::scatter_add: k.gather(p.indices[s.index], gy, gx, s.rows, columns, step.add); break;
+    case Instruction::activate:
+      k.activate_back(s.activation, s.tensor < 0 ? nullptr : p.learned[s.tensor],
+                      s.other < 0 ? nullptr : p.learned[s.other], s.from < 0 ? nullptr : memory + s.from * columns, gy, gx,
+                      s.tensor < 0 ? nullptr : direct(s.tensor), s.other < 0 ? nullptr : direct(s.other), columns,
+                      step.add);
+      break;
     case Instruction::copy: k.copy(gy, gx, s.rows, columns, step.add); break;
     case Instruction::clear:
+    case Instruction::keep:
     case Instruction::quads: break;  // plans for derivatives hold none of these
     case Instruction::sparse: {
       const Rows& r = p.rows[step.number];
@@ -115,6 +122,11 @@ void run_tile(const Pass<Real>& pass, int64_t tile, Real* memory, Real* sums) {
         pass.kernels.load(static_cast<const char*>(b.x) + first * b.x_stride * size, b.storage, b.x_stride, count,
                           plan.in_features, memory + s.what.to * columns, columns);
         break;
+      case Step::load_kept: {
+        const Real* kept = static_cast<const Real*>(b.kept) + (tile * plan.kept_rows + s.what.place) * columns;
+        pass.kernels.copy(kept, memory + s.what.to * columns, s.what.rows, columns, false);
+        break;
+      }
       case Step::load_gradient: {
         Real* to = memory + s.to * columns;
         pass.kernels.load(static_cast<const char*>(b.grad) + first * b.grad_stride * size, b.storage, b.grad_stride,
@@ -288,9 +300,11 @@ void execute_as(const BackwardPlan& plan, const BackwardBatch& batch, const Arra
                 const Kernels<Real>& kernels, Parallel parallel) {
   static thread_local Scratch compressed;
   const Prepared<Real> prepared = prepare<Real>(plan.plan, batch.storage, tensors, kernels, compressed, parallel);
-  const int64_t columns = tile_columns<Real>(plan, batch.rows, kernels.lanes);
+  const bool activated = plan.plan.has_activations;
+  const int64_t columns = activated ? shared_columns(plan.plan, batch.rows, kernels.lanes, sizeof(Real))
+                                    : tile_columns<Real>(plan, batch.rows, kernels.lanes);
   const int64_t fitting = most_bytes / std::max<int64_t>(1, plan.total * int64_t(sizeof(Real)));
-  const int64_t parts = std::max<int64_t>(1, std::min({batch.rows / part_rows, most_parts, fitting}));
+  const int64_t parts = std::max<int64_t>(1, std::min({batch.rows / (activated ? columns : part_rows), most_parts, fitting}));
   static thread_local Scratch scratch;
   const int64_t bytes = parts * plan.total * int64_t(sizeof(Real));
   Pass<Real> pass{plan, batch, prepared, kernels, columns, parts, static_cast<Real*>(scratch.reserve(bytes))};
