@@ -93,14 +93,19 @@ inline V<Real> limited(V<Real> x, Real least, Real most) {
   return x < least ? all<Real>(least) : x;
 }
 
-// exp(x) = scale + scale * rest, where scale is a power of two, exactly: what is small beside 1 is not lost in `rest`.
-template <class Real>
+// exp(x) = scale + scale * rest, where scale is a power of two, exactly: what is small beside 1 is not lost in `rest`. With
+// `precise` the remainder of a large x is as precise as that of a small one.
+template <class Real, bool precise>
 inline void split_exponential(V<Real> x, V<Real>& scale, V<Real>& rest) {
   typedef Constants<Real> C;
   typedef typename C::Integer Bits __attribute__((vector_size(register_bytes)));
   const V<Real> shifted = x * Real(1.44269504088896340736) + C::shift;
   const V<Real> whole = shifted - C::shift;
-  const V<Real> r = (x - whole * C::ln2_high) - whole * C::ln2_low;
+  V<Real> r;
+  if constexpr (precise)
+    r = (x - whole * C::ln2_high) - whole * C::ln2_low;
+  else
+    r = x - whole * Real(0.693147180559945309417);
   scale = V<Real>((Bits(shifted) << C::mantissa) + (typename C::Integer(C::exponent) << C::mantissa));
   constexpr int terms = sizeof C::exp_series / sizeof(Real);
   V<Real> sum = all<Real>(C::exp_series[terms - 1]);
@@ -112,7 +117,7 @@ inline void split_exponential(V<Real> x, V<Real>& scale, V<Real>& rest) {
 template <class Real>
 inline V<Real> exponential(V<Real> x) {
   V<Real> scale, rest;
-  split_exponential<Real>(limited<Real>(x, Constants<Real>::least, Constants<Real>::most), scale, rest);
+  split_exponential<Real, true>(limited<Real>(x, Constants<Real>::least, Constants<Real>::most), scale, rest);
   return scale * rest + scale;
 }
 
@@ -120,7 +125,9 @@ inline V<Real> exponential(V<Real> x) {
 template <class Real>
 inline V<Real> hyperbolic_tangent(V<Real> x) {
   V<Real> scale, rest;
-  split_exponential<Real>(2 * limited<Real>(x, -Constants<Real>::most_tanh, Constants<Real>::most_tanh), scale, rest);
+  // Where x is large, 1 - tanh(x) is small, and takes the error of its argument along.
+  split_exponential<Real, false>(2 * limited<Real>(x, -Constants<Real>::most_tanh, Constants<Real>::most_tanh), scale,
+                                 rest);
   const V<Real> t = scale * rest + (scale - 1);
   return t / (t + 2);
 }

@@ -239,6 +239,7 @@ void gather_sums(const Pass<Real>& pass, void* const* gradients, Parallel parall
     Real* sums;
     int64_t total, parts;
   } shared{pass.sums, plan.total, pass.parts};
+  if (plan.total * pass.parts < pack_alone) parallel = serially;
   if (pass.parts > 1)
     parallel((plan.total + at_once - 1) / at_once, [](int64_t begin, int64_t end, void* opaque) {
       const Shared& s = *static_cast<const Shared*>(opaque);

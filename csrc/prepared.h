@@ -22,10 +22,11 @@ constexpr int64_t pack_alone = 1 << 15;   // numbers that one thread packs soone
 constexpr int64_t far_cache = 1 << 20;   // bytes of a tile's memory: an L2 cache
 
 // The columns of tiles on the way back of a plan with activations, and of all tiles from which values are kept: what lies
-// in a tile fits an L2 cache, and there is work for a few threads. The number of threads has no influence.
+// in a tile fits an L2 cache (values have a gradient too, but never all at a time), and there is work for two threads. The
+// number of threads has no influence.
 inline int64_t shared_columns(const Plan& plan, int64_t rows, int64_t lanes, int64_t bytes) {
   int64_t columns = std::max<int64_t>(lanes, 256 / bytes);
-  while (columns > lanes && (plan.volume * columns * bytes > far_cache || rows < 4 * columns)) columns /= 2;
+  while (columns > lanes && (plan.volume * columns * bytes > 2 * far_cache || rows < 2 * columns)) columns /= 2;
   return columns;
 }
 

@@ -240,10 +240,10 @@ class KroneckerChain(nn.Module):
     def _run(self, x: Tensor, given: Sequence[Tensor]) -> Tensor:
         tensors = dict(zip(self._names, given, strict=False))
         outer = given[-1] if len(given) > len(self._names) else None
-        return self.run_with(tensors, x, outer)
+        return self.run_with(tensors, x, outer=outer)
 
     def run_with(
-        self, tensors: dict[str, Tensor], x: Tensor, outer: Tensor | None = None, slope: Tensor | None = None
+        self, tensors: dict[str, Tensor], x: Tensor, *, outer: Tensor | None = None, slope: Tensor | None = None
     ) -> Tensor:
         """What :meth:`forward` does, of given tensors, in operations that are differentiable any number of times.
 

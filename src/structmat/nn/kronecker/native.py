@@ -273,8 +273,12 @@ def run(blocks: Sequence[KroneckerBlock], way: Fused, x: Tensor) -> Tensor | Non
     if any(watched(block) for block in blocks):
         return None
     tensors = []
+    chains = [block.chains for block in blocks]
     for number, place, name in way.places:
-        tensor = getattr(_holder(blocks[number], place), name)
+        holder = chains[number][place] if place >= 0 else _holder(blocks[number], place)
+        tensor = holder._parameters.get(name)
+        if tensor is None:  # a buffer, or one that is computed, by a parametrization for instance
+            tensor = getattr(holder, name)
         if tensor.dtype is not x.dtype or tensor.device.type != "cpu":
             return None
         tensors.append(tensor)
@@ -296,8 +300,6 @@ def watched(block: KroneckerBlock) -> bool:
 
 
 def _holder(block: KroneckerBlock, place: int) -> nn.Module:
-    if place >= 0:
-        return block.chains[place]
     held = block if place == OWN else block.inner if place == INNER else block.outer
     assert isinstance(held, nn.Module)
     return held
@@ -321,8 +323,9 @@ class _Fused(torch.autograd.Function):
             return None, None, *gradients(again, (x, *tensors), wanted, grad)
         if grad.stride(-1) != 1:
             grad = grad.contiguous()
-        found = [torch.empty(t.shape if w else 0, dtype=x.dtype) for t, w in zip((x, *tensors), wanted, strict=True)]
         given = [t.contiguous() for t in tensors]
+        nothing = x.new_empty(0)
+        found = [torch.empty_like(t) if w else nothing for t, w in zip((x, *given), wanted, strict=True)]
         run_backward_kept(x, kept, grad, given, found[0], found[1:], ctx.way.text.keeping)
         return None, None, *(g if w else None for g, w in zip(found, wanted, strict=True))
 
@@ -340,9 +343,8 @@ class _Again:
             own = {place: by_place[number, *place] for place in recipe.places}
             total: Tensor | None = None
             for index, chain in enumerate(block.chains):
-                y = chain.run_with(
-                    {name: own[index, name] for name in chain.names}, x, _slope(recipe.inner, own, INNER)
-                )
+                tensors = {name: own[index, name] for name in chain.names}
+                y = chain.run_with(tensors, x, slope=_slope(recipe.inner, own, INNER))
                 total = y if total is None else total + y
             assert total is not None
             if (OWN, "bias") in own:
