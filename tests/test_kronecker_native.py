@@ -200,6 +200,7 @@ def test_native_gradients_by_differences() -> None:
     assert torch.autograd.gradgradcheck(run, (x, *block.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of PyTorch's own forward derivatives
 def test_transforms_run_on_the_reference() -> None:
     torch.manual_seed(6)
     network = scattered(KroneckerNetwork([(4, 3), (3, 5), (2, 2)], 2, inner=nn.PReLU(), outer=nn.SiLU()))
