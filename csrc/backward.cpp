@@ -31,14 +31,28 @@ struct Pass {
   int64_t tiles() const { return (batch.rows + columns - 1) / columns; }
 };
 
+// Where the rows of a tile lie.
+template <class Real>
+struct TileRows {
+  Real* memory;
+  const Real* kept;
+  int64_t columns;
+
+  const Real* at(int64_t row) const {
+    if (row < 0) return nullptr;
+    return row < kept_from ? memory + row * columns : kept + (row - kept_from) * columns;
+  }
+};
+
 // The instruction of a step backwards.
 template <class Real>
-void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums, Real* scratch) {
+void run_back(const Step& step, const Pass<Real>& pass, const TileRows<Real>& rows, Real* sums, Real* scratch) {
+  Real* memory = rows.memory;
   const Kernels<Real>& k = pass.kernels;
   const Prepared<Real>& p = pass.prepared;
   const Instruction& s = step.what;
   const int64_t columns = pass.columns;
-  const Real* x = step.weighs ? memory + s.from * columns : nullptr;
+  const Real* x = step.weighs ? rows.at(s.from) : nullptr;
   const Real* gy = memory + step.to * columns;
   Real* gx = step.from >= 0 ? memory + step.from * columns : nullptr;
   const auto direct = [&](int tensor) {
@@ -74,7 +88,7 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
     case Instruction::scatter_add: k.gather(p.indices[s.index], gy, gx, s.rows, columns, step.add); break;
     case Instruction::activate:
       k.activate_back(s.activation, s.tensor < 0 ? nullptr : p.learned[s.tensor],
-                      s.other < 0 ? nullptr : p.learned[s.other], s.from < 0 ? nullptr : memory + s.from * columns, gy, gx,
+                      s.other < 0 ? nullptr : p.learned[s.other], rows.at(s.from), gy, gx,
                       s.tensor < 0 ? nullptr : direct(s.tensor), s.other < 0 ? nullptr : direct(s.other), columns,
                       step.add);
       break;
@@ -116,17 +130,14 @@ void run_tile(const Pass<Real>& pass, int64_t tile, Real* memory, Real* sums) {
   const int64_t columns = pass.columns, first = tile * columns, count = std::min(columns, b.rows - first);
   const int64_t size = bytes_of(b.storage);
   Real* scratch = memory + pass.plan.rows * columns;
+  const TileRows<Real> rows{memory, static_cast<const Real*>(b.kept) + (b.kept ? tile * plan.kept_rows * columns : 0),
+                            columns};
   for (const Step& s : pass.plan.steps) {
     switch (s.kind) {
       case Step::load_input:
         pass.kernels.load(static_cast<const char*>(b.x) + first * b.x_stride * size, b.storage, b.x_stride, count,
                           plan.in_features, memory + s.what.to * columns, columns);
         break;
-      case Step::load_kept: {
-        const Real* kept = static_cast<const Real*>(b.kept) + (tile * plan.kept_rows + s.what.place) * columns;
-        pass.kernels.copy(kept, memory + s.what.to * columns, s.what.rows, columns, false);
-        break;
-      }
       case Step::load_gradient: {
         Real* to = memory + s.to * columns;
         pass.kernels.load(static_cast<const char*>(b.grad) + first * b.grad_stride * size, b.storage, b.grad_stride,
@@ -135,9 +146,12 @@ void run_tile(const Pass<Real>& pass, int64_t tile, Real* memory, Real* sums) {
         if (bias >= 0) pass.kernels.row_sums(to, sums + bias, plan.out_features, columns);
         break;
       }
-      case Step::forward: run<Real>(s.what, s.number, pass.prepared, plan, pass.kernels, memory, columns); break;
+      case Step::forward:
+        run<Real>(s.what, s.number, pass.prepared, plan, pass.kernels, rows.at(s.what.from), memory + s.what.to * columns,
+                  columns);
+        break;
       case Step::clear: std::memset(memory + s.from * columns, 0, size_t(s.rows) * columns * sizeof(Real)); break;
-      case Step::backward: run_back<Real>(s, pass, memory, sums, scratch); break;
+      case Step::backward: run_back<Real>(s, pass, rows, sums, scratch); break;
       case Step::store_gradient:
         pass.kernels.store(memory + s.from * columns, columns, nullptr,
                            static_cast<char*>(b.grad_x) + first * plan.in_features * size, b.storage, plan.in_features,

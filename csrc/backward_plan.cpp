@@ -177,8 +177,7 @@ class Reversal {
       if (!needed_[slot_of(i.to)] || (i.kind == Instruction::keep) != bool(kept_[slot_of(i.to)])) continue;
       value(slot_of(i.to));
       if (i.kind == Instruction::keep) {
-        Draft& d = step(Step::load_kept);
-        d.step.what = i, d.value_to = in(values_, i.to);
+        blocks_[values_[slot_of(i.to)]].first = kept_from + i.place;
         continue;
       }
       Draft& d = step(Step::forward);
@@ -272,7 +271,7 @@ class Reversal {
         touch(*p, int64_t(n));
     std::vector<Block*> order;
     for (Block& b : blocks_)
-      if (b.birth >= 0) order.push_back(&b);
+      if (b.birth >= 0 && b.first < kept_from) order.push_back(&b);
     std::stable_sort(order.begin(), order.end(), [](const Block* a, const Block* b) { return a->birth < b->birth; });
     for (size_t k = 0; k < order.size(); ++k) {
       std::vector<Slot> used;

@@ -17,8 +17,11 @@ struct Wanted {
   bool kept = false;  // whether the values that the program says to keep are at hand, and need not be made again
 };
 
+// Rows from here on are those of values that were kept: they are read where they were kept.
+constexpr int64_t kept_from = int64_t(1) << 48;
+
 struct Step {
-  enum Kind { load_input, load_kept, load_gradient, forward, clear, backward, store_gradient } kind;
+  enum Kind { load_input, load_gradient, forward, clear, backward, store_gradient } kind;
   Instruction what{};       // with the rows of its values, where they are kept
   int number = -1;          // of the instruction in the plan
   int64_t from = -1, to = -1;  // rows of the gradients of what it reads and of what it writes; -1 where none is wanted

@@ -61,7 +61,7 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
         for (size_t i = 0; i < c.plan.instructions.size(); ++i) {
           const Instruction& s = c.plan.instructions[i];
           if (s.kind != Instruction::keep)
-            run<Real>(s, i, c.prepared, c.plan, c.kernels, memory, c.columns);
+            run<Real>(s, i, c.prepared, c.plan, c.kernels, memory + s.from * c.columns, memory + s.to * c.columns, c.columns);
           else if (kept)
             c.kernels.copy(memory + s.from * c.columns, kept + s.place * c.columns, s.rows, c.columns, false);
         }

@@ -274,12 +274,10 @@ void pack_weights(Prepared<Real>& p, const Plan& plan, const Kernels<Real>& kern
   packing.run(scratch, parallel);
 }
 
-// Runs one instruction, `number` in the plan, on rows of a tile.
+// Runs one instruction, `number` in the plan, on rows of a tile: from x to y.
 template <class Real>
 inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, const Plan& plan, const Kernels<Real>& k,
-                Real* memory, int64_t columns) {
-  const Real* x = memory + s.from * columns;
-  Real* y = memory + s.to * columns;
+                const Real* x, Real* y, int64_t columns) {
   switch (s.kind) {
     case Instruction::contract:
       if (p.panels[number][0])
