@@ -31,14 +31,28 @@ struct Pass {
   int64_t tiles() const { return (batch.rows + columns - 1) / columns; }
 };
 
+// Where the rows of a tile lie.
+template <class Real>
+struct TileRows {
+  Real* memory;
+  const Real* kept;
+  int64_t columns;
+
+  const Real* at(int64_t row) const {
+    if (row < 0) return nullptr;
+    return row < kept_from ? memory + row * columns : kept + (row - kept_from) * columns;
+  }
+};
+
 // The instruction of a step backwards.
 template <class Real>
-void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums, Real* scratch) {
+void run_back(const Step& step, const Pass<Real>& pass, const TileRows<Real>& rows, Real* sums, Real* scratch) {
+  Real* memory = rows.memory;
   const Kernels<Real>& k = pass.kernels;
   const Prepared<Real>& p = pass.prepared;
   const Instruction& s = step.what;
   const int64_t columns = pass.columns;
-  const Real* x = step.weighs ? memory + s.from * columns : nullptr;
+  const Real* x = step.weighs ? rows.at(s.from) : nullptr;
   const Real* gy = memory + step.to * columns;
   Real* gx = step.from >= 0 ? memory + step.from * columns : nullptr;
   const auto direct = [&](int tensor) {
@@ -72,8 +86,15 @@ void run_back(const Step& step, const Pass<Real>& pass, Real* memory, Real* sums
         k.scatter_add(p.indices[s.index], gy, gx, s.rows, columns);
       break;
     case Instruction::scatter_add: k.gather(p.indices[s.index], gy, gx, s.rows, columns, step.add); break;
+    case Instruction::activate:
+      k.activate_back(s.activation, s.tensor < 0 ? nullptr : p.learned[s.tensor],
+                      s.other < 0 ? nullptr : p.learned[s.other], rows.at(s.from), gy, gx,
+                      s.tensor < 0 ? nullptr : direct(s.tensor), s.other < 0 ? nullptr : direct(s.other), columns,
+                      step.add);
+      break;
     case Instruction::copy: k.copy(gy, gx, s.rows, columns, step.add); break;
     case Instruction::clear:
+    case Instruction::keep:
     case Instruction::quads: break;  // plans for derivatives hold none of these
     case Instruction::sparse: {
       const Rows& r = p.rows[step.number];
@@ -112,6 +133,8 @@ void run_tile(const Pass<Real>& pass, int64_t tile, Real* memory, Real* sums) {
   const int64_t columns = pass.columns, first = tile * columns, count = std::min(columns, b.rows - first);
   const int64_t size = bytes_of(b.storage);
   Real* scratch = memory + pass.plan.rows * columns;
+  const TileRows<Real> rows{memory, static_cast<const Real*>(b.kept) + (b.kept ? tile * plan.kept_rows * columns : 0),
+                            columns};
   for (const Step& s : pass.plan.steps) {
     switch (s.kind) {
       case Step::load_input:
@@ -126,9 +149,12 @@ void run_tile(const Pass<Real>& pass, int64_t tile, Real* memory, Real* sums) {
         if (bias >= 0) pass.kernels.row_sums(to, sums + bias, plan.out_features, columns);
         break;
       }
-      case Step::forward: run<Real>(s.what, s.number, pass.prepared, plan, pass.kernels, memory, scratch, columns); break;
+      case Step::forward:
+        run<Real>(s.what, s.number, pass.prepared, plan, pass.kernels, rows.at(s.what.from), memory + s.what.to * columns,
+                  scratch, columns);
+        break;
       case Step::clear: std::memset(memory + s.from * columns, 0, size_t(s.rows) * columns * sizeof(Real)); break;
-      case Step::backward: run_back<Real>(s, pass, memory, sums, scratch); break;
+      case Step::backward: run_back<Real>(s, pass, rows, sums, scratch); break;
       case Step::store_gradient:
         pass.kernels.store(memory + s.from * columns, columns, nullptr,
                            static_cast<char*>(b.grad_x) + first * plan.in_features * size, b.storage, plan.in_features,
@@ -231,6 +257,7 @@ void gather_sums(const Pass<Real>& pass, void* const* gradients, Parallel parall
     Real* sums;
     int64_t total, parts;
   } shared{pass.sums, plan.total, pass.parts};
+  if (plan.total * pass.parts < pack_alone) parallel = serially;
   if (pass.parts > 1)
     parallel((plan.total + at_once - 1) / at_once, [](int64_t begin, int64_t end, void* opaque) {
       const Shared& s = *static_cast<const Shared*>(opaque);
@@ -292,9 +319,11 @@ void execute_as(const BackwardPlan& plan, const BackwardBatch& batch, const Arra
                 const Kernels<Real>& kernels, Parallel parallel) {
   static thread_local Scratch compressed;
   const Prepared<Real> prepared = prepare<Real>(plan.plan, batch.storage, tensors, kernels, compressed, parallel);
-  const int64_t columns = tile_columns<Real>(plan, batch.rows, kernels.lanes);
+  const bool activated = plan.plan.has_activations;
+  const int64_t columns = activated ? shared_columns(plan.plan, batch.rows, kernels.lanes, sizeof(Real))
+                                    : tile_columns<Real>(plan, batch.rows, kernels.lanes);
   const int64_t fitting = most_bytes / std::max<int64_t>(1, plan.total * int64_t(sizeof(Real)));
-  const int64_t parts = std::max<int64_t>(1, std::min({batch.rows / part_rows, most_parts, fitting}));
+  const int64_t parts = std::max<int64_t>(1, std::min({batch.rows / (activated ? columns : part_rows), most_parts, fitting}));
   static thread_local Scratch scratch;
   const int64_t bytes = parts * plan.total * int64_t(sizeof(Real));
   Pass<Real> pass{plan, batch, prepared, kernels, columns, parts, static_cast<Real*>(scratch.reserve(bytes))};

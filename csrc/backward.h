@@ -16,6 +16,7 @@ struct BackwardBatch {
   void* grad_x;      // dense; null where it is not wanted
   int64_t rows;
   Storage storage;   // of all of these, of learned tensors and of their gradients
+  const void* kept = nullptr;  // what `execute` kept, if the plan is made for that
 };
 
 // Gradients of the input and of tensors, each written, none added to; those of tensors that are not wanted may be null.

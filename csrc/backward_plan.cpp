@@ -15,8 +15,12 @@ int64_t rows_read(const Instruction& i) {
 
 // Whether what comes back to a value is as long as the value, and each number depends on one of the gradient only.
 bool works_in_place(const Instruction& i) {
-  return i.kind == Instruction::radix || i.kind == Instruction::diagonal || i.kind == Instruction::copy;
+  return i.kind == Instruction::radix || i.kind == Instruction::diagonal || i.kind == Instruction::copy ||
+         i.kind == Instruction::activate;
 }
+
+// What puts out no value of its own.
+bool is_silent(const Instruction& i) { return i.kind == Instruction::clear || i.kind == Instruction::keep; }
 
 // A range of the memory, for as long as something in it is needed.
 struct Block {
@@ -43,7 +47,7 @@ class Reversal {
   void run() {
     const size_t slots = plan_.slots.size();
     values_.assign(slots, -1), gradients_.assign(slots, -1);
-    active_.assign(slots, 0), needed_.assign(slots, 0);
+    active_.assign(slots, 0), needed_.assign(slots, 0), kept_.assign(slots, 0);
     input_ = slot_of(plan_.input), output_ = slot_of(plan_.output);
     number_of_writers();
     mark();
@@ -67,6 +71,7 @@ class Reversal {
       case Instruction::contract:
       case Instruction::diagonal:
       case Instruction::sparse: return wants(i.tensor);
+      case Instruction::activate:
       case Instruction::windowed: return wants(i.tensor) || wants(i.other);
       case Instruction::radix:
         for (int k = 0; k < i.stages.count; ++k)
@@ -74,6 +79,12 @@ class Reversal {
         return false;
       default: return false;
     }
+  }
+
+  // First row of the value that derivatives are found from; -1 for none.
+  static int64_t value_read(const Instruction& i) {
+    if (i.kind != Instruction::activate) return i.from;
+    return i.activation.kind == Activate::identity ? -1 : by_value(i.activation.kind) ? i.to : i.from;
   }
 
   void number_of_writers() {
@@ -86,11 +97,14 @@ class Reversal {
     const auto& all = plan_.instructions;
     active_[input_] = wanted_.input;
     for (const Instruction& i : all)
-      if (i.kind != Instruction::clear && (active_[slot_of(i.from)] || weighs(i))) active_[slot_of(i.to)] = 1;
-    for (const Instruction& i : all)
-      if (weighs(i)) needed_[slot_of(i.from)] = 1;
+      if (!is_silent(i) && (active_[slot_of(i.from)] || weighs(i))) active_[slot_of(i.to)] = 1;
+    for (const Instruction& i : all) {
+      const bool is_read = i.kind == Instruction::activate ? value_read(i) >= 0 && active_[slot_of(i.to)] : weighs(i);
+      if (is_read) needed_[slot_of(value_read(i))] = 1;
+      if (i.kind == Instruction::keep && wanted_.kept && plan_.slots[slot_of(i.to)].rows == i.rows) kept_[slot_of(i.to)] = 1;
+    }
     for (size_t i = all.size(); i-- > 0;)
-      if (all[i].kind != Instruction::clear && needed_[slot_of(all[i].to)]) needed_[slot_of(all[i].from)] = 1;
+      if (!is_silent(all[i]) && needed_[slot_of(all[i].to)] && !kept_[slot_of(all[i].to)]) needed_[slot_of(all[i].from)] = 1;
   }
 
   // Places for the gradients of weights.
@@ -160,8 +174,12 @@ class Reversal {
     }
     for (size_t n = 0; n < plan_.instructions.size(); ++n) {
       const Instruction& i = plan_.instructions[n];
-      if (!needed_[slot_of(i.to)]) continue;
+      if (!needed_[slot_of(i.to)] || (i.kind == Instruction::keep) != bool(kept_[slot_of(i.to)])) continue;
       value(slot_of(i.to));
+      if (i.kind == Instruction::keep) {
+        blocks_[values_[slot_of(i.to)]].first = kept_from + i.place;
+        continue;
+      }
       Draft& d = step(Step::forward);
       d.step.what = i, d.step.number = int(n);
       d.value_to = in(values_, i.to);
@@ -174,7 +192,7 @@ class Reversal {
     const int slot = slot_of(i.from), to = slot_of(i.to);
     const int64_t rows = plan_.slots[slot].rows;
     const bool whole = rows_read(i) == rows;
-    d.step.add = true;
+    d.step.add = slot != to;  // in place otherwise
     if (gradients_[slot] < 0) {
       const bool last = first_writer_[to] == n && plan_.slots[to].rows == i.rows;
       if (works_in_place(i) && whole && last) {
@@ -203,7 +221,7 @@ class Reversal {
     }
     for (size_t n = plan_.instructions.size(); n-- > 0;) {
       const Instruction& i = plan_.instructions[n];
-      if (i.kind == Instruction::clear || gradients_[slot_of(i.to)] < 0) continue;
+      if (is_silent(i) || gradients_[slot_of(i.to)] < 0) continue;
       Draft d;
       d.step.kind = Step::backward, d.step.what = i, d.step.number = int(n);
       std::copy(own_[n].begin(), own_[n].end(), d.step.sums);
@@ -217,7 +235,8 @@ class Reversal {
         arrive(i, int64_t(n), overwrites, d);
         if (i.kind == Instruction::copy && !d.step.add && d.from.block == d.to.block) continue;  // it is there already
       }
-      if (d.step.weighs) d.value_from = in(values_, i.from);
+      if ((d.step.weighs || i.kind == Instruction::activate) && value_read(i) >= 0)
+        d.value_from = in(values_, value_read(i));
       drafts_.push_back(d);
     }
     if (!wanted_.input) return;
@@ -252,7 +271,7 @@ class Reversal {
         touch(*p, int64_t(n));
     std::vector<Block*> order;
     for (Block& b : blocks_)
-      if (b.birth >= 0) order.push_back(&b);
+      if (b.birth >= 0 && b.first < kept_from) order.push_back(&b);
     std::stable_sort(order.begin(), order.end(), [](const Block* a, const Block* b) { return a->birth < b->birth; });
     for (size_t k = 0; k < order.size(); ++k) {
       std::vector<Slot> used;
@@ -274,7 +293,7 @@ class Reversal {
   Plan& plan_;
   const Wanted& wanted_;
   std::vector<int> values_, gradients_;  // the block of every slot's value and gradient, or -1
-  std::vector<char> active_, needed_;
+  std::vector<char> active_, needed_, kept_;
   std::vector<int> first_writer_;
   std::vector<std::array<int64_t, Radix::most>> own_;  // of every instruction: where its own sums begin, or -1
   std::vector<Block> blocks_;
@@ -287,8 +306,10 @@ class Reversal {
 BlockSums sums_of(const Contract& s) {
   // What one register of a row costs: multiply-adds with the longer side filled up to whole registers, and the
   // transposition of its values; or a product for every pair, and a share in summing its lanes.
+  // Where an axis is shared, its sums are taken out of the registers once.
   const int64_t b = (s.b + 15) / 16 * 16, c = (s.c + 15) / 16 * 16;
-  const int64_t along_c = c * s.b + 4 * c, along_b = b * s.c + 4 * b, alone = 2 * s.b * s.c;
+  const int64_t together = (s.stride_a ? 1 : s.a) * (s.stride_d ? 1 : s.d);
+  const int64_t along_c = c * s.b + 4 * c, along_b = b * s.c + 4 * b, alone = s.b * s.c + s.b * s.c / together;
   BlockSums made{BlockSums::none, s.b, s.c, 0};
   if (alone <= along_b && alone <= along_c) return made;
   made.along = along_c <= along_b ? BlockSums::c : BlockSums::b;

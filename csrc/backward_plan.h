@@ -14,7 +14,11 @@ namespace structmat {
 struct Wanted {
   bool input = false;
   std::vector<char> tensors;
+  bool kept = false;  // whether the values that the program says to keep are at hand, and need not be made again
 };
+
+// Rows from here on are those of values that were kept: they are read where they were kept.
+constexpr int64_t kept_from = int64_t(1) << 48;
 
 struct Step {
   enum Kind { load_input, load_gradient, forward, clear, backward, store_gradient } kind;

@@ -34,7 +34,10 @@ inline void block(const Real* w, int64_t wi, int64_t wj, const Real* x, int64_t 
     for (int v = 0; v < vectors; ++v) put(y + i * y_stride + v * n, sum[i][v]);
 }
 
-// Fewer rows than a full block: one after the other of halving sizes.
+// The next smaller block: the fewer of them a remainder takes, the fewer wait for their accumulators.
+constexpr int smaller(int rows) { return rows > 8 ? 8 : rows > 6 ? 6 : rows > 4 ? 4 : rows - 1; }
+
+// Fewer rows than a full block: one after the other of smaller sizes.
 template <class Real, int rows, int vectors>
 inline void rest(int64_t b, const Real* w, int64_t wi, int64_t wj, const Real* x, int64_t x_stride, Real* y,
                  int64_t y_stride, int64_t c, bool add) {
@@ -43,7 +46,7 @@ inline void rest(int64_t b, const Real* w, int64_t wi, int64_t wj, const Real* x
       block<Real, rows, vectors>(w, wi, wj, x, x_stride, y, y_stride, c, add);
       w += rows * wi, y += rows * y_stride, b -= rows;
     }
-    if (b) rest<Real, rows / 2, vectors>(b, w, wi, wj, x, x_stride, y, y_stride, c, add);
+    if (b) rest<Real, smaller(rows), vectors>(b, w, wi, wj, x, x_stride, y, y_stride, c, add);
   }
 }
 

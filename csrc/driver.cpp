@@ -51,11 +51,20 @@ void backward(const std::string& text, const structmat::Plan& plan, const struct
     places[i] = gradients[i].data();
   }
   std::vector<char> grad_x(wanted.input ? batch.rows * plan.in_features * size : 0);
-  const structmat::BackwardBatch own{batch.x, batch.x_stride, batch.y,    batch.y_stride,
-                                     wanted.input ? grad_x.data() : nullptr, batch.rows, batch.storage};
+  structmat::BackwardBatch own{batch.x, batch.x_stride, batch.y,    batch.y_stride,
+                               wanted.input ? grad_x.data() : nullptr, batch.rows, batch.storage};
   const structmat::BackwardPlan made = structmat::make_backward_plan(text, wanted);
   for (int r = 0; r < repetitions; ++r)
     structmat::execute_backward(made, own, tensors.data(), places.data(), structmat::serially);
+  const int64_t count = structmat::kept_numbers(plan, batch.rows, batch.storage);
+  if (count == 0) return;
+  std::vector<char> y(batch.rows * plan.out_features * size), kept(count * (size == 8 ? 8 : 4));
+  structmat::Batch again = batch;
+  again.y = y.data(), again.y_stride = plan.out_features, again.kept = kept.data();
+  structmat::execute(plan, again, tensors.data(), structmat::serially, 2);
+  wanted.kept = true, own.kept = kept.data();
+  structmat::execute_backward(structmat::make_backward_plan(text, wanted), own, tensors.data(), places.data(),
+                              structmat::serially);
 }
 
 // With the rows of the input, of the outcome, or of both side by side.

@@ -33,7 +33,8 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
                 Parallel parallel, int threads) {
   static thread_local Scratch compressed;
   Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels, compressed, parallel);
-  const int64_t columns = tile_columns<Real>(plan, batch.rows, kernels.lanes, threads);
+  const int64_t columns = batch.kept ? shared_columns(plan, batch.rows, kernels.lanes, sizeof(Real))
+                                     : tile_columns<Real>(plan, batch.rows, kernels.lanes, threads);
   static thread_local Scratch panels;
   pack_weights<Real>(prepared, plan, kernels, panels, batch.rows >= 2 * columns, parallel);
   struct Context {
@@ -57,9 +58,16 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
         const auto store = c.batch.y_by_features ? c.kernels.store_by_features : c.kernels.store;
         load(c.batch.x_at(first), c.batch.storage, c.batch.x_stride, count, c.plan.in_features,
              memory + c.plan.input * c.columns, c.columns);
-        for (size_t i = 0; i < c.plan.instructions.size(); ++i)
-          run<Real>(c.plan.instructions[i], i, c.prepared, c.plan, c.kernels, memory, memory + numbers,
-                    c.columns);
+        Real* kept = static_cast<Real*>(c.batch.kept);
+        if (kept) kept += t * c.plan.kept_rows * c.columns;
+        for (size_t i = 0; i < c.plan.instructions.size(); ++i) {
+          const Instruction& s = c.plan.instructions[i];
+          const Real* from = memory + s.from * c.columns;
+          if (s.kind != Instruction::keep)
+            run<Real>(s, i, c.prepared, c.plan, c.kernels, from, memory + s.to * c.columns, memory + numbers, c.columns);
+          else if (kept)
+            c.kernels.copy(from, kept + s.place * c.columns, s.rows, c.columns, false);
+        }
         store(memory + c.plan.output * c.columns, c.columns, c.prepared.bias, c.batch.y_at(first), c.batch.storage,
               c.batch.y_stride, count, c.plan.out_features);
       }
@@ -90,6 +98,13 @@ const InstructionSet& chosen() {
     return instruction_set(number);
   }();
   return best;
+}
+
+int64_t kept_numbers(const Plan& plan, int64_t rows, Storage storage) {
+  const bool wide = storage == Storage::f64;
+  const int64_t lanes = wide ? chosen().wide->lanes : chosen().single->lanes;
+  const int64_t columns = shared_columns(plan, rows, lanes, wide ? 8 : 4);
+  return (rows + columns - 1) / columns * columns * plan.kept_rows;
 }
 
 void execute(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads) {

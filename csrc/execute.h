@@ -27,6 +27,7 @@ struct Batch {
   Storage storage;   // of x, y and all learned tensors
   // Whether it is the rows that lie side by side, and the strides lead from one feature to the next.
   bool x_by_features = false, y_by_features = false;
+  void* kept = nullptr;  // where values are kept for the way back, if they are: `kept_numbers` of them
 
   // Where a row begins.
   const char* x_at(int64_t row) const {
@@ -44,6 +45,9 @@ const InstructionSet& chosen();
 // Learned tensors in the storage of the batch, indices as int64. Throws std::invalid_argument for an index that is out
 // of range, and std::bad_alloc.
 void execute(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads);
+
+// How many numbers a plan keeps for its way back, tile after tile.
+int64_t kept_numbers(const Plan& plan, int64_t rows, Storage storage);
 
 // Batches of fewer rows than this run vector by vector, if they are stored as they are computed.
 constexpr int64_t few_rows = 8;

@@ -93,13 +93,18 @@ void windowed(const Task<Real>& task, const Sides<Real>& sides, Parallel paralle
 }
 
 template <class Real>
-void run_one(const Instruction& s, const Prepared<Real>& p, const Plan& plan, const Real* x, Real* y) {
+void run_one(const Instruction& s, const Prepared<Real>& p, const Plan& plan, const Kernels<Real>& kernels,
+             const Real* x, Real* y) {
   switch (s.kind) {
     case Instruction::diagonal: {
       const Real* weight = p.learned[s.tensor];
       for (int64_t i = 0; i < s.rows; ++i) set(y[i], weight[i] * x[i], s.add);
       break;
     }
+    case Instruction::activate:
+      kernels.activate_vector(s.activation, s.tensor < 0 ? nullptr : p.learned[s.tensor],
+                              s.other < 0 ? nullptr : p.learned[s.other], x, y);
+      break;
     case Instruction::gather: {
       const int64_t* index = s.table >= 0 ? plan.tables[s.table].data() : p.indices[s.index];
       for (int64_t i = 0; i < s.rows; ++i) set(y[i], x[index[i]], s.add);
@@ -140,7 +145,7 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
       windowed<Real>({kernels, s, nullptr, v}, Sides<Real>(s, prepared, k), parallel, threads);
     } else {
       for (int64_t i = 0; i < v.count; ++i)
-        run_one<Real>(s, prepared, plan, v.memory + i * v.pitch + s.from, v.memory + i * v.pitch + s.to);
+        run_one<Real>(s, prepared, plan, kernels, v.memory + i * v.pitch + s.from, v.memory + i * v.pitch + s.to);
     }
   }
   Real* y = static_cast<Real*>(batch.y);

@@ -50,23 +50,29 @@ class Totals {
 
 // ------------------------------------------------------------------------------------------------------ contractions
 
+// What is summed over: so many numbers of a row, again at other places.
+struct Stretch {
+  int64_t length, repeats, gy_step, x_step;
+};
+
 template <class Real, int rows, int others>
-inline void sums_of_pairs(const Real* gy, const Real* x, int64_t pitch, int64_t columns, Real* sums, int64_t stride_b,
+inline void sums_of_pairs(const Real* gy, const Real* x, int64_t pitch, Stretch run, Real* sums, int64_t stride_b,
                           int64_t stride_c, Totals<Real>& totals) {
   constexpr int n = Vector<Real>::lanes;
   V<Real> sum[rows][others] = {};
-  for (int64_t p = 0; p < columns; p += n) {
-    V<Real> values[others];
+  for (int64_t r = 0; r < run.repeats; ++r, gy += run.gy_step, x += run.x_step)
+    for (int64_t p = 0; p < run.length; p += n) {
+      V<Real> values[others];
 #pragma GCC unroll 4
-    for (int j = 0; j < others; ++j) values[j] = at(x + j * pitch + p);
+      for (int j = 0; j < others; ++j) values[j] = at(x + j * pitch + p);
+#pragma GCC unroll 6
+      for (int i = 0; i < rows; ++i) {
+        const V<Real> factor = at(gy + i * pitch + p);
 #pragma GCC unroll 4
-    for (int i = 0; i < rows; ++i) {
-      const V<Real> factor = at(gy + i * pitch + p);
-#pragma GCC unroll 4
-      for (int j = 0; j < others; ++j) sum[i][j] += factor * values[j];
+        for (int j = 0; j < others; ++j) sum[i][j] += factor * values[j];
+      }
     }
-  }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < others; ++j) totals.add(sum[i][j], sums + i * stride_b + j * stride_c);
@@ -74,13 +80,13 @@ inline void sums_of_pairs(const Real* gy, const Real* x, int64_t pitch, int64_t 
 
 // Every number by itself, a few at a time.
 template <class Real, int rows>
-inline void sums_of_rows(const Contract& s, const Real* gy, const Real* x, int64_t pitch, int64_t columns, Real* sums,
+inline void sums_of_rows(const Contract& s, const Real* gy, const Real* x, int64_t pitch, Stretch run, Real* sums,
                          Totals<Real>& totals) {
   int64_t j = 0;
   const auto some = [&](auto count) {
     constexpr int others = decltype(count)::value;
     for (; j + others <= s.c; j += others)
-      sums_of_pairs<Real, rows, others>(gy, x + j * pitch, pitch, columns, sums + j * s.stride_c, s.stride_b,
+      sums_of_pairs<Real, rows, others>(gy, x + j * pitch, pitch, run, sums + j * s.stride_c, s.stride_b,
                                         s.stride_c, totals);
   };
   some(std::integral_constant<int, 4>());
@@ -92,16 +98,25 @@ template <class Real>
 void sums_alone(const Contract& s, const Real* x, const Real* gy, Real* sums, int64_t columns) {
   const int64_t pitch = s.d * columns;
   Totals<Real> totals;
-  for (int64_t a = 0; a < s.a; ++a)
-    for (int64_t d = 0; d < s.d; ++d) {
-      const Real *g = gy + a * s.b * pitch + d * columns, *v = x + a * s.c * pitch + d * columns;
-      Real* to = sums + a * s.stride_a + d * s.stride_d;
+  // One matrix for all of d: its rows and the columns of the tile are one long row, in parts that stay in the L1 cache.
+  const int64_t across = s.stride_d ? columns : pitch, most = 4096 / int64_t(sizeof(Real));
+  const int64_t parts = across <= most ? 1 : (across + most - 1) / most;
+  const int64_t part = (across / parts + columns - 1) / columns * columns;
+  // One for all of a: the sums of all stay in registers, if the tile is too narrow to pay for taking them out.
+  const int64_t together = s.stride_a ? 1 : s.a;
+  for (int64_t a = 0; a < s.a; a += together)
+    for (int64_t begin = 0; begin < pitch; begin += part) {
+      const int64_t length = s.stride_d || pitch - begin > part ? part : pitch - begin;
+      const Stretch run{length, together, s.b * pitch, s.c * pitch};
+      const Real *g = gy + a * s.b * pitch + begin, *v = x + a * s.c * pitch + begin;
+      Real* to = sums + a * s.stride_a + (s.stride_d ? begin / columns : 0);
       int64_t i = 0;
       const auto some = [&](auto count) {
         constexpr int rows = decltype(count)::value;
         for (; i + rows <= s.b; i += rows)
-          sums_of_rows<Real, rows>(s, g + i * pitch, v, pitch, columns, to + i * s.stride_b, totals);
+          sums_of_rows<Real, rows>(s, g + i * pitch, v, pitch, run, to + i * s.stride_b, totals);
       };
+      if (registers == 32) some(std::integral_constant<int, 6>());
       if (registers == 32) some(std::integral_constant<int, 4>());
       some(std::integral_constant<int, 2>());
       some(std::integral_constant<int, 1>());

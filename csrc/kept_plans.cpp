@@ -41,7 +41,7 @@ std::shared_ptr<const Plan> vector_plan_of(const std::string& text) {
 
 std::shared_ptr<const BackwardPlan> backward_plan_of(const std::string& text, const Wanted& wanted) {
   static Kept<BackwardPlan> kept;
-  std::string key = wanted.input ? "x " : "- ";
+  std::string key = std::string(wanted.input ? "x" : "-") + (wanted.kept ? "k " : " ");
   for (char tensor : wanted.tensors) key += tensor ? 'x' : '-';
   return kept.get(key + " " + text, [&] { return make_backward_plan(text, wanted); });
 }

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "activations.h"
 #include "contraction.h"
 #include "gradients.h"
 #include "panels.h"
@@ -414,6 +415,9 @@ constexpr Kernels<Real> table = {load<Real>,
                                  sparse_back<Real>,
                                  window_sums<Real>,
                                  row_sums<Real>,
+                                 activate<Real>,
+                                 activate_vector<Real>,
+                                 activate_back<Real>,
                                  widen<Real>,
                                  narrow<Real>,
                                  Vector<Real>::lanes};

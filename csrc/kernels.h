@@ -60,6 +60,22 @@ struct BlockSums {
 };
 BlockSums sums_of(const Contract& stage);
 
+// Which number of a tensor belongs to a row: number (row / inner) mod count.
+struct Spread {
+  int64_t inner = 1, count = 1;
+};
+
+// y = f(x + bias), row by row; a rectifier multiplies what is negative by a slope.
+struct Activate {
+  enum Kind { identity, relu, tanh, sigmoid, silu, gelu, gelu_tanh, rectifier } kind = identity;
+  int64_t rows = 0;
+  Spread bias, slope;
+};
+constexpr int activations = 8;
+
+// Whether the derivative is found from the value of an activation, so that its argument need not be kept.
+constexpr bool by_value(Activate::Kind kind) { return kind <= Activate::sigmoid; }
+
 // A matrix by its entries, row by row, in the compressed form.
 struct Compressed {
   const int32_t* start;   // rows + 1
@@ -140,6 +156,13 @@ struct Kernels {
                       int32_t* room);
   // sums[i] += the sum of row i.
   void (*row_sums)(const Real* rows, Real* sums, int64_t count, int64_t columns);
+
+  // Biases and slopes may be null; x may be y. Backwards x is the value of the activation where `by_value` says so, else
+  // its argument without the bias; gx may be gy.
+  void (*activate)(const Activate& stage, const Real* bias, const Real* slope, const Real* x, Real* y, int64_t columns);
+  void (*activate_vector)(const Activate& stage, const Real* bias, const Real* slope, const Real* x, Real* y);
+  void (*activate_back)(const Activate& stage, const Real* bias, const Real* slope, const Real* x, const Real* gy,
+                        Real* gx, Real* bias_sums, Real* slope_sums, int64_t columns, bool add);
 
   // Numbers of any storage as Real, and back.
   void (*widen)(const void* from, Storage storage, Real* to, int64_t count);

@@ -77,6 +77,8 @@ class Reader {
     if (kind == "windowed") return 9;       // height width terms left right transposed left right windows
     if (kind == "pad") return 3;            // size padded before
     if (kind == "crop") return 3;           // size kept before
+    if (kind == "activate") return 8;       // kind size, of bias and slope: number + 1 (0: none) inner count
+    if (kind == "keep") return 1;           // size
     refuse("unknown stage " + kind);
   }
 
@@ -91,10 +93,15 @@ class Reader {
     } else if (n.kind == "sparse") n.in = v[3] ? v[0] : v[1], n.out = v[3] ? v[1] : v[0];
     else if (n.kind == "interpolate") n.in = v[2] ? v[0] : v[1], n.out = v[2] ? v[1] : v[0];
     else if (n.kind == "windowed") n.in = v[5] ? v[0] : v[1], n.out = v[5] ? v[1] : v[0];
+    else if (n.kind == "activate") n.in = n.out = v[1];
+    else if (n.kind == "keep") n.in = n.out = v[0];
     else n.in = v[0], n.out = v[1];
     if (n.in < 1 || n.out < 1) refuse(n.kind + " of size 0");
     if (n.kind == "pad" && v[2] + v[0] > v[1]) refuse("a pad that is too short");
     if (n.kind == "crop" && v[2] + v[1] > v[0]) refuse("a crop that is too long");
+    if (n.kind == "activate")
+      for (int k : {2, 5})
+        if (v[0] >= activations || (v[k] && (v[k + 1] < 1 || v[k + 2] < 1))) refuse("an activation that is none");
     if (n.kind == "interpolate" && (v[0] < 1 || v[0] >= v[1])) refuse("an interpolation of a bad rank");
   }
 
@@ -113,6 +120,7 @@ class Layout {
   void run(const Node& program) {
     plan_.in_features = program.in;
     plan_.out_features = program.out;
+    plan_.volume = program.in + volume_of(program);
     const Value input = allocate(program.in);
     plan_.input = input.row;
     const Value output = lower(program, input, nullptr, false);
@@ -120,6 +128,13 @@ class Layout {
   }
 
  private:
+  static int64_t volume_of(const Node& n) {
+    if (n.kind == "keep" || n.kind == "crop") return 0;
+    int64_t sum = n.parts.empty() ? n.out : 0;
+    for (const Node& part : n.parts) sum += volume_of(part);
+    return sum;
+  }
+
   Value allocate(int64_t rows) {
     // The lowest gap between slots in use.
     std::vector<Slot> used;
@@ -237,8 +252,39 @@ class Layout {
     return *into;
   }
 
+  // In place, unless the source is needed again or the outcome belongs elsewhere; for derivatives only if these are found
+  // from the outcome.
+  Value activation(const std::vector<int64_t>& v, Value source, const Value* into, bool add) {
+    const Activate::Kind kind = Activate::Kind(v[0]);
+    const bool straight = into && !add;
+    Value where = source;
+    if (straight || references_[source.slot] > 1 || (plan_.use == Use::derivatives && !by_value(kind))) {
+      where = straight ? *into : allocate(v[1]);
+      if (straight) keep(*into);
+      release(source);
+    }
+    Instruction& made = emit(Instruction::activate, source, where, v[1], false);
+    made.activation.kind = kind, made.activation.rows = v[1];
+    if (v[2]) made.activation.bias = {v[3], v[4]}, made.tensor = tensor(v[2] - 1, v[4], false);
+    if (v[5]) made.activation.slope = {v[6], v[7]}, made.other = tensor(v[5] - 1, v[7], false);
+    if ((kind == Activate::rectifier) != (v[5] > 0)) refuse("a slope that is missing, or of no use");
+    plan_.has_activations = true;
+    if (!into || straight) return where;
+    keep(*into);
+    emit(Instruction::copy, where, *into, v[1], true);
+    release(where);
+    return *into;
+  }
+
   Value stage(const Node& n, Value source, const Value* into, bool add) {
     const auto& v = n.numbers;
+    if (n.kind == "activate") return activation(v, source, into, add);
+    if (n.kind == "keep") {
+      if (into) refuse("a value that is kept must be whole, and stand before the last stage");
+      if (plan_.use != Use::vectors) emit(Instruction::keep, source, source, v[0], false).place = plan_.kept_rows;
+      plan_.kept_rows += v[0];
+      return source;
+    }
     if (n.kind == "crop") {
       const Value part{source.slot, source.row + v[2]};
       if (!into) return part;  // the same rows, from another one on

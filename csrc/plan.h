@@ -10,12 +10,13 @@
 namespace structmat {
 
 struct Instruction {
-  enum Kind { contract, radix, quads, diagonal, gather, scatter_add, copy, clear, sparse, windowed } kind;
+  enum Kind { contract, radix, quads, diagonal, gather, scatter_add, copy, clear, sparse, windowed, activate, keep } kind;
   int64_t from = 0, to = 0;  // first rows, in the memory of a tile
   int64_t rows = 0;          // of the outcome (of the source where it is scattered)
   bool add = false;
   int tensor = -1, other = -1, index = -1;  // numbers of tensors; `index` holds integers
   Contract contraction{};
+  Activate activation{};
   Radix stages{};
   Quads quads_of{};
   bool packs = false;  // a contraction that is faster from panels, if many columns share them
@@ -24,6 +25,7 @@ struct Instruction {
   int64_t left = 0, right = 0;                 // numbers that the windows of all terms hold
   int table = -1;                              // of a fixed index
   int64_t skip = 0, kept = 0;                  // an interpolation: columns of the identity, and of the weight
+  int64_t place = 0;                           // first row of what is kept for the way back
 };
 
 // A range of rows that holds one value.
@@ -50,6 +52,9 @@ struct Plan {
   std::vector<char> is_index;    // whether a tensor holds integers
   bool is_light = false;         // whether it reads few weights for each row: narrow tiles cost little then
   int64_t widest_source = 0;     // rows of the widest matrix whose columns are read in no order
+  bool has_activations = false;
+  int64_t volume = 0;            // rows of all values together
+  int64_t kept_rows = 0;         // of values that are kept for the way back, if there will be one
   std::vector<Slot> slots;       // what the values lie in, in the order in which they come up
 };
 

@@ -22,6 +22,15 @@ constexpr int64_t near_cache = 96 << 10;  // bytes of what is read in no order: 
 constexpr int64_t pack_alone = 1 << 15;   // numbers that one thread packs sooner than several
 constexpr int64_t far_cache = 1 << 20;   // bytes of a tile's memory: an L2 cache
 
+// The columns of tiles on the way back of a plan with activations, and of all tiles from which values are kept: what lies
+// in a tile fits an L2 cache (values have a gradient too, but never all at a time), and there is work for two threads. The
+// number of threads has no influence.
+inline int64_t shared_columns(const Plan& plan, int64_t rows, int64_t lanes, int64_t bytes) {
+  int64_t columns = std::max<int64_t>(lanes, 256 / bytes);
+  while (columns > lanes && (plan.volume * columns * bytes > 2 * far_cache || rows < 2 * columns)) columns /= 2;
+  return columns;
+}
+
 // Memory that is kept from call to call, one of each thread: fresh pages cost more than the work of a small layer.
 class Scratch {
  public:
@@ -279,12 +288,10 @@ int32_t* room_for_runs(Real* beside, const Plan& plan, int64_t columns) {
   return reinterpret_cast<int32_t*>(beside + plan.terms * columns);
 }
 
-// Runs one instruction, `number` in the plan, on rows of a tile.
+// Runs one instruction, `number` in the plan, on rows of a tile: from x to y.
 template <class Real>
 inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, const Plan& plan, const Kernels<Real>& k,
-                Real* memory, Real* beside, int64_t columns) {
-  const Real* x = memory + s.from * columns;
-  Real* y = memory + s.to * columns;
+                const Real* x, Real* y, Real* beside, int64_t columns) {
   switch (s.kind) {
     case Instruction::contract:
       if (p.panels[number][0])
@@ -299,6 +306,11 @@ inline void run(const Instruction& s, size_t number, const Prepared<Real>& p, co
       k.gather(s.table >= 0 ? plan.tables[s.table].data() : p.indices[s.index], x, y, s.rows, columns, s.add);
       break;
     case Instruction::scatter_add: k.scatter_add(p.indices[s.index], x, y, s.rows, columns); break;
+    case Instruction::activate:
+      k.activate(s.activation, s.tensor < 0 ? nullptr : p.learned[s.tensor], s.other < 0 ? nullptr : p.learned[s.other], x,
+                 y, columns);
+      break;
+    case Instruction::keep: break;  // who runs the plan does that
     case Instruction::copy: k.copy(x, y, s.rows, columns, s.add); break;
     case Instruction::clear: std::memset(y, 0, size_t(s.rows) * columns * sizeof(Real)); break;
     case Instruction::sparse: {

@@ -232,11 +232,13 @@ int thread_count() {
 }
 
 // multiply(Tensor x, Tensor[] tensors, str program) -> Tensor
-Tensor multiply(Tensor x, List list, Text text) {
+//
+// With `kept`, what the program says to keep for the way back comes out too, and small batches run on tiles as well.
+Tensor multiply(Tensor x, List list, Text text, Tensor* kept = nullptr) {
   const std::string words = read(text);
   const Shape shape(x);
   const Storage storage = storage_of(shape.dtype);
-  const bool by_vectors = structmat::runs_by_vectors(shape.rows(), storage);
+  const bool by_vectors = structmat::runs_by_vectors(shape.rows(), storage) && !kept;
   const auto held = by_vectors ? structmat::vector_plan_of(words) : structmat::plan_of(words);
   const Plan& plan = *held;
   const int64_t x_stride = shape.row_stride(plan.in_features);
@@ -247,10 +249,17 @@ Tensor multiply(Tensor x, List list, Text text) {
   const std::vector<Array> arrays = arrays_of(owned, plan, shape.dtype);
   Tensor made;
   require(torch.empty_strided(shape.dim, sizes.data(), dense.data(), shape.dtype, torch.cpu, -1, &made));
-  Owned y(made);
-  const Batch batch{data_of(x), x_stride, data_of(made), plan.out_features, shape.rows(), storage};
+  Owned y(made), values;
+  Batch batch{data_of(x), x_stride, data_of(made), plan.out_features, shape.rows(), storage};
+  if (kept) {
+    const int64_t count = structmat::kept_numbers(plan, batch.rows, storage), step = 1;
+    require(torch.empty_strided(1, &count, &step, shape.dtype, torch.cpu, -1, &made));
+    values.reset(made);
+    batch.kept = count ? data_of(made) : nullptr;
+  }
   structmat::use_large_pages(batch.y, batch.rows * plan.out_features * structmat::bytes_of(storage));
   (by_vectors ? structmat::execute_vectors : structmat::execute)(plan, batch, arrays.data(), in_parallel, thread_count());
+  if (kept) *kept = values.release();
   return y.release();
 }
 
@@ -276,7 +285,8 @@ void multiply_into(Tensor x, List list, Tensor y, Text text) {
 // multiply_backward(Tensor x, Tensor grad, Tensor[] tensors, Tensor(a!) grad_x, Tensor(b!)[] grads, str program) -> ()
 //
 // Gradients have the number of entries of what they belong to, and are contiguous; one without entries is not wanted.
-void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List grads, Text text) {
+// With `kept`, what `multiply` put out so: values that are not made again.
+void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List grads, Text text, Tensor kept = nullptr) {
   const std::string words = read(text);
   const auto held = structmat::plan_of(words);
   const Plan& plan = *held;
@@ -291,6 +301,13 @@ void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List gra
   const std::vector<Array> arrays = arrays_of(owned, plan, shape.dtype);
   if (outcomes.size() != owned.size()) throw std::invalid_argument("structmat: the number of gradients is wrong");
   structmat::Wanted wanted;
+  if (kept) {
+    const Shape own(kept);
+    if (own.count != structmat::kept_numbers(plan, batch.rows, batch.storage) || own.dtype != shape.dtype || !own.is_contiguous())
+      throw std::invalid_argument("structmat: other values were kept than the program says");
+    wanted.kept = own.count > 0;
+    batch.kept = wanted.kept ? data_of(kept) : nullptr;
+  }
   const auto outcome = [&](Tensor tensor, const Shape& own, int64_t count) -> void* {
     if (own.count == 0) return nullptr;
     if (own.count != count || own.dtype != shape.dtype || !own.is_contiguous())
@@ -340,6 +357,17 @@ void multiply_boxed(Value* stack, uint64_t, uint64_t) {
   std::memcpy(&stack[0], &y, sizeof y);
 }
 
+void multiply_keeping_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next());
+  const OwnedList tensors(given.next());
+  const OwnedText text(given.next());
+  Tensor kept;
+  const Tensor y = multiply(x.get(), tensors.get(), text.get(), &kept);
+  std::memcpy(&stack[0], &y, sizeof y);
+  std::memcpy(&stack[1], &kept, sizeof kept);
+}
+
 void multiply_into_boxed(Value* stack, uint64_t, uint64_t) {
   Arguments given(stack);
   const Owned x(given.next());
@@ -359,6 +387,16 @@ void multiply_backward_boxed(Value* stack, uint64_t, uint64_t) {
   multiply_backward(x.get(), grad.get(), tensors.get(), grad_x.get(), grads.get(), text.get());
 }
 
+void multiply_backward_kept_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next()), kept(given.next()), grad(given.next());
+  const OwnedList tensors(given.next());
+  const Owned grad_x(given.next());
+  const OwnedList grads(given.next());
+  const OwnedText text(given.next());
+  multiply_backward(x.get(), grad.get(), tensors.get(), grad_x.get(), grads.get(), text.get(), kept.get());
+}
+
 }  // namespace
 
 extern "C" {
@@ -376,10 +414,16 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
                          "multiply_backward(Tensor x, Tensor grad, Tensor[] tensors, Tensor(a!) grad_x, "
                          "Tensor(b!)[] grads, str program) -> ()"));
     require(torch.define(library, "multiply_into(Tensor x, Tensor[] tensors, Tensor(a!) y, str program) -> ()"));
+    require(torch.define(library, "multiply_keeping(Tensor x, Tensor[] tensors, str program) -> (Tensor, Tensor)"));
+    require(torch.define(library,
+                         "multiply_backward_kept(Tensor x, Tensor kept, Tensor grad, Tensor[] tensors, "
+                         "Tensor(a!) grad_x, Tensor(b!)[] grads, str program) -> ()"));
     require(torch.init_impl("structmat", "CPU", __FILE__, __LINE__, &kernels));
     require(torch.implement(kernels, "multiply", multiply_boxed, version));
     require(torch.implement(kernels, "multiply_into", multiply_into_boxed, version));
     require(torch.implement(kernels, "multiply_backward", multiply_backward_boxed, version));
+    require(torch.implement(kernels, "multiply_keeping", multiply_keeping_boxed, version));
+    require(torch.implement(kernels, "multiply_backward_kept", multiply_backward_kept_boxed, version));
     return nullptr;
   } catch (const std::exception& error) {
     problem = error.what();

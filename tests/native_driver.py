@@ -109,10 +109,14 @@ def case(
     given = [tensors[name] for name in text.names]
     if with_bias:
         given.append(torch.randn(program.out_features).to(dtype))
-    x = torch.randn(max(0, rows * (program.in_features + 3) - 3)).to(dtype)
-    words = (text.biased if with_bias else text.plain).encode()
-    parts = [struct.pack("<q", len(words)), words]
-    parts += [struct.pack("<qqq", rows, STORAGE[dtype], program.in_features + 3), held(x)]
+    return case_of(text.biased if with_bias else text.plain, program.in_features, given, dtype, rows)
+
+
+def case_of(words: str, in_features: int, given: Sequence[Tensor], dtype: torch.dtype, rows: int) -> bytes:
+    """The same of a text, and of the tensors in its order."""
+    x = torch.randn(max(0, rows * (in_features + 3) - 3)).to(dtype)
+    parts = [struct.pack("<q", len(words)), words.encode()]
+    parts += [struct.pack("<qqq", rows, STORAGE[dtype], in_features + 3), held(x)]
     parts += [struct.pack("<q", len(given))]
     for tensor in given:
         parts += [struct.pack("<q", tensor.numel()), held(tensor)]

@@ -806,7 +806,10 @@ def test_kronecker_19_blocks_form_no_product(inner: Callable[[Tensor], Tensor]) 
     x = torch.randn(2, 1024, requires_grad=True)
     with Watch():
         block(x).square().sum().backward()
-    assert 2 * 4 * 1024 <= largest < 1024 * 1024 // 4
+    assert 2 * 1024 <= largest < 1024 * 1024 // 4
+    with Watch(), sm.backend("reference"):
+        block(x).square().sum().backward()
+    assert 2 * 4 * 1024 <= largest < 1024 * 1024 // 4  # all hidden values of the terms
 
 
 def test_kronecker_21_saving_and_loading(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import subprocess
@@ -11,9 +12,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from native_driver import STORAGE, build, case, compiler, held, instruction_sets
+from native_driver import STORAGE, build, case, case_of, compiler, held, instruction_sets
 from native_programs import programs, tensors_of
+from torch import nn
+from torch.nn import functional as F
 
+from structmat.nn import KroneckerNetwork
+from structmat.nn.kronecker import Slopes
 from structmat.program import Pad, Program
 
 
@@ -33,6 +38,31 @@ def run(driver: Path, cases: list[bytes], instruction_set: str | None = None) ->
     return subprocess.run([driver, file], env={**os.environ, **chosen}, capture_output=True, text=True)
 
 
+def activated_cases() -> list[bytes]:
+    """Networks of Kronecker blocks with every activation, values kept or not, and every way to spread a bias."""
+    made = []
+    functions = [torch.relu, torch.tanh, torch.sigmoid, F.silu, F.gelu, nn.GELU(approximate="tanh"), Slopes(0.3)]
+    shapes = [(3, 5), 13, (7, 2), (2, 5)]
+    for function, bias, recompute in itertools.product(functions, ("full", "axis"), (True, False)):
+        outer = torch.tanh if isinstance(function, Slopes) else function
+        order = ["left", "right"] if recompute else "right"
+        network = KroneckerNetwork(
+            shapes, 2, inner=function, outer=outer, last=outer, bias=bias, order=order, recompute=recompute
+        )
+        text = network._way.text
+        assert text is not None
+        blocks = network.layers()
+        given = [
+            getattr(blocks[number].chains[place] if place >= 0 else blocks[number], name).detach()
+            for number, place, name in network._way.places
+        ]
+        for dtype, rows in itertools.product((torch.float32, torch.float64), (1, 3, 16, 37, 131)):
+            tensors = [tensor.to(dtype) for tensor in given]
+            made.append(case_of(text.keeping, 15, tensors, dtype, rows))
+            made.append(case_of(text.words, 15, tensors, dtype, rows))
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("sanitizers")
 def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
@@ -46,6 +76,7 @@ def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
 
     collect()
     assert len(cases) >= 400
+    cases += activated_cases()
     for name in instruction_sets():
         done = run(driver, cases, name)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from structmat.kernels import activated
 from structmat.kernels.by_address import ByAddress
 from structmat.kernels.operator import define_fakes
 
@@ -61,6 +62,7 @@ def native() -> Native:
     problem = _register(library)
     if not problem:
         define_fakes()
+        activated.define_operators()
     library.structmat_instruction_set.restype = ctypes.c_char_p
     chosen, supported = library.structmat_instruction_set().decode(), tuple(_supported(library))
     return Native(True, problem, chosen, supported, ByAddress.of(library) if problem else None)

@@ -31,7 +31,23 @@ def define_fakes() -> None:
     ) -> None:
         return None
 
+    def kept(x: Tensor, tensors: list[Tensor], program: str) -> tuple[Tensor, Tensor]:
+        return outcome(x, tensors, program), x.new_empty(0)
+
+    def from_kept(
+        x: Tensor,
+        kept: Tensor,
+        grad: Tensor,
+        tensors: list[Tensor],
+        grad_x: Tensor,
+        grads: list[Tensor],
+        program: str,
+    ) -> None:
+        return None
+
     torch.library.register_fake("structmat::multiply")(outcome)
+    torch.library.register_fake("structmat::multiply_keeping")(kept)
+    torch.library.register_fake("structmat::multiply_backward_kept")(from_kept)
     torch.library.register_fake("structmat::multiply_into")(filled)
     torch.library.register_fake("structmat::multiply_backward")(nothing)
 
@@ -108,6 +124,44 @@ def run_backward(x: Tensor, grad: Tensor, given: list[Tensor], grad_x: Tensor, g
             gradient that is not wanted.
     """
     _multiply_backward()(x, grad, given, grad_x, grads, words)
+
+
+def run_keeping(x: Tensor, given: list[Tensor], words: str) -> tuple[Tensor, Tensor]:
+    """As :func:`run_rows`, and what the text says to keep for the backward pass, in an order of the library's own.
+
+    Called by address nothing is kept: the second tensor is empty.
+    """
+    call = _multiply_keeping()
+    if call is None:
+        return run_rows(x, given, words), x.new_empty(0)
+    y, kept = call(x, given, words)
+    return y, kept
+
+
+def run_backward_kept(
+    x: Tensor, kept: Tensor, grad: Tensor, given: list[Tensor], grad_x: Tensor, grads: list[Tensor], words: str
+) -> None:
+    """As :func:`run_backward`, after :func:`run_keeping`."""
+    call = _multiply_backward_kept()
+    if call is None:
+        return run_backward(x, grad, given, grad_x, grads, words)
+    call(x, kept, grad, given, grad_x, grads, words)
+
+
+@cache
+def _multiply_keeping() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    return None if _is_by_address() else _called("multiply_keeping")
+
+
+@cache
+def _multiply_backward_kept() -> Callable[..., None] | None:
+    return None if _is_by_address() else _called("multiply_backward_kept")
+
+
+def _is_by_address() -> bool:
+    from structmat.kernels.library import native
+
+    return native().by_address is not None
 
 
 @cache

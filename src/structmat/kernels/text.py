@@ -63,17 +63,22 @@ def _text_of(program: Program) -> Text | str:
     names: dict[str, int] = {}
     indices: set[str] = set()
     try:
-        words = _words(program, names, indices)
+        words = words_of(program, names, indices)
     except NotNativeError as reason:
         return str(reason)
     body = f"{program.out_features} {words}"
     return Text(f"rows {body}", f"rows+bias {body}", tuple(names), frozenset(indices))
 
 
-def _words(program: Program, names: dict[str, int], indices: set[str]) -> str:
+def words_of(program: Program, names: dict[str, int], indices: set[str]) -> str:
+    """The stages of a program in prefix order; the tensors that they read are numbered in ``names``, as they come up.
+
+    Raises:
+        NotNativeError: a stage has no native kernel.
+    """
     if isinstance(program, Chain | Sum):
         parts = program.steps if isinstance(program, Chain) else program.parts
-        inner = " ".join(_words(part, names, indices) for part in parts)
+        inner = " ".join(words_of(part, names, indices) for part in parts)
         return f"{'chain' if isinstance(program, Chain) else 'sum'} {len(parts)} {inner}"
     return _stage(program, names, indices)
 

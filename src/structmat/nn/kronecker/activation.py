@@ -41,7 +41,7 @@ class Slopes:
 
 def rectify(z: Tensor, slope: Tensor) -> Tensor:
     """``max(z, 0) + slope min(z, 0)``: exactly ``z`` for a slope of 1."""
-    return z.clamp(min=0) + slope * z.clamp(max=0)
+    return torch.where(z > 0, z, slope * z)  # with the derivative of nn.PReLU at 0, which clamps would count twice
 
 
 def gain(activation: Activation | None) -> float:

@@ -14,6 +14,7 @@ from structmat.nn.kronecker.activation import Activation, Slopes, name_of
 from structmat.nn.kronecker.chain import TERM, KroneckerChain, Layout
 from structmat.nn.kronecker.choose import choose
 from structmat.nn.kronecker.initialize import Initialize, balanced_
+from structmat.nn.kronecker.native import fused, obstacle, run, watched
 from structmat.nn.kronecker.shape import AUTO, Bias, BlockShape, block_shape
 from structmat.nn.linear import StructuredLinear
 from structmat.structures.kronecker import Kronecker, factor_matrices
@@ -57,6 +58,10 @@ class KroneckerBlock(nn.Module):
             published start.
         input_gain: the :func:`gain` of the activation whose outputs are the block's inputs.
         recompute: False keeps what is between for the backward pass: more memory, fewer operations.
+
+    On the CPU, in float32 and float64, products, biases and activations run as one native pass in each direction if the
+    activations are among ReLU, tanh, sigmoid, SiLU, GELU, :class:`Slopes` and ``nn.PReLU`` of one slope (functions or
+    modules); :attr:`fallback` says why not.
 
     Raises:
         ShapeError: shapes that do not hold the features.
@@ -110,6 +115,7 @@ class KroneckerBlock(nn.Module):
             self.register_parameter("bias", None)
         else:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        self._way = fused((self,))
         if not self.factors()[0].is_meta:
             initialize(self, generator)
 
@@ -179,10 +185,37 @@ class KroneckerBlock(nn.Module):
         Raises:
             ShapeError: the input is neither.
         """
-        y, count = self.linear(x), len(self.shape.inputs)
-        if self.outer is not None:
-            y = self.outer(y)
-        return y if self.holds_vectors(x) else y.reshape(*x.shape[:-count], *self.shape.outputs)
+        count = len(self.shape.inputs)
+        is_vectors = self.holds_vectors(x)
+        y = self._natively(x if is_vectors else x.flatten(-count))
+        if y is None:
+            y = self.linear(x)
+            if self.outer is not None:
+                y = self.outer(y)
+        return y if is_vectors else y.reshape(*x.shape[:-count], *self.shape.outputs)
+
+    def _natively(self, rows: Tensor) -> Tensor | None:
+        """All of the block in one pass, where that serves."""
+        if not self._way.serves((self,)):
+            if torch.compiler.is_compiling():
+                return None
+            self._way = fused((self,))
+        return run((self,), self._way, rows)
+
+    @property
+    def fallback(self) -> str:
+        """Why the block does not run as one native pass with its biases and activations; empty if it does.
+
+        On the CPU, in float32 and float64, without autocast and transforms of torch.func.
+        """
+        if not self._way.serves((self,)):
+            self._way = fused((self,))
+        if self._way.reason:
+            return self._way.reason
+        held = obstacle(self.factors()[0])
+        if held is None and watched(self):
+            held = "a part of it has hooks"
+        return held or ""
 
     def linear(self, x: Tensor) -> Tensor:
         """The outcome before the outer activation, as vectors (..., out_features)."""
@@ -374,11 +407,12 @@ class KroneckerBlock(nn.Module):
     def extra_repr(self) -> str:
         shape = self.shape
         orders = sorted(set(shape.orders))
+        fallback = "" if not self._way.reason else f", not one native pass: {self._way.reason}"
         return (
             f"{shape.inputs} -> {shape.outputs}, in_features={shape.in_features}, out_features={shape.out_features}, "
             f"terms={shape.terms}, order={orders[0] if len(orders) == 1 else shape.orders}, "
             f"inner={name_of(self.inner)}, outer={name_of(self.outer)}, bias={shape.bias.value}, "
-            f"{shape.parameters} parameters, {shape.macs} multiply-adds"
+            f"{shape.parameters} parameters, {shape.macs} multiply-adds{fallback}"
         )
 
 

@@ -185,6 +185,16 @@ class KroneckerChain(nn.Module):
         return self._direct is not None
 
     @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """Where something happens between the programs."""
+        return self._gaps
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors."""
+        return self._names
+
+    @property
     def programs(self) -> tuple[Program, ...]:
         """The linear parts, in the order in which they run."""
         return self._programs
@@ -230,8 +240,22 @@ class KroneckerChain(nn.Module):
     def _run(self, x: Tensor, given: Sequence[Tensor]) -> Tensor:
         tensors = dict(zip(self._names, given, strict=False))
         outer = given[-1] if len(given) > len(self._names) else None
+        return self.run_with(tensors, x, outer=outer)
+
+    def run_with(
+        self, tensors: dict[str, Tensor], x: Tensor, *, outer: Tensor | None = None, slope: Tensor | None = None
+    ) -> Tensor:
+        """What :meth:`forward` does, of given tensors, in operations that are differentiable any number of times.
+
+        Args:
+            tensors: by :attr:`names`.
+            x: the rows.
+            outer: the bias of the outcome.
+            slope: of a rectifier, in place of what the inner activation holds itself.
+        """
         for gap, program in zip(self._gaps, self._programs, strict=False):
-            x = self.activate(gap, self.stage(program, tensors, x, self._flat(gap, tensors)), tensors)
+            x = self.stage(program, tensors, x, self._flat(gap, tensors))
+            x = self.activate(gap, x, tensors) if slope is None else rectify(x, slope)
         return self.stage(self._programs[-1], tensors, x, outer)
 
     def hidden(self, x: Tensor) -> list[tuple[Gap, Tensor]]:

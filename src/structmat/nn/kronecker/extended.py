@@ -260,7 +260,12 @@ def _way(native: bool) -> str:
 def explain(block: KroneckerBlock, batch: int) -> str:
     """What :meth:`KroneckerBlock.explain` returns."""
     shape = block.shape
-    lines = []
+    fallback = block.fallback
+    lines = [
+        f"not one native pass: {fallback}; part by part:"
+        if fallback
+        else "one native pass in each direction, with biases and activations; where that can't be, part by part:"
+    ]
     macs = 0
     for chain in block.chains:
         tensors = dict(chain.named_parameters())
@@ -275,7 +280,7 @@ def explain(block: KroneckerBlock, batch: int) -> str:
             lines += [table(program), f"without gradients: {ways[False]}; with gradients: {ways[True]}"]
             macs += cost(program).macs
             if number < len(chain.programs) - 1:
-                lines.append(f"then {name_of(block.inner)}, in PyTorch operations")
+                lines.append(f"then {name_of(block.inner)}")
     kept = "the input alone" if all(c.recompute for c in block.chains) else "input and hidden values"
     return "\n".join(
         [

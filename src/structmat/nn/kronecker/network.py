@@ -16,6 +16,7 @@ from structmat.nn.kronecker.activation import Activation, gain
 from structmat.nn.kronecker.block import KroneckerBlock
 from structmat.nn.kronecker.choose import choose_all
 from structmat.nn.kronecker.initialize import Initialize, balanced_
+from structmat.nn.kronecker.native import Fused, fused, has_hooks, run
 from structmat.nn.kronecker.shape import AUTO, Bias, BlockShape
 from structmat.projection.kronecker import padded_factors
 
@@ -148,6 +149,7 @@ class KroneckerNetwork(nn.Module):
             )
             for i, count in enumerate(counts)
         )
+        self._way: Fused = fused(self.layers())
 
     @classmethod
     def of(
@@ -182,6 +184,7 @@ class KroneckerNetwork(nn.Module):
             )
             for i, shape in enumerate(shapes)
         )
+        network._way = fused(network.layers())
         return network
 
     @classmethod
@@ -211,11 +214,26 @@ class KroneckerNetwork(nn.Module):
         Raises:
             ShapeError: the input is neither.
         """
-        first, *others = self.layers()
-        x = first(x if first.holds_vectors(x) else x.flatten(-len(first.shape.inputs)))
+        first, *others = blocks = self.layers()
+        x = x if first.holds_vectors(x) else x.flatten(-len(first.shape.inputs))
+        made = self._natively(blocks, x)
+        if made is not None:
+            return made
+        x = first(x)
         for block in others:
             x = block(x)
         return x
+
+    def _natively(self, blocks: tuple[KroneckerBlock, ...], x: Tensor) -> Tensor | None:
+        """All blocks in one pass, where that serves and nobody watches a single one."""
+        way = self._way
+        if len(way.recipes) != len(blocks) or not way.serves(blocks):
+            if torch.compiler.is_compiling():
+                return None
+            way = self._way = fused(blocks)
+        if way.reason or any(has_hooks(block) or type(block) is not KroneckerBlock for block in blocks):
+            return None
+        return run(blocks, way, x)
 
     @property
     def counts(self) -> Counts:
