@@ -527,8 +527,8 @@ def _speed_table(done: Mapping[str, dict[str, Any]]) -> list[str]:
     note = (
         "Milliseconds of a step (forward, backward, gradient descent), the best of 60, forms in turn. Ours is one "
         f"native pass in each direction ({fallback}); *faster*: ours than the best plain form, than the fully "
-        "connected network; *floor*: loss and gradient descent alone; *kept*: numbers that the graph keeps, ours by the plain "
-        "form's."
+        "connected network; *floor*: loss and gradient descent alone; *kept*: numbers that the graph keeps, ours by "
+        "the plain form's."
     )
     threads = sorted({f["threads"] for f in results})
     head = ("network", *FORMS, "faster", "floor", "by operations", "kept")
