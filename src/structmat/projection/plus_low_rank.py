@@ -75,7 +75,8 @@ def _shifted_span(basis: Tensor, rank: int) -> Tensor:
     _, _, vh = torch.linalg.svd(torch.cat([basis[:-1], -basis[1:]], 1), full_matrices=True)
     null = vh[-rank:].mH
     below, above = basis @ null[: basis.shape[1]], basis @ null[basis.shape[1] :]
-    return torch.linalg.qr(torch.cat([above[:1], below])).Q
+    found: Tensor = torch.linalg.qr(torch.cat([above[:1], below])).Q
+    return found
 
 
 def diagonal_means(matrix: Tensor) -> Tensor:
@@ -130,4 +131,5 @@ def _rows(matrix: Tensor, known: Tensor, right: Tensor) -> Tensor:
     ridge = 1e-14 * gram.diagonal(dim1=-2, dim2=-1).abs().mean()
     gram = gram + ridge * torch.eye(right.shape[0], dtype=gram.dtype)
     wanted = weighted @ matrix[:, :, None]
-    return torch.linalg.solve(gram.mT, wanted)[..., 0]
+    solution: Tensor = torch.linalg.solve(gram.mT, wanted)
+    return solution[..., 0]

@@ -12,15 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ALIKE = 1e-6
-"""Quotients nearer than this, relatively, are equal."""
+ALIKE = 1e-6
+"""Quotients nearer than this, relatively, are equal: a millionth suits double precision."""
 
 
-def butterfly_reordering(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+def butterfly_reordering(matrix: Tensor, alike: float = ALIKE) -> tuple[Tensor, Tensor] | None:
     """Orders of rows and columns after which a square matrix, a power of two, may be a butterfly.
 
     Args:
         matrix: (n, n), in float64 or complex128.
+        alike: relative differences up to it are rounding.
 
     Returns:
         Two permutations with ``matrix[rows][:, columns]`` a butterfly if the matrix is one that was reordered, and
@@ -31,14 +32,14 @@ def butterfly_reordering(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     size = matrix.shape[0]
     if matrix.shape[1] != size or size < 4 or size & (size - 1) or not bool((matrix != 0).all()):
         return None
-    labels = _column_tree(matrix)
+    labels = _column_tree(matrix, alike)
     if labels is None:
         return None
     # labels[s] (n,) is the block of each column among 2^(s+1) blocks, nested.
     columns = _lexicographic(labels)
     groups = []
     for blocks in labels:
-        found = _row_groups(matrix, blocks)
+        found = _row_groups(matrix, blocks, alike)
         if found is None:
             return None
         groups.append(found)
@@ -48,13 +49,39 @@ def butterfly_reordering(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
     return _spread(rows, size), columns
 
 
-def _column_tree(matrix: Tensor) -> list[Tensor] | None:
+def monarch_reordering(matrix: Tensor, block: int, alike: float = ALIKE) -> tuple[Tensor, Tensor] | None:
+    """Orders of rows and columns after which a square matrix may be a Monarch matrix with so many columns a block.
+
+    Args:
+        matrix: (n, n), in float64 or complex128.
+        block: b, a divisor of n between 2 and n / 2.
+        alike: relative differences up to it are rounding.
+
+    Returns:
+        Two permutations, to be checked by a fit, or None. Cost: ``O(n^2 log n)``.
+    """
+    size = matrix.shape[0]
+    if matrix.shape[1] != size or size % block or not 2 <= block <= size // 2 or not bool((matrix != 0).all()):
+        return None
+    for row in matrix[1:] / matrix[:1]:
+        label = _classes(row, alike)
+        sizes = torch.bincount(label)
+        if len(sizes) == size // block and bool((sizes == block).all()):
+            groups = _row_groups(matrix, label, alike)
+            if groups is not None:
+                # Row l b + j is the l-th one of group j.
+                rows = groups.argsort(stable=True).reshape(block, size // block).T.flatten()
+                return rows, label.argsort(stable=True)
+    return None
+
+
+def _column_tree(matrix: Tensor, alike: float) -> list[Tensor] | None:
     """Nested partitions of the columns into 2, 4, ..., n / 2 blocks, as labels."""
     size = matrix.shape[0]
     quotients = matrix[1:] / matrix[:1]
     label = torch.zeros(size, dtype=torch.int64)
     found: list[Tensor] = []
-    classes = [_classes(row) for row in quotients]
+    classes = [_classes(row, alike) for row in quotients]
     counts = torch.tensor([int(c.max()) + 1 for c in classes])
     blocks = 1
     while blocks < size // 2:
@@ -72,9 +99,9 @@ def _column_tree(matrix: Tensor) -> list[Tensor] | None:
     return found
 
 
-def _classes(values: Tensor) -> Tensor:
+def _classes(values: Tensor, alike: float) -> Tensor:
     """Equal numbers get equal labels, up to rounding."""
-    scale = float(values.abs().median()) * _ALIKE
+    scale = float(values.abs().median()) * alike
     parts = torch.view_as_real(values) if values.is_complex() else values[:, None]
     label = torch.zeros(len(values), dtype=torch.int64)
     for part in parts.T:
@@ -86,7 +113,7 @@ def _classes(values: Tensor) -> Tensor:
     return label
 
 
-def _row_groups(matrix: Tensor, blocks: Tensor) -> Tensor | None:
+def _row_groups(matrix: Tensor, blocks: Tensor, alike: float) -> Tensor | None:
     """Rows that are proportional on each block of columns, as labels; None if groups have not one size."""
     size = matrix.shape[0]
     count = int(blocks.max()) + 1
@@ -97,8 +124,8 @@ def _row_groups(matrix: Tensor, blocks: Tensor) -> Tensor | None:
     group = 0
     for row in range(size):
         if label[row] < 0:
-            alike = torch.einsum("rkc,kc->rk", directions, directions[row].conj()).abs()
-            near = (alike > 1 - _ALIKE).all(1) & (label < 0)
+            cosines = torch.einsum("rkc,kc->rk", directions, directions[row].conj()).abs()
+            near = (cosines > 1 - alike).all(1) & (label < 0)
             if int(near.sum()) != count:
                 return None
             label[near] = group

@@ -11,9 +11,6 @@ from torch import Tensor
 from structmat.matrix import StructuredMatrix
 from structmat.projection.low_rank import balance
 from structmat.projection.project import make_target
-from structmat.structures.low_rank import LowRank
-from structmat.structures.sparse import Sparse
-from structmat.structures.sum_of import Sum
 
 _GROWTH = 1.5
 _TOLERANCE = 1e-7
@@ -59,6 +56,11 @@ class RobustPCA:
     @property
     def matrix(self) -> StructuredMatrix:
         """The member of ``Sum(LowRank(rank), Sparse(nonzeros=...))``, at least of rank 1 and one entry."""
+        # The family of sums projects by this module.
+        from structmat.structures.low_rank import LowRank
+        from structmat.structures.sparse import Sparse
+        from structmat.structures.sum_of import Sum
+
         rank, count = max(1, self.rank), max(1, self.nonzeros)
         u, s, vh = torch.linalg.svd(self.low_rank, full_matrices=False)
         left, right = balance(u[:, :rank], s[:rank, None] * vh[:rank])

@@ -104,7 +104,7 @@ def factor_grid(blocks: Tensor, *, seed: int = 0) -> Grid | None:
     try:
         by_row = torch.linalg.solve(blocks[1:, :1], blocks[1:, 1:])  # M_i1^-1 M_ij
         by_column = torch.linalg.solve(blocks[:1, 1:], corner)  # M_1j^-1 M_11
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError: a block is singular
         return None
     alike = by_row @ by_column
     if not bool(torch.isfinite(alike).all()):
@@ -132,6 +132,6 @@ def _from_vectors(blocks: Tensor, vectors: Tensor) -> Grid | None:
         right = torch.linalg.solve(left[:1].expand(blocks.shape[1], -1, -1), blocks[0])
         middle = torch.linalg.solve(left[:, None], blocks)
         middle = torch.linalg.solve(right[None], middle, left=False)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError: a block is singular
         return None
     return Grid(left, middle.diagonal(dim1=-2, dim2=-1), right)
