@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import svd
 from torch import Tensor
 
 from structmat.matrix import StructuredMatrix
@@ -112,7 +113,7 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
     residual, steps = 1.0, 0
     while residual >= _TOLERANCE and steps < _MOST_STEPS:
         steps += 1
-        u, s, vh = torch.linalg.svd(given - sparse + dual / mu, full_matrices=False)
+        u, s, vh = _svd(given - sparse + dual / mu)
         kept = (s - 1 / mu).clamp(min=0)
         low = (u * kept) @ vh
         rest = given - low + dual / mu
@@ -121,7 +122,7 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
         dual = dual + mu * left
         mu = min(mu * _GROWTH, most)
         residual = float(torch.linalg.norm(left)) / size
-    u, s, vh = torch.linalg.svd(low, full_matrices=False)
+    u, s, vh = _svd(low)
     rank = int((s > _NEGLIGIBLE * spectral).sum())
     low = (u[:, :rank] * s[:rank]) @ vh[:rank]
     floor = _NEGLIGIBLE * float(given.abs().max())
@@ -130,6 +131,15 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
     verdict, succeeded = _verdict(rank, nonzeros, rows, columns, residual)
     incoherence = _incoherence(u[:, :rank], vh[:rank], rank)
     return RobustPCA(low, sparse, rank, nonzeros, incoherence, steps, residual, verdict, succeeded)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except RuntimeError:  # divide and conquer may fail where many singular values are equal, as those of transforms are
+        found = svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
+        u, s, vh = (torch.from_numpy(part) for part in found)
+    return u, s, vh
 
 
 def _incoherence(u: Tensor, vh: Tensor, rank: int) -> float:
