@@ -262,7 +262,12 @@ def polish(model: Model, wanted: Tensor, params: Params) -> float:
     fixed = {n: torch.where(t > 0, 100.0, -100.0).to(F64) for n, t in params.items() if n.startswith("logits")}
     free = {n: t.to(F64).clone().requires_grad_() for n, t in params.items() if n not in fixed}
     optimizer = torch.optim.LBFGS(
-        free.values(), max_iter=400, history_size=20, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+        free.values(),
+        max_iter=400,
+        history_size=20,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -311,8 +316,8 @@ def given_cell(name: str, size: int, seed: int) -> dict[str, Any]:
     ours = sm.project(wanted, structure)
     found["ours"] = {"seconds": time.perf_counter() - start, "error": ours.error, "method": ours.method}
     try:
-        import lazylinop
-        from lazylinop.butterfly import Chain, ksd
+        import lazylinop  # type: ignore[import-not-found]
+        from lazylinop.butterfly import Chain, ksd  # type: ignore[import-not-found]
     except ImportError:
         found["ksd"] = None
         return found
@@ -336,9 +341,7 @@ GIVEN = [("dft", 1024), ("hadamard", 1024), ("dft", 4096), ("hadamard", 4096)]
 
 
 def _cells() -> list[Cell]:
-    made = [
-        Cell(f"direct {name} {size}", partial(direct_cell, name, size)) for size in SIZES for name in DIRECT
-    ]
+    made = [Cell(f"direct {name} {size}", partial(direct_cell, name, size)) for size in SIZES for name in DIRECT]
     made += [Cell(f"baseline {name} {size}", partial(baseline_cell, name, size)) for size in SIZES for name in TARGETS]
     made += [Cell(f"given {name} {size}", partial(given_cell, name, size)) for name, size in GIVEN]
     made += [
@@ -418,9 +421,7 @@ def _row(done: Mapping[str, dict[str, Any]], name: str, how: str, cell: str, key
     return (name, how, *values, *["—"] * (len(SIZES) - len(sizes)))
 
 
-def _values(
-    done: Mapping[str, dict[str, Any]], cell: str, key: str, form: str, sizes: Sequence[int]
-) -> list[str]:
+def _values(done: Mapping[str, dict[str, Any]], cell: str, key: str, form: str, sizes: Sequence[int]) -> list[str]:
     found = [of_name(done, CELLS, f"{cell} {size}") for size in sizes]
     return [format(f[0][key], form) if f and f[0][key] != math.inf else "—" if f else NOT_RUN for f in found]
 
