@@ -66,11 +66,9 @@ def drawn(name: str, seed: int, changed: bool) -> Tensor:
 def called(matrix: Tensor) -> tuple[str, list[str]]:
     """The family of the exact structure of fewest numbers, or "none", and all families that are exact."""
     found = sm.inspect(matrix, shares=SHARES)
-    exact = [(f.numbers, f.family) for f in found.exact]
-    exact += [(t.numbers, t.family or t.name) for t in found.traits if t.error <= TOLERANCE]
-    exact = sorted(
-        (numbers, family) for numbers, family in exact if numbers <= SIZE * SIZE // 2 or family == "RealPart"
-    )
+    exact = [(t.numbers, t.family or t.name) for t in found.traits if t.error <= TOLERANCE]
+    exact += [(f.numbers, f.family) for f in found.exact]
+    exact = sorted((entry for entry in exact if entry[0] <= SIZE * SIZE // 2), key=lambda entry: entry[0])
     return (exact[0][1] if exact else "none"), [family for _, family in exact]
 
 
@@ -121,18 +119,19 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     ]
     for kind in KINDS:
         lines += ["", f"## {_NOTES[kind]}", ""]
-        rows = []
+        rows, missing = [], []
         for name in NAMES:
             found = done.get(Cell(f"{name} {kind}", cell).key)  # type: ignore[arg-type]
             if found is None:
                 if not (KINDS[kind] and name not in FAMILIES):
-                    rows.append((name, *[NOT_RUN] * 4))
+                    missing.append(name)
                 continue
             words = ", ".join(f"{family} {count}" for family, count in found["called"].items())
             own = f"{found['among']}" if name in FAMILIES else "—"
             shown = f"`{found['structure']}`, {found['numbers']:,}" if name in FAMILIES else name
             rows.append((name, shown, words, own, f"{found['seconds_each']:.2f}"))
-        lines += markdown(("family", "drawn", "called", "own", "s a matrix"), rows)
+        lines += markdown(("family", "drawn", "called", "own", "s a matrix"), rows) if rows else []
+        lines += ["", f"{NOT_RUN.capitalize()}: {', '.join(missing)}."] if missing else []
     return lines
 
 
