@@ -337,7 +337,7 @@ def by_monarch_pair(subject: Subject) -> Iterator[Trait]:
                 found = monarch_pair(subject.weight, block)
                 if found is not None and found.error < NEAR:
                     name = f"a product of a Monarch and a transposed Monarch matrix, {block} columns a block"
-                    yield Trait(name, found.error, numbers, family="Kaleidoscope")
+                    yield Trait(name, found.error, numbers)  # more matrices are such products than kaleidoscopes
                     return
 
 
