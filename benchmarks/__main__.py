@@ -12,6 +12,11 @@ STUDIES = {
     "convac_rectifier": "ranks of random networks, products against rectifiers",
     "convac_speed": "a training step and inference beside plain PyTorch forms",
     "kronecker_study": "Kronecker networks beside fully connected ones and other families, speed, conversion",
+    "fast_algorithms": "fast transforms found from the matrix and by descent, baselines, beside lazylinop",
+    "hidden_layer": "one hidden layer of each family at equal parameter counts",
+    "hidden_permutation": "a permutation from n / 4 noisy pairs",
+    "identify": "what inspect calls members of every family",
+    "peers": "products beside scipy, PyTorch's FFT, torch-structured and lazylinop",
     "kernels": "structured layers against dense ones on the clock",
     "end_to_end": "whole models and transformer blocks before and after, prefill and one token",
 }

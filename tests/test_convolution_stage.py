@@ -13,6 +13,7 @@ from hypothesis import given
 from torch import Tensor
 from torch.func import grad, vmap
 
+import structmat as sm
 from structmat.program import (
     Chain,
     Contraction,
@@ -245,3 +246,21 @@ def test_oracle_is_the_definition() -> None:
     assert toeplitz.tolist() == [[2, 1], [3, 2]]
     hankel = explicit(Convolution("w", 1, 1, 2, 2, hankel=True), w)
     assert hankel.tolist() == [[1, 2], [2, 3]]
+
+
+def test_spectra_of_frozen_layers_are_kept_and_follow_their_weights() -> None:
+    """Computed once for a weight that learns nothing; a change in place is seen."""
+    layer = sm.nn.StructuredLinear(600, 600, structure=sm.Toeplitz()).freeze()
+    x = torch.randn(3, 600)
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(layer(x), first)
+        layer.weight.mul_(2.0)
+        twice = 2 * (first - layer.bias) + layer.bias
+        torch.testing.assert_close(layer(x), twice)
+    learning = sm.nn.StructuredLinear(600, 600, bias=False, structure=sm.Toeplitz())
+    optimizer = torch.optim.SGD(learning.parameters(), lr=1.0)
+    before = learning(x)
+    before.square().mean().backward()
+    optimizer.step()
+    assert not torch.allclose(learning(x), before)

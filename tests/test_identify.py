@@ -8,7 +8,10 @@ import torch
 import structmat as sm
 from structmat import transforms
 from structmat.compression.identify import identify
+from structmat.errors import ShapeError
+from structmat.projection.plus_low_rank import toeplitz_plus_low_rank
 from structmat.projection.project import make_target
+from structmat.projection.simultaneous import monarch_pair
 
 F64 = torch.float64
 
@@ -122,3 +125,159 @@ def test_measures() -> None:
     assert measures.kronecker_rank is not None
     assert measures.kronecker_rank[0] == 1
     assert measures.bandwidth == 7
+
+
+def family_of(matrix: torch.Tensor) -> str:
+    traits = identify(make_target(matrix), 1e-12)[1]
+    return traits[0].family if traits and traits[0].error <= 1e-12 else ""
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        sm.ACDC(layers=1),
+        sm.ACDC(layers=1, fourier=True),
+        sm.BLAST(blocks=4, rank=3),
+        sm.BlockLowRank(blocks=2, rank=2),
+        sm.Butterfly(),
+        sm.Cauchy(),
+        sm.CauchyLike(rank=3),
+        sm.Circulant(),
+        sm.Fastfood(),
+        sm.HODLR(levels=3, rank=1),
+        sm.Hankel(),
+        sm.HankelLike(rank=4),
+        sm.OrthogonalButterfly(),
+        sm.OrthogonalPolynomial(kind="legendre"),
+        sm.Pixelfly(blocks=8, strides=2, rank=1),
+        sm.Toeplitz(),
+        sm.ToeplitzLike(rank=4),
+        sm.Vandermonde(),
+        sm.VandermondeLike(rank=3),
+    ],
+    ids=lambda structure: type(structure).__name__,
+)
+def test_members_of_families_are_identified(structure: sm.Structure) -> None:
+    size = 64 if isinstance(structure, sm.Pixelfly) else 32
+    member = sm.StructuredMatrix.random(structure, (size, size), generator=generator(1), dtype=F64)
+    moved = {
+        name: tensor * (1 + 0.1 * torch.rand(tensor.shape, generator=generator(2), dtype=F64))
+        if tensor.is_floating_point() and isinstance(structure, sm.Butterfly)
+        else tensor
+        for name, tensor in member.tensors.items()
+    }
+    matrix = sm.StructuredMatrix(member.structure, member.shape, moved).to_dense()
+    assert family_of(matrix) == type(structure).__name__
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (40, 57)])
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+def test_toeplitz_plus_low_rank_is_named(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The first example of the page: exactly, with the rank, and the parts themselves."""
+    toeplitz = sm.StructuredMatrix.random(sm.Toeplitz(), shape, generator=generator(), dtype=dtype).to_dense()
+    low = torch.randn(shape[0], 2, generator=generator(1), dtype=dtype)
+    low = low @ torch.randn(2, shape[1], generator=generator(2), dtype=dtype)
+    trait = identify(make_target(toeplitz + low), 1e-12)[1][0]
+    assert trait.name == "a Toeplitz matrix plus rank 2"
+    assert trait.error < 1e-13
+    assert identify(make_target((toeplitz + low).flip(0)), 1e-12)[1][0].name == "a Hankel matrix plus rank 2"
+    found = toeplitz_plus_low_rank(toeplitz + low, 1e-12)
+    assert found is not None
+    torch.testing.assert_close(found.structured, toeplitz, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.left @ found.right, low, rtol=0, atol=1e-11)
+
+
+def test_shuffled_butterflies_and_monarch_matrices_are_put_in_order() -> None:
+    rows, columns = shuffled(64, 1), shuffled(64, 2)
+    butterfly = sm.StructuredMatrix.random(sm.Butterfly(), (64, 64), generator=generator(), dtype=F64).to_dense()
+    for matrix in (butterfly, transforms.dft(64).to_dense(), transforms.hadamard(64).to_dense().to(F64)):
+        measures, traits = identify(make_target(matrix[rows][:, columns]), 1e-12)
+        assert measures.reordered_butterfly is not None
+        assert measures.reordered_butterfly < 1e-14
+        trait = next(t for t in traits if t.name == "a butterfly matrix, rows and columns reordered")
+        assert trait.rows is not None
+        assert trait.columns is not None
+        shown = matrix[rows][:, columns][trait.rows][:, trait.columns]
+        assert sm.project(shown, sm.Butterfly()).error < 1e-13
+    patterns = ((6, 6, 6, 1), (1, 6, 6, 6))
+    monarch = sm.StructuredMatrix.random(sm.Chain(patterns), (36, 36), generator=generator(), dtype=F64).to_dense()
+    found = identify(make_target(monarch[shuffled(36, 1)][:, shuffled(36, 2)]), 1e-12)[0]
+    assert found.reordered_monarch is not None
+    assert found.reordered_monarch < 1e-14
+    noisy = butterfly[rows][:, columns] + 1e-3 * noise(64, 64)
+    assert identify(make_target(noisy), 1e-12)[0].reordered_butterfly is None
+
+
+def test_measures_of_displacement() -> None:
+    toeplitz = sm.StructuredMatrix.random(sm.Toeplitz(), (24, 32), generator=generator(), dtype=F64).to_dense()
+    ranks = identify(make_target(toeplitz), 1e-12)[0].displacement
+    assert ranks["Toeplitz"] == 2
+    assert ranks["Toeplitz plus Hankel"] == 4
+    assert ranks["Hankel"] > 20
+    ranks = identify(make_target(toeplitz.flip(0)), 1e-12)[0].displacement
+    assert ranks["Hankel"] == 2
+    cauchy = sm.StructuredMatrix.random(sm.CauchyLike(rank=3), (24, 32), generator=generator(), dtype=F64).to_dense()
+    measures, _ = identify(make_target(cauchy), 1e-12)
+    assert measures.displacement["Cauchy"] == 3
+    assert "3 (Cauchy)" in measures.sentence
+
+
+@pytest.mark.parametrize(("size", "block"), [(16, 4), (64, 8), (36, 6), (24, 4), (30, 5)])
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+def test_circuits_M5_products_of_monarch_matrices_are_factored(size: int, block: int, dtype: torch.dtype) -> None:
+    """``M_1 M_2^*`` is recovered to 1e-8 on random inputs."""
+    rows = size // block
+    structure = sm.Chain(((rows, block, block, 1), (1, rows, rows, block)))
+    first, second = (
+        sm.StructuredMatrix.random(structure, (size, size), generator=generator(s), dtype=dtype).to_dense()
+        for s in range(2)
+    )
+    matrix = first @ second.mH
+    found = monarch_pair(matrix, block)
+    assert found is not None
+    assert found.error < 1e-8
+    # The three factors are what they say: products of the supports of the stages, computed densely.
+    groups = torch.arange(size)
+    dense = []
+    for factor, label in ((found.first, groups % block), (found.middle, groups // block), (found.last, groups % block)):
+        made = torch.zeros(size, size, dtype=dtype)
+        for group, own in enumerate(factor):
+            places = torch.nonzero(label == group)[:, 0]
+            made[places[:, None], places] = own
+        dense.append(made)
+    product = dense[2] @ dense[1] @ dense[0]
+    assert float(torch.linalg.norm(product - matrix) / torch.linalg.norm(matrix)) < 1e-8
+    wrong = monarch_pair(torch.randn(size, size, generator=generator(5), dtype=dtype), block)
+    assert wrong is None or wrong.error > 0.1
+
+
+def test_monarch_pair_refuses_what_it_cannot_take() -> None:
+    with pytest.raises(ShapeError, match="divisor of its size"):
+        monarch_pair(torch.eye(12), 5)
+    with pytest.raises(ShapeError, match="square matrix"):
+        monarch_pair(torch.zeros(12, 6), 3)
+    assert monarch_pair(torch.zeros(16, 16), 4) is None
+
+
+def test_recurrences_of_any_width_are_identified() -> None:
+    """A recurrence with nodes and coefficients of its own, which no classical family has."""
+    member = sm.StructuredMatrix.random(sm.RecurrenceWidth(width=3), (48, 24), generator=generator(1), dtype=F64)
+    jitter = torch.rand(member.tensors["steps"].shape, generator=generator(2), dtype=F64)
+    moved = {**member.tensors, "steps": member.tensors["steps"] * 0.9 + 0.1 * jitter}
+    matrix = sm.StructuredMatrix(member.structure, member.shape, moved).to_dense()
+    trait = identify(make_target(matrix), 1e-12)[1][0]
+    assert trait.name == "a matrix whose columns follow a recurrence of width 3"
+    assert trait.error < 1e-12
+
+
+def test_kaleidoscopes_are_named_as_products_of_monarch_matrices() -> None:
+    """Which hold more: the name says that, and claims no family."""
+    member = sm.StructuredMatrix.random(sm.Kaleidoscope(), (64, 64), generator=generator(1), dtype=F64)
+    moved = {
+        name: t * (1 + 0.1 * torch.rand(t.shape, generator=generator(2), dtype=F64))
+        for name, t in member.tensors.items()
+    }
+    matrix = sm.StructuredMatrix(member.structure, member.shape, moved).to_dense()
+    trait = next(t for t in identify(make_target(matrix), 1e-12)[1] if "transposed Monarch" in t.name)
+    assert trait.error < 1e-10
+    assert trait.family == ""

@@ -105,3 +105,20 @@ def test_circuits_L1_closed_forms(size: int) -> None:
     assert low == pytest.approx(((1 - levels / size) / size) ** 0.5, rel=1e-9)
     if size == 64:
         assert (round(sparse, 4), round(low, 4)) == (0.1127, 0.1190)
+
+
+def test_sparse_plus_low_rank_is_projected_by_robust_pca() -> None:
+    """Members come back where the conditions hold; where they do not the method says so."""
+    low, sparse = planted(100, 5, 0.05)
+    structure = sm.SparsePlusLowRank(rank=5, density=0.06)
+    found = sm.project(low + sparse, structure)
+    assert "Separated into rank 5" in found.method
+    assert found.error < 1e-9
+    part = found.matrix.tensors["term0_left"] @ found.matrix.tensors["term0_right"]
+    assert float(torch.linalg.norm(part - low) / torch.linalg.norm(low)) < 1e-7
+    noise = torch.randn(32, 32, generator=torch.Generator().manual_seed(0), dtype=F64)
+    failed = sm.project(noise, sm.SparsePlusLowRank(rank=2, density=0.1))
+    assert "robust principal component analysis" in failed.method
+    assert "Separated" not in failed.method
+    weighted = sm.project(noise, sm.SparsePlusLowRank(rank=2, density=0.1), second_moment=noise @ noise.T)
+    assert weighted.method.startswith("alternating projections")

@@ -14,6 +14,7 @@ import structmat as sm
 from structmat import transforms
 from structmat.circuit import catalogue
 from structmat.errors import DataError, ShapeError
+from structmat.program import Fourier, stages
 
 SIZES = [1, 2, 3, 4, 5, 7, 8, 12, 16, 30, 64, 97, 128]
 
@@ -146,3 +147,30 @@ def test_what_is_refused() -> None:
             call()
     with pytest.raises(DataError):
         transforms.householder(torch.zeros(3))
+
+
+@pytest.mark.parametrize("size", [2, 12, 64, 30])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("orthonormal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_frozen_layers_recognize_the_fourier_transform(
+    size: int, inverse: bool, orthonormal: bool, dtype: torch.dtype
+) -> None:
+    """As long as it is one: a factor that was trained is multiplied by as before."""
+    made = transforms.dft(size, inverse=inverse, orthonormal=orthonormal, dtype=dtype)
+    layer = sm.nn.StructuredLinear(size, size, structure=made.structure, dtype=dtype)
+    layer.load_state_dict(
+        {
+            **layer.state_dict(),
+            **{name: torch.view_as_real(t) if t.is_complex() else t for name, t in made.tensors.items()},
+        }
+    )
+    x = torch.randn(5, size, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    frozen = layer.freeze()
+    assert any(isinstance(stage, Fourier) for stage in stages(frozen.program))
+    torch.testing.assert_close(frozen(x), layer(x).detach())
+    with torch.no_grad():
+        layer.factor0[0, 0, 0, 0] += 0.01
+    trained = layer.freeze()
+    assert not any(isinstance(stage, Fourier) for stage in stages(trained.program))
+    torch.testing.assert_close(trained(x), layer(x).detach())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,17 +17,18 @@ from scipy.sparse.csgraph import connected_components, reverse_cuthill_mckee
 from torch import Tensor
 
 from structmat import transforms
+from structmat.compression import identify_families
+from structmat.compression.identify_families import displacement_ranks
+from structmat.compression.traits import NEAR, Detector, Measures, Subject, Trait
 from structmat.matrix import StructuredMatrix
 from structmat.projection.assignment import assignment
 from structmat.projection.chain import fit_chain
 from structmat.projection.hierarchical import dense_product
 from structmat.projection.orders import find_orders
+from structmat.projection.reordering import ALIKE, butterfly_reordering, monarch_reordering
 from structmat.projection.robust import robust_pca
 from structmat.projection.target import Target
-from structmat.sizes import divisors, smallest_chain, smooth_size
-
-NEAR = 0.02
-"""A matrix is nearly what it is within this relative error of."""
+from structmat.sizes import Pattern, divisors, smallest_chain, smooth_size
 
 _WORTH = 0.5
 """What takes more than this share of the dense numbers is no structure."""
@@ -40,89 +40,8 @@ _LARGEST_TRANSFORM = 2048
 _LARGEST_REARRANGED = 1 << 20
 """Matrices of up to so many entries are rearranged for Kronecker ranks."""
 
-
-@dataclass(frozen=True, eq=False)
-class Trait:
-    """One thing that a matrix is, or is near to.
-
-    Args:
-        name: with an article: ``"a banded matrix of bandwidth 2"``.
-        error: relative, in the Frobenius norm.
-        numbers: that describe it.
-        rows, columns: the orders that show it, ``W[rows][:, columns]``; None for the given ones.
-    """
-
-    name: str
-    error: float
-    numbers: int
-    rows: Tensor | None = None
-    columns: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Numbers that say how structured a matrix is, to the tolerance of its dtype.
-
-    Args:
-        rank: singular values that are not rounding.
-        block_ranks: the largest rank of a block, by the number of blocks of a side (2, 4, 8).
-        kronecker_rank: the least number of Kronecker products over shapes of factors, and the shape of the left one.
-        density: share of the entries that are not zero.
-        bandwidth: the largest distance from the diagonal of an entry that is not zero.
-        reordered_bandwidth: the same after reordering rows and columns alike (Cuthill and McKee); None if not square.
-        butterfly, monarch: relative errors of the nearest ones, in the given order.
-        permuted_butterfly: the same in the best of the usual orders.
-    """
-
-    rank: int
-    block_ranks: dict[int, int]
-    kronecker_rank: tuple[int, tuple[int, int]] | None
-    density: float
-    bandwidth: int
-    reordered_bandwidth: int | None
-    butterfly: float | None
-    monarch: float | None
-    permuted_butterfly: float | None
-
-    @property
-    def sentence(self) -> str:
-        """All of them in words."""
-        said = [f"rank {self.rank}"]
-        said += [f"blocks of a {count} x {count} grid of rank {rank}" for count, rank in self.block_ranks.items()]
-        if self.kronecker_rank is not None:
-            (rank, (rows, columns)) = self.kronecker_rank
-            said.append(f"Kronecker rank {rank} with {rows} x {columns} factors")
-        said += [f"{self.density:.1%} of the entries", f"bandwidth {self.bandwidth}"]
-        if self.reordered_bandwidth is not None and self.reordered_bandwidth < self.bandwidth:
-            said.append(f"{self.reordered_bandwidth} reordered")
-        for name, error in (
-            ("butterfly", self.butterfly),
-            ("butterfly in a usual order", self.permuted_butterfly),
-            ("Monarch", self.monarch),
-        ):
-            if error is not None:
-                said.append(f"{name} error {error:.2g}")
-        return ", ".join(said) + "."
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A matrix with what all detectors need of it."""
-
-    target: Target
-    tolerance: float
-    measures: Measures
-
-    @property
-    def weight(self) -> Tensor:
-        return self.target.weight
-
-    @property
-    def norm(self) -> float:
-        return self.target.norm()
-
-
-Detector = Callable[[Subject], Iterator[Trait]]
+_LARGEST_REORDERED = 512
+"""Rows and columns of sides up to this are put in order by their quotients."""
 
 
 def identify(target: Target, tolerance: float) -> tuple[Measures, tuple[Trait, ...]]:
@@ -157,7 +76,8 @@ def measured(target: Target, tolerance: float) -> Measures:
             grid = weight[: height * count, : width * count].reshape(count, height, count, width).permute(0, 2, 1, 3)
             singular = torch.linalg.svdvals(grid)
             blocks[count] = int((singular > floor).sum(-1).max())
-    butterfly, monarch, permuted = _chains(target)
+    butterfly, monarch, permuted_butterfly, permuted_monarch = _chains(target)
+    reordered = _reordered(target, tolerance)
     is_square = weight.shape[0] == weight.shape[1]
     return Measures(
         int((values > floor).sum()),
@@ -168,7 +88,11 @@ def measured(target: Target, tolerance: float) -> Measures:
         _bandwidth(held[_cuthill_mckee(held)][:, _cuthill_mckee(held)]) if is_square else None,
         butterfly,
         monarch,
-        permuted,
+        permuted_butterfly,
+        permuted_monarch,
+        None if reordered[0] is None else reordered[0][0],
+        None if reordered[1] is None else reordered[1][0],
+        displacement_ranks(target, floor),
     )
 
 
@@ -191,25 +115,57 @@ def _kronecker(target: Target, floor: float) -> tuple[int, tuple[int, int]] | No
     return best
 
 
-def _chains(target: Target) -> tuple[float | None, float | None, float | None]:
-    """Errors of the nearest butterfly, Monarch matrix and butterfly in the usual orders."""
+def _chains(target: Target) -> tuple[float | None, float | None, float | None, float | None]:
+    """Errors of the nearest butterfly and Monarch matrix, and of both in the usual orders."""
     shape, size = target.native, target.norm()
     if (smooth_size(shape[0]), smooth_size(shape[1])) != shape or min(shape) < 4 or size == 0:
-        return None, None, None
+        return None, None, None, None
     quick = target.unweighted().replace_sweeps(0)
-    patterns, two = smallest_chain(shape), smallest_chain(shape, 2)
+    found = []
+    for patterns in (smallest_chain(shape), smallest_chain(shape, 2)):
+        plain = _chain_error(quick.weight, patterns) / size
+        permuted = plain
+        for orders in find_orders(quick.weight, patterns):
+            if not orders.is_plain:
+                moved = quick.weight[orders.rows[:, None], orders.columns]
+                permuted = min(permuted, _chain_error(moved, patterns) / size)
+        found.append((plain, permuted))
+    (butterfly, permuted_butterfly), (monarch, permuted_monarch) = found
+    return butterfly, monarch, permuted_butterfly, permuted_monarch
 
-    def error(weight: Tensor, chain: tuple[tuple[int, int, int, int], ...]) -> float:
-        found = fit_chain(Target(weight, None, shape, 0), chain)
-        product = dense_product([found.tensors[f"factor{i}"] for i in range(len(chain))], chain)
-        return float(torch.linalg.norm(weight - product)) / size
 
-    plain = error(quick.weight, patterns)
-    permuted = plain
-    for orders in find_orders(quick.weight, patterns):
-        if not orders.is_plain:
-            permuted = min(permuted, error(quick.weight[orders.rows[:, None], orders.columns], patterns))
-    return plain, error(quick.weight, two), permuted
+def _chain_error(weight: Tensor, chain: tuple[Pattern, ...]) -> float:
+    shape = weight.shape[0], weight.shape[1]
+    found = fit_chain(Target(weight, None, shape, 0), chain)
+    product = dense_product([found.tensors[f"factor{i}"] for i in range(len(chain))], chain)
+    return float(torch.linalg.norm(weight - product))
+
+
+_Reordered = tuple[float, Tensor, Tensor]
+
+
+def _reordered(target: Target, tolerance: float) -> tuple[_Reordered | None, _Reordered | None]:
+    """Errors as a butterfly and as a Monarch matrix in the orders that quotients of rows suggest, and these orders."""
+    return target.weight_fact("reordered", lambda: _reorder(target.weight, tolerance))
+
+
+def _reorder(weight: Tensor, tolerance: float) -> tuple[_Reordered | None, _Reordered | None]:
+    size = weight.shape[0]
+    if weight.shape[1] != size or not 8 <= size <= _LARGEST_REORDERED:
+        return None, None
+    wide = weight.to(torch.complex128 if weight.is_complex() else torch.float64)
+    norm, alike = float(torch.linalg.norm(wide)), max(ALIKE, 100 * tolerance)
+
+    def error(orders: tuple[Tensor, Tensor] | None, chain: tuple[Pattern, ...]) -> _Reordered | None:
+        if orders is None:
+            return None
+        rows, columns = orders
+        return _chain_error(wide[rows[:, None], columns], chain) / norm, rows, columns
+
+    two = smallest_chain((size, size), 2)
+    butterfly = error(butterfly_reordering(wide, alike), smallest_chain((size, size)))
+    monarch = error(monarch_reordering(wide, two[0][1], alike), two) if len(two) == 2 else None
+    return butterfly, monarch
 
 
 def _cuthill_mckee(held: Tensor) -> Tensor:
@@ -232,7 +188,9 @@ def by_rank(subject: Subject) -> Iterator[Trait]:
     for limit in (subject.tolerance, NEAR):
         rank = int((tails > limit).sum())
         if 0 < rank < len(values):
-            yield Trait(f"a matrix of rank {rank}", float(tails[rank]), rank * sum(subject.weight.shape))
+            yield Trait(
+                f"a matrix of rank {rank}", float(tails[rank]), rank * sum(subject.weight.shape), family="LowRank"
+            )
             break
 
 
@@ -249,11 +207,15 @@ def by_support(subject: Subject) -> Iterator[Trait]:
         scale = float(kept.abs().mean())
         is_one = bool((kept - kept.mean()).abs().max() <= max(subject.tolerance, NEAR) * max(scale, 1e-300))
         if torch.equal(order, torch.arange(rows)):
-            yield Trait("a multiple of the identity" if is_one else "a diagonal matrix", error, 1 if is_one else rows)
-        elif is_one:
             yield Trait(
-                "a permutation" if abs(scale - 1) < NEAR else "a multiple of a permutation", error, rows, None, order
+                "a multiple of the identity" if is_one else "a diagonal matrix",
+                error,
+                1 if is_one else rows,
+                family="Diagonal",
             )
+        elif is_one:
+            name = "a permutation" if abs(scale - 1) < NEAR else "a multiple of a permutation"
+            yield Trait(name, error, rows, None, order, "Permutation")
         else:
             yield Trait("a diagonal matrix with its columns reordered", error, 2 * rows, None, order)
         width = _bandwidth(held)
@@ -274,9 +236,13 @@ def by_support(subject: Subject) -> Iterator[Trait]:
         in_order = bool((by_row.diff() >= 0).all() and (by_column.diff() >= 0).all())
         name = f"a block diagonal matrix of {parts} blocks{'' if in_order else ', rows and columns reordered'}"
         orders = (by_row.argsort(stable=True), by_column.argsort(stable=True))
-        yield Trait(name, 0.0, area + (0 if in_order else rows + columns), *(None, None) if in_order else orders)
+        numbers = area + (0 if in_order else rows + columns)
+        if in_order:
+            yield Trait(name, 0.0, numbers, family="BlockDiagonal")
+        else:
+            yield Trait(name, 0.0, numbers, *orders)
     if count < weight.numel():
-        yield Trait(f"a sparse matrix with {count} entries", 0.0, 2 * count)
+        yield Trait(f"a sparse matrix with {count} entries", 0.0, 2 * count, family="Sparse")
 
 
 def by_kronecker(subject: Subject) -> Iterator[Trait]:
@@ -290,7 +256,8 @@ def by_kronecker(subject: Subject) -> Iterator[Trait]:
         return
     numbers = rank * (rows * columns + (height // rows) * (width // columns))
     name = "a Kronecker product" if rank == 1 else f"a sum of {rank} Kronecker products"
-    yield Trait(f"{name} of {rows} x {columns} and {height // rows} x {width // columns} matrices", 0.0, numbers)
+    words = f"{name} of {rows} x {columns} and {height // rows} x {width // columns} matrices"
+    yield Trait(words, 0.0, numbers, family="Kronecker")
 
 
 def by_transform(subject: Subject) -> Iterator[Trait]:
@@ -357,10 +324,20 @@ def by_butterfly(subject: Subject) -> Iterator[Trait]:
         return
     size = sum(a * b * c * d for a, b, c, d in smallest_chain((shape[0], shape[1])))
     two = sum(a * b * c * d for a, b, c, d in smallest_chain((shape[0], shape[1]), 2))
-    yield Trait("a butterfly matrix", measures.butterfly, size)
+    yield Trait("a butterfly matrix", measures.butterfly, size, family="Butterfly")
     if measures.permuted_butterfly < measures.butterfly:
-        yield Trait("a butterfly matrix in another order", measures.permuted_butterfly, size + sum(shape))
-    yield Trait("a Monarch matrix", measures.monarch, two)
+        name = "a butterfly matrix in another order"
+        yield Trait(name, measures.permuted_butterfly, size + sum(shape), family="PermutedButterfly")
+    yield Trait("a Monarch matrix", measures.monarch, two, family="Monarch")
+    if measures.permuted_monarch is not None and measures.permuted_monarch < measures.monarch:
+        yield Trait("a Monarch matrix in another order", measures.permuted_monarch, two + sum(shape))
+    for name, number, found in zip(
+        ("butterfly", "Monarch"), (size, two), _reordered(subject.target, subject.tolerance), strict=True
+    ):
+        if found is not None and measures.butterfly > subject.tolerance:
+            words = f"a {name} matrix, rows and columns reordered"
+            family = "PermutedButterfly" if name == "butterfly" else ""
+            yield Trait(words, found[0], number + sum(shape), found[1], found[2], family)
 
 
 def by_separation(subject: Subject) -> Iterator[Trait]:
@@ -377,10 +354,19 @@ def by_separation(subject: Subject) -> Iterator[Trait]:
     error = float(torch.linalg.norm(weight - found.low_rank - found.sparse)) / subject.norm
     low = found.rank * sum(weight.shape)
     if bool((rows == columns).all()):
-        yield Trait(f"a diagonal matrix plus rank {found.rank}", error, low + len(rows))
+        yield Trait(f"a diagonal matrix plus rank {found.rank}", error, low + len(rows), family="Sum")
     else:
-        yield Trait(f"a sparse matrix with {found.nonzeros} entries plus rank {found.rank}", error, low + 2 * len(rows))
+        name = f"a sparse matrix with {found.nonzeros} entries plus rank {found.rank}"
+        yield Trait(name, error, low + 2 * len(rows), family="Sum")
 
 
-DETECTORS: tuple[Detector, ...] = (by_support, by_rank, by_kronecker, by_transform, by_butterfly, by_separation)
+DETECTORS: tuple[Detector, ...] = (
+    by_support,
+    by_rank,
+    by_kronecker,
+    by_transform,
+    by_butterfly,
+    by_separation,
+    *identify_families.DETECTORS,
+)
 """What is looked for. A detector of another structure is one more function here."""

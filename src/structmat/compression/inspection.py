@@ -16,7 +16,8 @@ from rich.text import Text
 from torch import Tensor
 
 from structmat.compression.candidates import Choice, families_of
-from structmat.compression.identify import Measures, Trait, identify
+from structmat.compression.identify import identify
+from structmat.compression.traits import Measures, Trait
 from structmat.errors import ShapeError, StructureError
 from structmat.projection.project import make_target, project_target
 from structmat.projection.target import Certificate, Target
@@ -273,8 +274,9 @@ def inspect(
 
     Each family is tried at its configurations within each share of the dense parameter count. Where it fits exactly,
     smaller sizes are tried until the smallest exact one is found. Without a choice of structures and without weights
-    the matrix is also measured and named: by support, ranks, Kronecker products, butterflies in the usual orders, the
-    classical transforms with rows or columns reordered, and sparse plus low rank
+    the matrix is also measured and named: by support, ranks, displacement ranks, Kronecker products, butterfly and
+    Monarch matrices as given, in the usual orders and with rows and columns shuffled, the classical transforms with
+    rows or columns reordered and scaled, nodes, recurrences, and structure plus low rank
     (:mod:`structmat.compression.identify`).
 
     Args:

@@ -14,6 +14,7 @@ from structmat.kernels import affine, apply, parts_form, quick, runs_native, tun
 from structmat.matrix import StructuredMatrix, draw
 from structmat.program import (
     Contraction,
+    Fourier,
     Generated,
     Program,
     build,
@@ -25,6 +26,7 @@ from structmat.program import (
 )
 from structmat.projection.project import DEFAULT_SWEEPS, project
 from structmat.structure import Structure, resolve, specs
+from structmat.transforms.recognized import fourier_program
 
 
 class StructuredLinear(nn.Module):
@@ -179,14 +181,19 @@ class StructuredLinear(nn.Module):
     def freeze(self, rows: int | None = None) -> FrozenLinear:
         """The layer for deployment: what runs faster put together is put together, nothing is left to train.
 
+        A complex ``PermutedButterfly`` that still is the Fourier transform becomes PyTorch's.
+
         Args:
             rows: of a typical call (all leading axes together). Few rows ask for other forms than many: a sparse matrix
                 with one vector is slower than the dense one, for instance. Many by default.
         """
         with torch.no_grad():
             tensors = self.tensors()
-            program, made = fuse(self._program, tensors, writing_for(self._program, tensors, rows))
             bias = None if self.bias is None else self._loaded(self.bias).detach().clone()
+            found = fourier_program(self.structure, (self.out_features, self.in_features), tensors)
+            if found is not None:
+                return FrozenLinear(*found, bias)
+            program, made = fuse(self._program, tensors, writing_for(self._program, tensors, rows))
             form = parts_form(program, made, complex_in=True) if self._complex else None
             if form is not None and form.complex_out and runs_native(program, made, rows):
                 parts = {name: t.detach().clone() for name, t in form.tensors(made).items()}
@@ -247,6 +254,7 @@ class FrozenLinear(nn.Module):
         self._on_parts = on_parts
         self.program = program
         self._quick = quick(program)
+        self._fourier = program if isinstance(program, Fourier) else None
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -270,6 +278,9 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
+        if self._fourier is not None and x.is_complex() and x.numel() > 0 and not self._holds_dense:
+            transform = torch.fft.ifft if self._fourier.inverse else torch.fft.fft
+            return transform(x) if self.bias is None else transform(x) + self.bias
         if self._on_parts:
             wide = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
             x = torch.view_as_real(wide.resolve_conj()).flatten(-2)

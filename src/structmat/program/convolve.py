@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from structmat.program.toeplitz import Convolution
 
@@ -24,7 +25,7 @@ def convolve(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
         return x @ convolution_matrix(stage, weight).T
     dtype = torch.promote_types(x.dtype, weight.dtype)
     wide = torch.promote_types(dtype, torch.float32)  # half precision has no transforms on the CPU
-    values = spectrum(stage, weight.to(wide))
+    values = _kept_spectrum(stage, weight, wide)
     blocks, width = (stage.outputs, stage.height) if stage.transposed else (stage.inputs, stage.width)
     rows = x.reshape(x.shape[0], blocks, width)
     step = max(1, _AT_ONCE // (stage.length * max(stage.inputs, stage.outputs)))
@@ -35,6 +36,29 @@ def convolve(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
         part = _transformed(stage, rows[begin : begin + step].to(wide), values)
         result[begin : begin + step] = part.flatten(1)
     return result
+
+
+_KEPT = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+"""Spectra of weights that are not trained, with the version of the weight that they are of."""
+
+
+def _kept_spectrum(stage: Convolution, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spectrum of the weight: of one that learns nothing, as those of frozen layers, it is computed once.
+
+    A change in place raises the weight's version, so that the spectrum is computed anew.
+    """
+    if (
+        weight.requires_grad
+        or weight.is_inference()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return spectrum(stage, weight.to(dtype))
+    kept = _KEPT.get(weight)
+    if kept is None or kept[0] != weight._version or kept[1] != (stage, dtype):
+        kept = weight._version, (stage, dtype), spectrum(stage, weight.to(dtype))
+        _KEPT[weight] = kept
+    return kept[2]
 
 
 def _may_write(x: Tensor, weight: Tensor) -> bool:

@@ -13,6 +13,7 @@ from structmat.program import Chain, Program, Stage
 from structmat.program import Sparse as SparseStage
 from structmat.projection.low_rank import balance, truncate
 from structmat.projection.project import fit
+from structmat.projection.robust import RobustPCA, robust_pca
 from structmat.projection.sparse import entries, improve
 from structmat.projection.target import Target
 from structmat.structure import Structure, whole
@@ -27,6 +28,10 @@ _SUBSPACE_STEPS = 4
 
 _PATIENCE = 1e-5
 """The descent ends when a sweep lowers the squared error by less than this share."""
+
+
+_LARGEST_SEPARATED = 1024
+"""Sides up to this are separated by robust principal component analysis, some twenty singular value decompositions."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,44 @@ def fit_sum(parts: Sequence[Structure], target: Target) -> tuple[Member, ...]:
     worse than the best single part. Then every sweep fits each part again to the target minus the others and keeps it
     if the error does not rise: monotone, in the target's own norm. For low rank and sparse parts this is the scheme of
     GoDec (Zhou and Tao 2011), with one step of subspace iteration in place of each singular value decomposition.
-    The fits of a start, and then all starts, may spend a quarter of ``target.sweeps``; the best one goes on. With 0
-    sweeps only the starts are made.
+    A low rank and a sparse part in the plain norm have one more start, the parts that robust principal component
+    analysis finds (:func:`separation`): where its conditions hold it is the truth, and the alternation takes off what
+    its tolerance left. The fits of a start, and then all starts, may spend a quarter of ``target.sweeps``; the best one
+    goes on. With 0 sweeps only the starts are made.
     """
     trials = [_start(parts, target.replace_sweeps(target.sweeps // 4), first) for first in range(len(parts))]
+    separated = separation(parts, target)
+    if separated is not None and separated.succeeded:
+        trials.append(_separated(parts, target, separated))
     if target.sweeps and len(parts) > 1:
         quick = max(1, target.sweeps // 4)
         trials = [_descend(parts, target, trial, quick) for trial in trials]
         best = min(trials, key=lambda trial: trial.squared)
         trials = [_descend(parts, target, best, target.sweeps - quick)]
     return min(trials, key=lambda trial: trial.squared).members
+
+
+def separation(parts: Sequence[Structure], target: Target) -> RobustPCA | None:
+    """Low rank and sparse parts of a target with sizes free, or None for other parts, weighted norms, sizes above
+    1024 and screening (0 sweeps)."""
+    kinds = sorted(type(part).__name__ for part in parts)
+    plain = target.second_moment is None and target.output_moment is None
+    if kinds != ["LowRank", "Sparse"] or not plain or not target.sweeps or target.norm() == 0:
+        return None
+    if max(target.native) > _LARGEST_SEPARATED:
+        return None
+    return target.weight_fact("robust_pca", lambda: robust_pca(target.weight))
+
+
+def _separated(parts: Sequence[Structure], target: Target, found: RobustPCA) -> _Trial:
+    """The parts that were found, cut to the sizes asked for."""
+    left = target.weight
+    members: list[Member] = []
+    for part in parts:
+        share = found.low_rank if isinstance(part, LowRank) else found.sparse
+        members.append(_fit(part, Target(share.to(left.dtype), None, target.native, 0)))
+        left = left - members[-1].dense
+    return _Trial(tuple(members), target.squared(left))
 
 
 def rank_bound(program: Program) -> int:

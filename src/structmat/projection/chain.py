@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from structmat.chains import chain_program
-from structmat.projection.hierarchical import dense_product, factorize, split_errors, sweep
+from structmat.projection.hierarchical import dense_product, factorize, factorize_by_crosses, split_errors, sweep
 from structmat.projection.refine import refine, rescale
 from structmat.projection.slices import Blocks
 from structmat.projection.target import Certificate, Fit, Target
@@ -19,6 +19,9 @@ EXACT = 1e-13
 
 EXACTLY = "hierarchical factorization, exact"
 """The method of such a fit."""
+
+_MET = 1e-14
+"""Below this relative error nothing is to be gained from whole singular value decompositions."""
 
 _PROGRESS = 1e-3
 """The descent ends when a sweep lowers the squared error by less than this share."""
@@ -34,13 +37,19 @@ def fit_chain(target: Target, patterns: Sequence[Pattern]) -> Fit:
     if target.second_moment is not None or target.output_moment is not None:
         return _fit_weighted(target, patterns)
     weight = target.weight
+    if len(patterns) > 2:  # a member is met by a few of its entries, and one comparison with all of them proves it
+        crossed = factorize_by_crosses(weight, patterns)
+        if crossed is not None:
+            error = float(torch.linalg.norm(weight - dense_product(crossed, patterns)))
+            if error <= _MET * target.norm():
+                return Fit(_named(crossed), Certificate.BOUND, 0.0, EXACTLY, error)
     factors = factorize(weight, patterns)
     if len(patterns) <= 2:
         errors = split_errors(weight, patterns)
         return Fit(_named(factors), Certificate.OPTIMAL, max(errors), "truncated SVD of every block")
     error = float(torch.linalg.norm(weight - dense_product(factors, patterns)))
     if error <= EXACT * float(torch.linalg.norm(weight)):
-        return Fit(_named(factors), Certificate.BOUND, 0.0, EXACTLY)
+        return Fit(_named(factors), Certificate.BOUND, 0.0, EXACTLY, error)
     errors = split_errors(weight, patterns)
     spent = 0
     for _ in range(target.sweeps):

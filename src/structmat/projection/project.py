@@ -118,7 +118,7 @@ def project_target(target: Target, structure: Structure, *, dtype: torch.dtype, 
     structure = resolve(structure, target.shape)
     found = fit(structure, target)
     wide = StructuredMatrix(structure, target.shape, found.tensors, dtype=target.weight.dtype)
-    error, size = target.error(wide.to_dense()), target.norm()
+    error, size = target.error(wide.to_dense()) if found.error is None else found.error, target.norm()
     scale = 1.0 / size if size > 0 else 0.0
     return Projection(
         matrix=wide.to(dtype=dtype, device=device),
@@ -148,7 +148,8 @@ def fit(structure: Structure, target: Target) -> Fit:
     if padded.is_padded and found.certificate is Certificate.OPTIMAL:
         found = Fit(found.tensors, Certificate.BOUND, found.lower_bound, found.method)
     tensors = {name: tensor.contiguous() for name, tensor in found.tensors.items()}
-    return Fit(tensors, found.certificate, found.lower_bound, found.method)
+    error = None if padded.is_padded or weighted else found.error
+    return Fit(tensors, found.certificate, found.lower_bound, found.method, error)
 
 
 def _error(structure: Structure, found: Fit, target: Target) -> float:

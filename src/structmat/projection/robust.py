@@ -6,14 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import svd
 from torch import Tensor
 
 from structmat.matrix import StructuredMatrix
 from structmat.projection.low_rank import balance
 from structmat.projection.project import make_target
-from structmat.structures.low_rank import LowRank
-from structmat.structures.sparse import Sparse
-from structmat.structures.sum_of import Sum
 
 _GROWTH = 1.5
 _TOLERANCE = 1e-7
@@ -59,6 +57,11 @@ class RobustPCA:
     @property
     def matrix(self) -> StructuredMatrix:
         """The member of ``Sum(LowRank(rank), Sparse(nonzeros=...))``, at least of rank 1 and one entry."""
+        # The family of sums projects by this module.
+        from structmat.structures.low_rank import LowRank
+        from structmat.structures.sparse import Sparse
+        from structmat.structures.sum_of import Sum
+
         rank, count = max(1, self.rank), max(1, self.nonzeros)
         u, s, vh = torch.linalg.svd(self.low_rank, full_matrices=False)
         left, right = balance(u[:, :rank], s[:rank, None] * vh[:rank])
@@ -110,7 +113,7 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
     residual, steps = 1.0, 0
     while residual >= _TOLERANCE and steps < _MOST_STEPS:
         steps += 1
-        u, s, vh = torch.linalg.svd(given - sparse + dual / mu, full_matrices=False)
+        u, s, vh = _svd(given - sparse + dual / mu)
         kept = (s - 1 / mu).clamp(min=0)
         low = (u * kept) @ vh
         rest = given - low + dual / mu
@@ -119,7 +122,7 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
         dual = dual + mu * left
         mu = min(mu * _GROWTH, most)
         residual = float(torch.linalg.norm(left)) / size
-    u, s, vh = torch.linalg.svd(low, full_matrices=False)
+    u, s, vh = _svd(low)
     rank = int((s > _NEGLIGIBLE * spectral).sum())
     low = (u[:, :rank] * s[:rank]) @ vh[:rank]
     floor = _NEGLIGIBLE * float(given.abs().max())
@@ -128,6 +131,15 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
     verdict, succeeded = _verdict(rank, nonzeros, rows, columns, residual)
     incoherence = _incoherence(u[:, :rank], vh[:rank], rank)
     return RobustPCA(low, sparse, rank, nonzeros, incoherence, steps, residual, verdict, succeeded)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    except RuntimeError:  # divide and conquer may fail where many singular values are equal, as those of transforms are
+        found = svd(matrix.numpy(), full_matrices=False, lapack_driver="gesvd")
+        u, s, vh = (torch.from_numpy(part) for part in found)
+    return u, s, vh
 
 
 def _incoherence(u: Tensor, vh: Tensor, rank: int) -> float:

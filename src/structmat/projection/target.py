@@ -45,12 +45,15 @@ class Fit:
         lower_bound: no member of the family has a smaller error in the target's norm (absolute; for a padded target,
             before padding), 0 if nothing is known.
         method: how it was found, in a few words.
+        error: of this member in the target's norm (absolute) where the family has measured it anyway, else None. Of the
+            target that it was given: not for a padded one.
     """
 
     tensors: Mapping[str, Tensor]
     certificate: Certificate
     lower_bound: float
     method: str
+    error: float | None = None
 
 
 @dataclass(frozen=True)

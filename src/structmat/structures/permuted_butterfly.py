@@ -81,7 +81,7 @@ class PermutedButterfly(Structure):
         # W[rows][:, columns] is the butterfly, so that its row i is row rows[i] of W.
         tensors = {**fit.tensors, "rows": torch.argsort(orders.rows), "columns": orders.columns}
         method = f"{fit.method}; rows in {orders.row_name}, columns in {orders.column_name} order"
-        return Fit(tensors, Certificate.NONE, 0.0, method)
+        return Fit(tensors, Certificate.NONE, 0.0, method, fit.error)
 
     def _error(self, target: Target, orders: Orders, fit: Fit, patterns: tuple[Pattern, ...]) -> float:
         factors = [fit.tensors[f"factor{i}"] for i in range(len(patterns))]

@@ -11,7 +11,7 @@ import torch
 from structmat.errors import StructureError
 from structmat.program import Program, build, rename
 from structmat.program import Sum as SumProgram
-from structmat.projection.alternate import fit_sum, rank_bound
+from structmat.projection.alternate import fit_sum, rank_bound, separation
 from structmat.projection.target import Certificate, Fit, Target
 from structmat.structure import ParameterSpec, Shape, Structure, count_stored, largest_fitting, resolve
 from structmat.structures.block_diagonal import BlockDiagonal
@@ -27,8 +27,9 @@ class Sum(Structure):
 
     Tensors are those of the parts, named ``term0_left``, ``term1_weight``, ...; parameters and operations add up. A
     fraction in a part is of the dense parameter count of the whole matrix. Projection: all parts jointly, by
-    alternating projections of the residual, monotone and never worse than the best single part; no certificate (even
-    low rank plus sparse is NP-hard), but a lower bound from the largest rank that the sum can have.
+    alternating projections of the residual, monotone and never worse than the best single part, for a low rank and a
+    sparse part from robust principal component analysis too; no certificate (even low rank plus sparse is NP-hard), but
+    a lower bound from the largest rank that the sum can have.
 
     Args:
         parts: the structures of the terms, at least one; sums and products too.
@@ -80,7 +81,11 @@ class Sum(Structure):
         rank = rank_bound(self.program(target.native))
         bound = float(torch.linalg.norm(target.whitened_svd[1][rank:])) if rank < min(target.native) else 0.0
         certificate = Certificate.BOUND if bound > 0 else Certificate.NONE
-        return Fit(tensors, certificate, bound, "alternating projections")
+        separated = separation(self.parts, target)
+        method = "alternating projections"
+        if separated is not None:
+            method = f"robust principal component analysis, {method}: {separated.verdict}"
+        return Fit(tensors, certificate, bound, method)
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
@@ -100,8 +105,11 @@ class Sum(Structure):
 def SparsePlusLowRank(rank: int | float = 2, density: float = 0.1) -> Sum:
     """``Sum(LowRank(rank), Sparse(density=density))``: what robust principal component analysis looks for.
 
-    Fitted by alternation for the given sizes, without a guarantee. Where the sizes are to be found,
-    :func:`structmat.projection.robust.robust_pca` has one, under conditions, and says when it fails.
+    Projection in the plain norm, up to 1024 x 1024: robust principal component analysis, then alternation for the given
+    sizes. Its guarantee and conditions (incoherence, rank and density) are those of
+    :func:`structmat.projection.robust.robust_pca`: where they hold and the sizes are large enough the parts come back
+    exactly. Where it fails the projection's method says so and the result is that of the alternation, no worse than
+    either part alone, with no guarantee. In weighted norms and above that size: alternation alone.
 
     Args:
         rank: an integer, or a fraction of the dense parameter count.
