@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import structmat as sm
+from structmat.projection.hierarchical import dense_product, factorize_by_crosses
 from structmat.projection.target import Certificate
+from structmat.sizes import smallest_chain
 from structmat.structure import count_parameters
 from structmat.transforms import fourier_monarch
 
@@ -250,3 +252,23 @@ def test_bad_hyperparameters_say_why() -> None:
         sm.BlockTensorTrain(1, (2, 2, 2))
     with pytest.raises(sm.StructmatError, match="Use larger factors"):
         sm.project(gaussian(8, 8), sm.BlockTensorTrain(1, (2, 2)))
+
+
+@pytest.mark.parametrize("size", [8, 48, 64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_members_of_chains_are_met_by_crosses(size: int, dtype: torch.dtype) -> None:
+    """From a row and a column of each block; other matrices are not met, and fitted as before."""
+    generator = torch.Generator().manual_seed(size)
+    member = sm.StructuredMatrix.random(sm.Butterfly(), (size, size), generator=generator, dtype=dtype).to_dense()
+    patterns = smallest_chain((size, size))
+    factors = factorize_by_crosses(member, patterns)
+    assert factors is not None
+    assert [tuple(f.shape) for f in factors] == list(patterns)
+    torch.testing.assert_close(dense_product(factors, patterns), member, rtol=0, atol=1e-13)
+    found = sm.project(member, sm.Butterfly())
+    assert found.error == pytest.approx(float(torch.linalg.norm(found.matrix.to_dense() - member)), abs=1e-14)
+    noisy = member + 1e-3 * torch.randn(size, size, generator=generator, dtype=dtype)
+    near = sm.project(noisy, sm.Butterfly())
+    assert "exact" not in near.method
+    assert near.error < 1e-1
+    assert factorize_by_crosses(torch.zeros(4, 4, dtype=dtype), ((2, 4, 2, 1), (1, 2, 4, 2))) is None  # rank 2

@@ -280,7 +280,8 @@ class FrozenLinear(nn.Module):
         """Rows (..., in_features) to (..., out_features)."""
         if self._fourier is not None and x.is_complex() and x.numel() > 0 and not self._holds_dense:
             transform = torch.fft.ifft if self._fourier.inverse else torch.fft.fft
-            return transform(x) if self.bias is None else transform(x) + self.bias
+            found: Tensor = transform(x)
+            return found if self.bias is None else found + self.bias
         if self._on_parts:
             wide = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
             x = torch.view_as_real(wide.resolve_conj()).flatten(-2)

@@ -38,7 +38,7 @@ def convolve(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-_KEPT = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+_KEPT = WeakTensorKeyDictionary()
 """Spectra of weights that are not trained, with the version of the weight that they are of."""
 
 
@@ -58,7 +58,8 @@ def _kept_spectrum(stage: Convolution, weight: Tensor, dtype: torch.dtype) -> Te
     if kept is None or kept[0] != weight._version or kept[1] != (stage, dtype):
         kept = weight._version, (stage, dtype), spectrum(stage, weight.to(dtype))
         _KEPT[weight] = kept
-    return kept[2]
+    found: Tensor = kept[2]
+    return found
 
 
 def _may_write(x: Tensor, weight: Tensor) -> bool:

@@ -137,12 +137,11 @@ def _bisections(low: int, high: int) -> list[int]:
 def _cross(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """A column and a row of each block, through an entry that is large among those that were looked at."""
     column = blocks[..., :1, :].abs().argmax(-1, keepdim=True)
-    for _ in range(2):
-        own = torch.take_along_dim(blocks, column, -1)
-        row = own.abs().argmax(-2, keepdim=True)
-        across = torch.take_along_dim(blocks, row, -2)
-        column = across.abs().argmax(-1, keepdim=True)
+    row = torch.take_along_dim(blocks, column, -1).abs().argmax(-2, keepdim=True)
+    column = torch.take_along_dim(blocks, row, -2).abs().argmax(-1, keepdim=True)
     own = torch.take_along_dim(blocks, column, -1)
+    row = own.abs().argmax(-2, keepdim=True)
+    across = torch.take_along_dim(blocks, row, -2)
     pivot = torch.take_along_dim(own, row, -2)
     even = torch.where(pivot == 0, 1.0, pivot)
     root = even.abs().sqrt()
