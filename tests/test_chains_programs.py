@@ -428,7 +428,7 @@ def test_sizes(size: int, count: int) -> None:
         while rest % prime == 0:
             rest //= prime
     assert rest == 1
-    assert size < 8 or smooth <= 1.125 * size
+    assert size < 8 or smooth <= 1.16 * size  # 15 for 13 is the farthest
 
 
 @settings(max_examples=40, deadline=None)

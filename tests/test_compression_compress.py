@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from compression_models import labelled, llama, mlp, tokens
+from compression_models import Encoder, labelled, llama, mlp, tokens
 from torch import Tensor, nn
 
 import structmat as sm
@@ -189,6 +189,16 @@ def test_bfloat16_stays() -> None:
     torch.testing.assert_close(result.model(x), model(x), rtol=0.1, atol=0.3)
 
 
+def test_an_encoder_layer_is_compressed_part_by_part() -> None:
+    model = Encoder().eval()
+    x = torch.randn(3, 5, 8)
+    result = sm.compress(model, budget=sm.Parameters(0.6), calibration=[x], structures=CLOSED)
+    assert type(result.model.block) is nn.TransformerEncoderLayer
+    assert {f"block.self_attn.{n}" for n in ("query", "key", "value", "output")} <= set(result.plan.layers)
+    with torch.no_grad():  # the fast path of evaluation, if it were taken
+        assert result.model(x).shape == (3, 4)
+
+
 def test_a_user_s_forward_and_loss() -> None:
     data = [{"x": x, "y": y} for x, y in labelled()]
     result = compressed(
@@ -263,9 +273,9 @@ def test_bad_weights_and_activations() -> None:
         compressed(calibration=data)
 
 
-def test_models_without_linear_layers_or_values() -> None:
+def test_models_without_known_layers_or_values() -> None:
     with pytest.raises(ModelError, match="no layer that can be compressed"):
-        compressed(model=nn.Sequential(nn.BatchNorm1d(8)), calibration=None)
+        compressed(model=nn.Sequential(nn.Conv3d(8, 8, 3)), calibration=None)
     with torch.device("meta"):
         empty = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ModelError, match="meta device"):
