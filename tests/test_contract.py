@@ -46,8 +46,19 @@ def test_compile(structure: Structure, shape: Shape) -> None:
     check_structure(structure, shape, groups=("compile",))
 
 
+def a_few() -> list[tuple[Structure, Shape]]:
+    """Families between them with all kinds of stages that networks are usually made of: the others are slow."""
+    few = (sm.LowRank, sm.Butterfly, sm.Sparse, sm.GBLR)
+    return [(s, shape) for s, shape in market.one_a_family(SAMPLE, others=False) if isinstance(s, few)]
+
+
+@pytest.mark.parametrize(("structure", "shape"), a_few(), ids=name)
+def test_inductor(structure: Structure, shape: Shape) -> None:
+    check_structure(structure, shape, groups=("inductor",))
+
+
 @pytest.mark.parametrize(("structure", "shape"), market.one_a_family(SAMPLE, others=False), ids=name)
-@pytest.mark.parametrize("group", ["inductor", "export", "onnx"])
+@pytest.mark.parametrize("group", ["export", "onnx"])
 def test_graphs(structure: Structure, shape: Shape, group: str) -> None:
     report = check_structure(structure, shape, groups=(group,))
     for reason in report.skipped.values():
