@@ -66,10 +66,7 @@ struct EmulatedRegisters {
 
 }  // namespace isa_amx
 
-const PairKernels* emulated_amx_kernels() {
-  static const PairKernels kernels = isa_amx::AmxKernels<isa_amx::EmulatedRegisters>::all();
-  return &kernels;
-}
+const MatrixKernels* emulated_amx_kernels() { return &isa_amx::AmxKernels<isa_amx::EmulatedRegisters>::all; }
 
 }  // namespace structmat
 
@@ -78,16 +75,13 @@ const PairKernels* emulated_amx_kernels() {
 namespace structmat {
 
 #if defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__)
-const PairKernels* amx_kernels() {
-  static const PairKernels kernels = isa_amx::AmxKernels<isa_amx::ProcessorRegisters>::all();
-  return &kernels;
-}
+const MatrixKernels* amx_kernels() { return &isa_amx::AmxKernels<isa_amx::ProcessorRegisters>::all; }
 #else
-const PairKernels* amx_kernels() { return nullptr; }
+const MatrixKernels* amx_kernels() { return nullptr; }
 #endif
 
 #if !defined(__AVX512BF16__)
-const PairKernels* emulated_amx_kernels() { return nullptr; }
+const MatrixKernels* emulated_amx_kernels() { return nullptr; }
 #endif
 
 }  // namespace structmat

@@ -14,15 +14,33 @@ STRUCTMAT_DECLARE(isa_avx2)
 STRUCTMAT_DECLARE(isa_avx512)
 #endif
 
+#if defined(__x86_64__)
+namespace {
+
+// Kernels for pairs whose products are those of matrix registers; null where there are none.
+const PairKernels* with(const MatrixKernels* matrices, PairKernels& made) {
+  if (!matrices || !pair_kernels()) return nullptr;
+  made = *pair_kernels();
+  made.panels = matrices->panels, made.pack = matrices->pack, made.contract = matrices->contract;
+  made.begin = matrices->begin, made.end = matrices->end;
+  return &made;
+}
+
+}  // namespace
+#endif
+
 const InstructionSet& instruction_set(int number) {
+#if defined(__x86_64__)
+  static PairKernels matrices, emulated;
+#endif
   static const InstructionSet all[] = {
       {"base", isa_base::single(), isa_base::wide()},
 #if defined(__x86_64__)
       {"avx2", isa_avx2::single(), isa_avx2::wide()},
       {"avx512", isa_avx512::single(), isa_avx512::wide()},
       {"avx512_bf16", isa_avx512::single(), isa_avx512::wide(), pair_kernels()},
-      {"amx", isa_avx512::single(), isa_avx512::wide(), amx_kernels()},
-      {"amx_emulated", isa_avx512::single(), isa_avx512::wide(), emulated_amx_kernels(), true},
+      {"amx", isa_avx512::single(), isa_avx512::wide(), with(amx_kernels(), matrices)},
+      {"amx_emulated", isa_avx512::single(), isa_avx512::wide(), with(emulated_amx_kernels(), emulated), true},
 #else
       {"avx2", isa_base::single(), isa_base::wide()},
       {"avx512", isa_base::single(), isa_base::wide()},

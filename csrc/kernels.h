@@ -202,11 +202,21 @@ struct PairKernels {
   void (*end)() = nullptr;
 };
 
+// What matrix registers do by themselves; all else is that of the kernels for pairs.
+struct MatrixKernels {
+  Panels (*panels)(const Contract& stage);
+  void (*pack)(const Contract& stage, const uint16_t* weight, uint16_t* packed, int64_t begin, int64_t end);
+  void (*contract)(const Contract& stage, const uint16_t* weight, const uint16_t* x, uint16_t* y, uint16_t* scratch,
+                   int64_t columns, bool add);
+  void (*begin)();
+  void (*end)();
+};
+
 // Null where the compiler knew no such instructions: pairs in vector registers (AVX512_BF16), and in the matrix registers
 // of AMX, which the machine has or the library emulates.
 const PairKernels* pair_kernels();
-const PairKernels* amx_kernels();
-const PairKernels* emulated_amx_kernels();
+const MatrixKernels* amx_kernels();
+const MatrixKernels* emulated_amx_kernels();
 
 // Whether the processor multiplies bfloat16 numbers in matrix registers, and the system lets this process use them: Linux
 // wants to be asked, since it keeps room for their contents from then on. Of a processor with AVX-512.
