@@ -89,11 +89,12 @@ with torch.no_grad():
     model[0].weight.copy_(torch.arange(8.0)[:, None].expand(8, 6))
 for structures in (("RowConstant", "LowRank"), (sm.RowConstant,), None):
     result = sm.compress(model, budget=sm.Parameters(0.6), structures=structures, exclude=("2",))
-    assert result.plan.layers == {"0": sm.RowConstant()}, result.plan.layers
+    assert result.plan.layers == {"0": sm.RowConstant()}, (structures, result.plan.layers)
     (layer,) = result.report.layers
     assert layer.parameters == 8 and layer.error < 1e-6 and layer.certificate == "optimal", layer
 x = torch.rand(5, 6)
-assert torch.allclose(result.model(x), model(x), rtol=1e-5)
+out, wanted = result.model(x).detach(), model(x).detach()
+assert torch.allclose(out, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())), (out - wanted).abs().max()
 """,
     "is chosen with calibration data": """
 model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6))
