@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 import structmat as sm
+from structmat.errors import ShapeError
 from structmat.program import (
     Chain,
     Contraction,
@@ -264,3 +267,56 @@ def test_spectra_of_frozen_layers_are_kept_and_follow_their_weights() -> None:
     before.square().mean().backward()
     optimizer.step()
     assert not torch.allclose(learning(x), before)
+
+
+FROZEN = [
+    (sm.Circulant(), (300, 300)),
+    (sm.Circulant(), (250, 300)),
+    (sm.Toeplitz(), (300, 200)),
+    (sm.Toeplitz(), (200, 331)),
+    (sm.Hankel(), (300, 257)),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("structure", "shape"), FROZEN, ids=str)
+def test_a_frozen_convolution_takes_the_short_way(
+    structure: sm.Structure, shape: tuple[int, int], dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = sm.nn.StructuredLinear(shape[1], shape[0], bias=bias, structure=structure, dtype=dtype).eval()
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias)
+    frozen = layer.freeze()
+    rows = [torch.randn(*lead, shape[1], dtype=dtype) for lead in ((), (1,), (3,), (2, 5), (0,))]
+    with torch.no_grad():
+        wanted = [layer(x) for x in rows]
+    monkeypatch.setattr("structmat.nn.linear.multiply", None)  # nothing but the short way is there
+    for x, expected in zip(rows[:-1], wanted[:-1], strict=True):
+        y = frozen(x)
+        assert y.is_contiguous()
+        torch.testing.assert_close(y, expected)
+    with pytest.raises(TypeError):
+        frozen(rows[-1])  # no rows: the general way
+
+
+def test_the_short_way_sees_another_weight_and_leaves_the_rest_to_the_general_one() -> None:
+    layer = sm.nn.StructuredLinear(256, 256, structure=sm.Circulant()).eval()
+    frozen = layer.freeze()
+    x = torch.randn(4, 256)
+    frozen(x)
+    other = sm.nn.StructuredLinear(256, 256, structure=sm.Circulant()).eval()
+    frozen.load_state_dict(other.freeze().state_dict())  # in place
+    torch.testing.assert_close(frozen(x), other(x).detach())
+    double = copy.deepcopy(frozen).double()  # other tensors
+    torch.testing.assert_close(double(x.double()), other.double()(x.double()).detach())
+    again = pickle.loads(pickle.dumps(frozen))
+    torch.testing.assert_close(again(x), frozen(x))
+    given = x.clone().requires_grad_()
+    frozen(given).sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(given.grad, (frozen(torch.eye(256)) - frozen.bias).sum(1).expand(4, 256))
+    torch.testing.assert_close(torch.vmap(frozen)(x), frozen(x))
+    assert frozen(x[:, ::2].repeat(1, 2)).shape == (4, 256)
+    with pytest.raises(ShapeError, match="256"):
+        frozen(x[:, :8])

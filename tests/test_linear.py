@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import market
 import pytest
 import torch
@@ -139,3 +142,13 @@ def test_a_layer_on_the_meta_device_in_every_dtype(dtype: torch.dtype) -> None:
     layer = StructuredLinear(6, 4, structure=sm.LowRank(2), device="meta", dtype=dtype)
     assert all(p.is_meta for p in layer.parameters())
     assert layer(torch.empty(3, 6, device="meta", dtype=dtype)).shape == (3, 4)
+
+
+@pytest.mark.parametrize("structure", [sm.LowRank(2), sm.Butterfly(), sm.Toeplitz(), sm.Monarch(2, 4)], ids=str)
+def test_a_frozen_layer_that_was_used_can_be_pickled_and_copied(structure: sm.Structure) -> None:
+    x = torch.randn(3, 16)
+    frozen = sm.nn.StructuredLinear(16, 16, structure=structure).eval().freeze()
+    y = frozen(x)  # keeps with its program what was found out about it
+    for again in (pickle.loads(pickle.dumps(frozen)), copy.deepcopy(frozen)):
+        assert torch.equal(again(x), y)
+        assert again.program == frozen.program

@@ -18,6 +18,7 @@ from structmat.kernels.choice import (
     prefers_native,
     wants_gradient,
 )
+from structmat.kernels.convolved import convolved
 from structmat.kernels.library import Native, native
 from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import arguments, is_by_features, is_by_rows, run, run_into, takes
@@ -34,6 +35,7 @@ __all__ = [
     "apply",
     "apply_columns",
     "backend",
+    "convolved",
     "native",
     "native_text",
     "parts_form",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from structmat.errors import StructureError
-from structmat.kernels import affine, apply, parts_form, quick, runs_native, tuning, writing_for
+from structmat.kernels import affine, apply, convolved, parts_form, quick, runs_native, tuning, writing_for
 from structmat.matrix import StructuredMatrix, draw
 from structmat.program import (
     Contraction,
@@ -254,6 +254,7 @@ class FrozenLinear(nn.Module):
         self._on_parts = on_parts
         self.program = program
         self._quick = quick(program)
+        self._convolved = convolved(program)
         self._fourier = program if isinstance(program, Fourier) else None
         self._names = tuple(tensors)
         for name, tensor in tensors.items():
@@ -302,6 +303,11 @@ class FrozenLinear(nn.Module):
             if dense and x.dtype is self._buffers["dense"].dtype and x.is_cpu:  # type: ignore[union-attr]
                 return functional.linear(x, self._buffers["dense"], self._buffers["bias"])  # type: ignore[arg-type]
         if not compiling:
+            if self._convolved is not None:
+                weight = self._buffers[self._convolved.stage.weight]
+                found = None if weight is None else self._convolved(x, weight, self._buffers["bias"])
+                if found is not None:
+                    return found
             found = self._quick(x, self._buffers)
             if found is not None:
                 return found

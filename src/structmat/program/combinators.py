@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from structmat.program.stage import Stage
+from structmat.program.stage import Remembering, Stage
 
 
 @dataclass(frozen=True)
-class Chain:
+class Chain(Remembering):
     """Programs one after the other, first applied first. Never empty: the identity is a chain of one ``Crop``."""
 
     steps: tuple[Program, ...]
@@ -34,7 +34,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Sum:
+class Sum(Remembering):
     """Programs of the same shape side by side, their outputs added."""
 
     parts: tuple[Program, ...]

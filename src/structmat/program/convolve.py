@@ -28,7 +28,7 @@ def convolve(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
     values = _kept_spectrum(stage, weight, wide)
     blocks, width = (stage.outputs, stage.height) if stage.transposed else (stage.inputs, stage.width)
     rows = x.reshape(x.shape[0], blocks, width)
-    step = max(1, _AT_ONCE // (stage.length * max(stage.inputs, stage.outputs)))
+    step = rows_at_once(stage)
     if not _may_write(x, weight) or x.shape[0] <= step:
         return _transformed(stage, rows.to(wide), values).flatten(1).to(dtype)
     result = x.new_empty(x.shape[0], stage.out_features, dtype=dtype)
@@ -36,6 +36,11 @@ def convolve(stage: Convolution, weight: Tensor, x: Tensor) -> Tensor:
         part = _transformed(stage, rows[begin : begin + step].to(wide), values)
         result[begin : begin + step] = part.flatten(1)
     return result
+
+
+def rows_at_once(stage: Convolution) -> int:
+    """How many rows are transformed at once where no gradients are recorded."""
+    return max(1, _AT_ONCE // (stage.length * max(stage.inputs, stage.outputs)))
 
 
 _KEPT = WeakTensorKeyDictionary()

@@ -14,7 +14,15 @@ def binary_depth(terms: int) -> int:
     return max(1, math.ceil(math.log2(terms))) if terms > 0 else 0
 
 
-class Stage(ABC):
+class Remembering:
+    """What is found out about a program and kept with it, under names that begin with an underscore, is no part of it:
+    it is neither copied nor pickled."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if not key.startswith("_")}
+
+
+class Stage(Remembering, ABC):
     """One linear map of a chain. Subclasses are frozen dataclasses and final."""
 
     @property
