@@ -281,3 +281,17 @@ def test_kaleidoscopes_are_named_as_products_of_monarch_matrices() -> None:
     trait = next(t for t in identify(make_target(matrix), 1e-12)[1] if "transposed Monarch" in t.name)
     assert trait.error < 1e-10
     assert trait.family == ""
+
+
+def test_errors_of_counted_ranks_are_distances() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = 1e-9 * torch.randn(33, 48, generator=generator, dtype=torch.float64)
+    given = sm.StructuredMatrix.random(sm.BlockLowRank(4, 2), (33, 48), dtype=torch.float64, generator=generator)
+    weight = given.to_dense()
+    exact = {trait.family: trait for trait in sm.inspect(weight).traits}["BlockLowRank"]
+    assert exact.error < 1e-14
+    weight[-1] += torch.randn(48, generator=generator, dtype=torch.float64)  # a last row that is cut off from no block
+    assert "BlockLowRank" not in {t.family for t in sm.inspect(weight).traits if t.error < 1e-6 and "rank 2" in t.name}
+    near = sm.inspect((given.to_dense() + noise).float())
+    (found,) = [trait for trait in near.traits if trait.name == exact.name]
+    assert 1e-10 < found.error < 1e-6

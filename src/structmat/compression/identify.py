@@ -18,7 +18,7 @@ from torch import Tensor
 
 from structmat import transforms
 from structmat.compression import identify_families
-from structmat.compression.identify_families import displacement_ranks
+from structmat.compression.identify_families import block_values, displacement_ranks
 from structmat.compression.traits import NEAR, Detector, Measures, Subject, Trait
 from structmat.matrix import StructuredMatrix
 from structmat.projection.assignment import assignment
@@ -72,10 +72,7 @@ def measured(target: Target, tolerance: float) -> Measures:
     blocks = {}
     for count in (2, 4, 8):
         if min(weight.shape) >= 2 * count:
-            height, width = weight.shape[0] // count, weight.shape[1] // count
-            grid = weight[: height * count, : width * count].reshape(count, height, count, width).permute(0, 2, 1, 3)
-            singular = torch.linalg.svdvals(grid)
-            blocks[count] = int((singular > floor).sum(-1).max())
+            blocks[count] = int((block_values(weight, count) > floor).sum(-1).max())
     butterfly, monarch, permuted_butterfly, permuted_monarch = _chains(target)
     reordered = _reordered(target, tolerance)
     is_square = weight.shape[0] == weight.shape[1]

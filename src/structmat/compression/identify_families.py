@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from structmat import transforms
 from structmat.compression.traits import NEAR, Subject, Trait
@@ -42,7 +43,16 @@ _VANDERMONDE, _CAUCHY = "Vandermonde", "Cauchy"
 
 def displacement_ranks(target: Target, floor: float) -> dict[str, int]:
     """Ranks under each pair of operators. Nodes are those of a fresh matrix; empty for large and for tiny matrices."""
-    weight = target.weight
+    found = _displaced(target)
+    return {name: int((values > floor * scale).sum()) for name, (values, scale) in found.items()}
+
+
+def _displaced(target: Target) -> dict[str, tuple[Tensor, float]]:
+    """Singular values of the displacements, and how much larger than that of the matrix their rounding is."""
+    return target.weight_fact("displaced", lambda: _displace(target.weight))
+
+
+def _displace(weight: Tensor) -> dict[str, tuple[Tensor, float]]:
     rows, columns = weight.shape
     if max(rows, columns) > _LARGEST or min(rows, columns) < 4:
         return {}
@@ -56,10 +66,7 @@ def displacement_ranks(target: Target, floor: float) -> dict[str, int]:
         # A displacement by nodes is as large as they are apart, and so is its rounding.
         _CAUCHY: (operators.cauchy(places[:rows], places[:columns] + 0.5), float(max(rows, columns))),
     }
-    return {
-        name: int((torch.linalg.svdvals(pair.displace(weight)) > floor * scale).sum())
-        for name, (pair, scale) in pairs.items()
-    }
+    return {name: (torch.linalg.svdvals(pair.displace(weight)), scale) for name, (pair, scale) in pairs.items()}
 
 
 def by_displacement(subject: Subject) -> Iterator[Trait]:
@@ -89,8 +96,10 @@ def by_displacement(subject: Subject) -> Iterator[Trait]:
         if 0 < rank < min(subject.measures.rank, min(rows, columns) // 2):
             each, nodes, family = numbers[name]
             words = f"a matrix of displacement rank {rank} under the operators of {name} matrices"
-            # Exact to the tolerance to which ranks are counted.
-            yield Trait(words, subject.tolerance, each * rank + nodes, family=family)
+            values = _displaced(subject.target)[name][0]
+            # Of the displacement: how far the matrix itself is from one of this rank depends on the operators.
+            error = float(torch.linalg.norm(values[rank:]) / torch.linalg.norm(values))
+            yield Trait(words, error, each * rank + nodes, family=family)
 
 
 def _plus_low_rank(subject: Subject, turned: Tensor, name: str) -> Iterator[Trait]:
@@ -271,6 +280,13 @@ def _fastfood(subject: Subject) -> Iterator[Trait]:
 # ------------------------------------------------------------------------------------- blocks, supports, products
 
 
+def block_values(weight: Tensor, count: int) -> Tensor:
+    """Singular values (count, count, ...) of the blocks of a grid, the last ones filled up with zeros."""
+    height, width = (-(-size // count) for size in weight.shape)
+    whole = F.pad(weight, (0, width * count - weight.shape[1], 0, height * count - weight.shape[0]))
+    return torch.linalg.svdvals(whole.reshape(count, height, count, width).transpose(1, 2))
+
+
 def by_hierarchy(subject: Subject) -> Iterator[Trait]:
     """Off-diagonal blocks of low rank, level by level, and grids of blocks of low rank."""
     weight = subject.weight
@@ -279,25 +295,29 @@ def by_hierarchy(subject: Subject) -> Iterator[Trait]:
     for count, rank in subject.measures.block_ranks.items():
         if 0 < rank * count < subject.measures.rank:
             name = f"a {count} x {count} grid of blocks of rank {rank}"
-            yield Trait(name, subject.tolerance, rank * count * (rows + columns), family="BlockLowRank")
+            error = float(torch.linalg.norm(block_values(weight, count)[..., rank:])) / subject.norm
+            yield Trait(name, error, rank * count * (rows + columns), family="BlockLowRank")
     if min(rows, columns) < _SMALLEST or subject.measures.rank < min(rows, columns) // 2:
         return
     levels, rank = 0, 0
     best: tuple[int, int, int] | None = None
+    values: list[Tensor] = []  # of the blocks of each level
     while rows % (2 << levels) == columns % (2 << levels) == 0 and min(rows, columns) >> (levels + 1) >= 2:
         levels += 1
         height, width = rows >> levels, columns >> levels
         grid = weight.reshape(1 << levels, height, 1 << levels, width).permute(0, 2, 1, 3)
         index = torch.arange(1 << levels)
         beside = grid[index, index ^ 1]
-        rank = max(rank, int((torch.linalg.svdvals(beside) > floor).sum(-1).max()))
+        values.append(torch.linalg.svdvals(beside))
+        rank = max(rank, int((values[-1] > floor).sum(-1).max()))
         numbers = levels * rank * (rows + columns) + rows * columns // (1 << levels)
         if best is None or numbers < best[0]:
             best = numbers, levels, rank
     if best is not None and best[2] > 0:
         numbers, levels, rank = best
         name = f"a matrix of {levels} levels of off-diagonal blocks of rank {rank}"
-        yield Trait(name, subject.tolerance, numbers, family="HODLR")
+        error = math.hypot(*(float(torch.linalg.norm(own[..., rank:])) for own in values[:levels])) / subject.norm
+        yield Trait(name, error, numbers, family="HODLR")
 
 
 def by_shared_bases(subject: Subject) -> Iterator[Trait]:
