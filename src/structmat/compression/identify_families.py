@@ -284,7 +284,8 @@ def block_values(weight: Tensor, count: int) -> Tensor:
     """Singular values (count, count, ...) of the blocks of a grid, the last ones filled up with zeros."""
     height, width = (-(-size // count) for size in weight.shape)
     whole = F.pad(weight, (0, width * count - weight.shape[1], 0, height * count - weight.shape[0]))
-    return torch.linalg.svdvals(whole.reshape(count, height, count, width).transpose(1, 2))
+    values: Tensor = torch.linalg.svdvals(whole.reshape(count, height, count, width).transpose(1, 2))
+    return values
 
 
 def by_hierarchy(subject: Subject) -> Iterator[Trait]:
