@@ -242,3 +242,11 @@ def test_bad_requests_say_what_is_wrong() -> None:
         sm.tune(nn.Linear(3, 3), [1])
     with pytest.raises(ModelError, match="freeze"):
         sm.tune(net(), [1], allow_dense=True)
+
+
+def test_the_dense_matrix_must_be_clearly_faster() -> None:
+    reference, native_, dense = tuning.Way.REFERENCE, tuning.Way.NATIVE, tuning.Way.DENSE
+    assert tuning.fastest({reference: 3.0, native_: 2.0}) is native_
+    assert tuning.fastest({reference: 3.0, native_: 2.0, dense: 1.95}) is native_
+    assert tuning.fastest({reference: 3.0, native_: 2.0, dense: 1.8}) is dense
+    assert tuning.fastest({dense: 1.0}) is dense

@@ -119,12 +119,14 @@ def tune(
     fresh = {program: name for name, program in reversed(programs.items())}.values()
     found: list[TunedLayer] = []
     dense_bytes = 0
+    held = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    others = torch.zeros(min(max(held, _FEWEST_OTHERS), _MOST_OTHERS))
     with Progress(progress) as bar:
         for name, layer in bar.track(layers.items(), "tune", total=len(layers)):
             with_dense = allow_dense and isinstance(layer, FrozenLinear)
             if isinstance(layer, FrozenLinear):
                 layer.hold_dense(with_dense)
-            own = [_tuned(name, layer, rows, with_dense, seconds, again and name in fresh) for rows in sizes]
+            own = [_tuned(name, layer, rows, with_dense, seconds, again and name in fresh, others) for rows in sizes]
             if isinstance(layer, FrozenLinear) and layer.dense is not None:
                 if any(entry.chosen is tuning.Way.DENSE for entry in own):
                     dense_bytes += layer.dense.numel() * layer.dense.element_size()
@@ -143,17 +145,23 @@ def tune(
 
 
 def _tuned(
-    name: str, layer: StructuredLinear | FrozenLinear, rows: int, with_dense: bool, seconds: float, again: bool
+    name: str,
+    layer: StructuredLinear | FrozenLinear,
+    rows: int,
+    with_dense: bool,
+    seconds: float,
+    again: bool,
+    others: Tensor,
 ) -> TunedLayer:
     """What is known of a layer, measured if it is not."""
     dtype = _dtype(layer)
     key = tuning.name_of(layer.program, dtype)
     times = tuning.known().get((key, torch.get_num_threads()), {}).get(rows)
     if times is None or again or (with_dense and tuning.Way.DENSE not in times):
-        times = _measure(layer, key, rows, dtype, seconds)
+        times = _measure(layer, key, rows, dtype, seconds, others)
         tuning.note(key, {rows: times})
     ways = {way: t for way, t in times.items() if with_dense or way is not tuning.Way.DENSE}
-    return TunedLayer(name, rows, ways, min(ways, key=lambda way: (ways[way], way.value)))
+    return TunedLayer(name, rows, ways, tuning.fastest(ways))
 
 
 def _has_convolutions(model: nn.Module) -> bool:
@@ -196,15 +204,17 @@ def _tuned_convolutions(
             runs = [partial(layer.layer, x)] + ([partial(dense, x)] if dense is not None else [])
             times = interleaved(*runs, seconds=seconds)
         medians = {way: 1e6 * statistics.median(own) for way, own in zip(ways, times, strict=True)}
-        chosen = min(medians, key=lambda way: (medians[way], way.value))
+        chosen = tuning.fastest(medians)
         layer.hold_dense(chosen is tuning.Way.DENSE)
         rows = next(iter(ConvolutionLayer().rows(layer.layer, x[:1]))).shape[1] * (len(x) if x.dim() > 2 else 1)
         found.append(TunedLayer(name, rows, medians, chosen))
     return found
 
 
-_OTHERS = 1 << 20
-"""Numbers that are touched between two calls, as by the other layers of a model: they fill an L2 cache."""
+_FEWEST_OTHERS, _MOST_OTHERS = 1 << 20, 1 << 24
+"""Numbers that are read between two calls, in place of the other layers of the model: as many as it holds, but at least
+so many that they fill an L2 cache, and no more than fill any cache. A layer that runs alone finds its weights in a
+cache where the model leaves none of it, which favors dense matrices."""
 
 
 def _tensors(layer: nn.Module) -> list[Tensor]:
@@ -221,7 +231,7 @@ def _is_here(layer: nn.Module) -> bool:
 
 
 def _measure(
-    layer: StructuredLinear | FrozenLinear, key: str, rows: int, dtype: torch.dtype, seconds: float
+    layer: StructuredLinear | FrozenLinear, key: str, rows: int, dtype: torch.dtype, seconds: float, others: Tensor
 ) -> dict[tuning.Way, float]:
     """Microseconds of every way that there is, run in turns."""
     x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -232,13 +242,12 @@ def _measure(
         ways.append(tuning.Way.NATIVE)
     if isinstance(layer, FrozenLinear) and layer.dense is not None:
         ways.append(tuning.Way.DENSE)
-    others = torch.zeros(_OTHERS)
     with torch.inference_mode(), tuning.trying(key, rows) as choose:
 
         def prepare(which: int) -> None:
             choose(ways[which])
             layer(x)  # what a layer keeps of the choice is made at the first call
-            others.add_(1.0)
+            others.sum()
 
         times = interleaved(*(lambda: layer(x) for _ in ways), seconds=seconds, prepare=prepare)
     return {way: 1e6 * statistics.median(own) for way, own in zip(ways, times, strict=True)}

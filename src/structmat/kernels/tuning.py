@@ -110,7 +110,21 @@ def _best(name: str, rows: int, ways: tuple[Way, ...], threads: int, _: int) -> 
     if not rows / 2 <= nearest <= 2 * rows:
         return None
     times = {way: t for way, t in found[nearest].items() if way in ways}
-    return min(times, key=lambda way: (times[way], way.value)) if len(times) > 1 else None
+    return fastest(times) if len(times) > 1 else None
+
+
+DENSE_WORTH = 0.95
+"""A dense matrix must take at most this part of the time of the structured ways: it costs memory, and measurements are
+no better than this."""
+
+
+def fastest(times: Mapping[Way, float]) -> Way:
+    """The way that takes the least time; the dense matrix only where it is clearly faster than all others."""
+    others = {way: t for way, t in times.items() if way is not Way.DENSE}
+    if not others:
+        return Way.DENSE
+    best = min(others, key=lambda way: (others[way], way.value))
+    return Way.DENSE if times.get(Way.DENSE, math.inf) < DENSE_WORTH * times[best] else best
 
 
 def known() -> dict[Key, Times]:
