@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import structmat as sm
-from structmat.compression import tune as module
+from structmat.compression import sweeps
 from structmat.errors import ModelError
 from structmat.kernels import native, tuning
 from structmat.kernels.choice import native_rows
@@ -33,19 +33,24 @@ def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def times_of(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[int]:
-    """Let measurements find these times, in the order reference, native, dense; returns how many ways each tried."""
+    """Let measurements find these times, in the order reference, native, dense; returns how many layers each had."""
     tried: list[int] = []
 
     def found(
-        *ways: Callable[[], object], seconds: float, prepare: Callable[[int], object], own: tuple[float, ...] = seconds
-    ) -> list[list[float]]:
-        tried.append(len(ways))
-        for which, way in enumerate(ways):
-            prepare(which)
-            way()
-        return [[t] for t in own[: len(ways)]]
+        runs: Mapping[Way, Sequence[Callable[[], object]]],
+        _: float,
+        prepare: Callable[[Way], None],
+        rest: torch.Tensor,
+        own: tuple[float, ...] = seconds,
+    ) -> dict[Way, list[list[float]]]:
+        for way, calls in runs.items():
+            tried.append(len(calls))
+            prepare(way)
+            for call in calls:
+                call()
+        return {way: [[t]] * len(calls) for (way, calls), t in zip(runs.items(), own, strict=False)}
 
-    monkeypatch.setattr(module, "interleaved", found)
+    monkeypatch.setattr(sweeps, "timed", found)
     return tried
 
 
@@ -63,7 +68,7 @@ def test_the_measured_backend_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 32 in native_rows(program, torch.float32)
     tried = times_of(monkeypatch, 1e-6, 2e-6)
     found = sm.tune(model, [32])
-    assert tried == [2, 2], "layers of one program share a measurement"
+    assert tried == [3, 3], "all layers, in every way"
     assert [(layer.name, layer.chosen) for layer in found.layers] == [(n, Way.REFERENCE) for n in "012"]
     assert found.layers[0].microseconds == {Way.REFERENCE: pytest.approx(1.0), Way.NATIVE: pytest.approx(2.0)}
     assert found.dense_bytes == 0
@@ -107,15 +112,17 @@ def test_every_way_is_really_run_while_it_is_timed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(quick, "run_rows", lambda *given: calls.append(1) or run(*given))
     counts = []
 
-    def found(*ways: Callable[[], object], seconds: float, prepare: Callable[[int], object]) -> list[list[float]]:
-        for which, way in enumerate(ways):
-            prepare(which)
+    def found(
+        runs: Mapping[Way, Sequence[Callable[[], object]]], _: float, prepare: Callable[[Way], None], rest: torch.Tensor
+    ) -> dict[Way, list[list[float]]]:
+        for way, (run,) in runs.items():
+            prepare(way)
             calls.clear()
-            way()
+            run()
             counts.append(len(calls))
-        return [[1e-6] for _ in ways]
+        return {way: [[1e-6]] for way in runs}
 
-    monkeypatch.setattr(module, "interleaved", found)
+    monkeypatch.setattr(sweeps, "timed", found)
     sm.tune(layer, [16], allow_dense=True)
     assert counts == [0, 1, 0]
 
@@ -228,7 +235,7 @@ def test_real_measurements_choose_the_fastest() -> None:
     assert len(found.layers) == 6
     for layer in found.layers:
         assert all(t > 0 for t in layer.microseconds.values())
-        assert layer.microseconds[layer.chosen] == min(layer.microseconds.values())
+        assert layer.chosen is tuning.fastest(layer.microseconds)
     x = torch.randn(8, 64)
     torch.testing.assert_close(model(x), sm.to_dense(net())(x), atol=1e-5, rtol=1e-5)
 

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from structmat.compression.layers.convolution import ConvolutionLayer
 from structmat.compression.progress import Progress
 from structmat.compression.running import Forward, call, device_of, evaluating, to_device
+from structmat.compression.sweeps import Swept, microseconds
 from structmat.compression.timing import interleaved
 from structmat.errors import ModelError
-from structmat.kernels import native, tuning
-from structmat.kernels.choice import NATIVE_DTYPES
-from structmat.kernels.text import Text, text_of
+from structmat.kernels import tuning
 from structmat.nn.convolution import FrozenConvolution
 from structmat.nn.linear import FrozenLinear, StructuredLinear
-from structmat.program.plain import plain_form
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,17 @@ def tune(
 ) -> Tuning:
     """Measure, for every structured layer on the CPU, which backend is faster, and use that from now on.
 
-    Layers of equal programs share one measurement. What is found holds for products without gradients, for numbers of
-    rows within a factor of 2 of those measured and for as many threads as PyTorch has now, in this process and, through
-    a small file (``structmat info`` says where), in later ones with the same processor and versions. Which way is taken
-    changes rounding, and nothing else.
+    Layers run one after the other, as in the model, whose other tensors are read between; layers of equal programs
+    share one measurement. While dense matrices are timed, those of all layers are held. What is found holds for
+    products without gradients, for numbers of rows within a factor of 2 of those measured and for as many threads as
+    PyTorch has now, in this process and, through a small file (``structmat info`` says where), in later ones with the
+    same processor and versions. Which way is taken changes rounding, and nothing else.
 
     Args:
         model: with :class:`StructuredLinear` layers, or frozen ones (:func:`structmat.freeze`).
         batch_sizes: numbers of rows that reach a layer, all leading axes together.
         allow_dense: let frozen layers hold their dense matrix too, where it is the fastest for one of the numbers.
-        seconds: to spend on each layer and number of rows.
+        seconds: to spend on each program and number of rows.
         again: measure anew what is known.
         example: a batch, as of :func:`structmat.compress`. The model is run on it once, so that frozen convolutions are
             timed at the sizes that reach them: as they are and with their dense kernel, the faster of which they hold
@@ -114,25 +113,28 @@ def tune(
     frozen = (*layers.values(), *convolutions.values())
     if allow_dense and not any(isinstance(layer, FrozenLinear | FrozenConvolution) for layer in frozen):
         raise ModelError("allow_dense=True needs frozen layers: tune structmat.freeze(model).")
-    # Layers of equal programs share one measurement, even a new one.
     programs = {name: tuning.name_of(layer.program, _dtype(layer)) for name, layer in layers.items()}
-    fresh = {program: name for name, program in reversed(programs.items())}.values()
     found: list[TunedLayer] = []
     dense_bytes = 0
-    held = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-    others = torch.zeros(min(max(held, _FEWEST_OTHERS), _MOST_OTHERS))
+    others = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    others -= sum(t.numel() for layer in layers.values() for t in (*layer.parameters(), *layer.buffers()))
     with Progress(progress) as bar:
-        for name, layer in bar.track(layers.items(), "tune", total=len(layers)):
-            with_dense = allow_dense and isinstance(layer, FrozenLinear)
-            if isinstance(layer, FrozenLinear):
-                layer.hold_dense(with_dense)
-            own = [_tuned(name, layer, rows, with_dense, seconds, again and name in fresh, others) for rows in sizes]
-            if isinstance(layer, FrozenLinear) and layer.dense is not None:
-                if any(entry.chosen is tuning.Way.DENSE for entry in own):
-                    dense_bytes += layer.dense.numel() * layer.dense.element_size()
-                else:
-                    layer.hold_dense(False)
-            found += own
+        for rows in bar.track(sizes, "tune", total=len(sizes)):
+            todo = {
+                name: layer
+                for name, layer in layers.items()
+                if again or _is_new(programs[name], rows, allow_dense and isinstance(layer, FrozenLinear))
+            }
+            if todo:
+                _measure(todo, rows, allow_dense, seconds * len({programs[name] for name in todo}), others)
+    for name, layer in layers.items():
+        with_dense = allow_dense and isinstance(layer, FrozenLinear)
+        own = [_tuned(name, programs[name], rows, with_dense) for rows in sizes]
+        if isinstance(layer, FrozenLinear):
+            layer.hold_dense(any(entry.chosen is tuning.Way.DENSE for entry in own))
+            if layer.dense is not None:
+                dense_bytes += layer.dense.numel() * layer.dense.element_size()
+        found += own
     if example is not None and convolutions:
         found += _tuned_convolutions(model, convolutions, example, forward, allow_dense, seconds)
         dense_bytes += sum(
@@ -144,22 +146,26 @@ def tune(
     return Tuning(tuple(found), dense_bytes)
 
 
-def _tuned(
-    name: str,
-    layer: StructuredLinear | FrozenLinear,
-    rows: int,
-    with_dense: bool,
-    seconds: float,
-    again: bool,
-    others: Tensor,
-) -> TunedLayer:
-    """What is known of a layer, measured if it is not."""
-    dtype = _dtype(layer)
-    key = tuning.name_of(layer.program, dtype)
-    times = tuning.known().get((key, torch.get_num_threads()), {}).get(rows)
-    if times is None or again or (with_dense and tuning.Way.DENSE not in times):
-        times = _measure(layer, key, rows, dtype, seconds, others)
-        tuning.note(key, {rows: times})
+def _is_new(program: str, rows: int, with_dense: bool) -> bool:
+    times = tuning.known().get((program, torch.get_num_threads()), {}).get(rows)
+    return times is None or (with_dense and tuning.Way.DENSE not in times)
+
+
+def _measure(
+    layers: Mapping[str, StructuredLinear | FrozenLinear], rows: int, with_dense: bool, seconds: float, others: int
+) -> None:
+    """Time all layers together, and note what was found."""
+    for layer in layers.values():
+        if isinstance(layer, FrozenLinear):
+            layer.hold_dense(with_dense)
+    swept = [Swept(tuning.name_of(layer.program, _dtype(layer)), layer, _dtype(layer)) for layer in layers.values()]
+    for program, times in microseconds(swept, rows, seconds, others).items():
+        tuning.note(program, {rows: times})
+
+
+def _tuned(name: str, program: str, rows: int, with_dense: bool) -> TunedLayer:
+    """What is known of a layer."""
+    times = tuning.known()[program, torch.get_num_threads()][rows]
     ways = {way: t for way, t in times.items() if with_dense or way is not tuning.Way.DENSE}
     return TunedLayer(name, rows, ways, tuning.fastest(ways))
 
@@ -211,12 +217,6 @@ def _tuned_convolutions(
     return found
 
 
-_FEWEST_OTHERS, _MOST_OTHERS = 1 << 20, 1 << 24
-"""Numbers that are read between two calls, in place of the other layers of the model: as many as it holds, but at least
-so many that they fill an L2 cache, and no more than fill any cache. A layer that runs alone finds its weights in a
-cache where the model leaves none of it, which favors dense matrices."""
-
-
 def _tensors(layer: nn.Module) -> list[Tensor]:
     return [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point() or t.is_complex()]
 
@@ -228,26 +228,3 @@ def _dtype(layer: nn.Module) -> torch.dtype:
 
 def _is_here(layer: nn.Module) -> bool:
     return all(t.device.type == "cpu" and not t.is_complex() for t in _tensors(layer))
-
-
-def _measure(
-    layer: StructuredLinear | FrozenLinear, key: str, rows: int, dtype: torch.dtype, seconds: float, others: Tensor
-) -> dict[tuning.Way, float]:
-    """Microseconds of every way that there is, run in turns."""
-    x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
-    ways = [tuning.Way.REFERENCE]
-    form = plain_form(layer.program)
-    text = text_of(layer.program if form is None else form.program)
-    if native().available and isinstance(text, Text) and dtype in NATIVE_DTYPES:
-        ways.append(tuning.Way.NATIVE)
-    if isinstance(layer, FrozenLinear) and layer.dense is not None:
-        ways.append(tuning.Way.DENSE)
-    with torch.inference_mode(), tuning.trying(key, rows) as choose:
-
-        def prepare(which: int) -> None:
-            choose(ways[which])
-            layer(x)  # what a layer keeps of the choice is made at the first call
-            others.sum()
-
-        times = interleaved(*(lambda: layer(x) for _ in ways), seconds=seconds, prepare=prepare)
-    return {way: 1e6 * statistics.median(own) for way, own in zip(ways, times, strict=True)}
