@@ -19,7 +19,7 @@ from structmat.structures.kronecker import Kronecker
 @final
 @dataclass(frozen=True)
 class RectifiedKronecker(Structure):
-    """``sum over t of phi_t(L_t X) R_t``, where ``phi_t(z) = max(z, 0) + a_t min(z, 0)``, and the slopes a_t start at 1.
+    """``sum over t of phi_t(L_t X) R_t``; ``phi_t(z) = max(z, 0) + a_t min(z, 0)``, and the slopes a_t start at 1.
 
     At the start it is the sum of Kronecker products :class:`Kronecker` with the same factors: it is fitted as that, and
     as a matrix it is that. A layer of it is a :class:`structmat.nn.KroneckerBlock`, whose slopes are learned beside the
