@@ -18,6 +18,7 @@ import copy
 import itertools
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import kronecker_data as data
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name, spread, track
+from benchmarks.convac_study import NOT_RUN, RESULTS, Cell, Study, curve_svg, markdown, of_name, spread, track
 from benchmarks.kronecker_models import METHODS, Method, WithTrunk, build, counts
 from benchmarks.real_models import DATA, require_data
 from structmat.nn import KroneckerBlock, KroneckerNetwork
@@ -350,6 +351,7 @@ CONVERSIONS = {
     "shift": "ReLU, bias shift",
     "relu": "ReLU at once",
     "compress": "`compress`, all linear families",
+    "blocks": "`compress`, low rank or blocks with slopes",
 }
 
 
@@ -372,8 +374,11 @@ def conversion_cell(kind: str, budget: float, seed: int) -> dict[str, Any]:
     original, train_set, test = perceptron(), data.mnist("train"), data.mnist("test")
     batches = list(train_set.x[:10_000].split(500))
     bound = None
-    if kind == "compress":
-        model: nn.Module = sm.compress(original, budget=sm.Parameters(budget), calibration=batches, seed=seed).model
+    if kind in ("compress", "blocks"):
+        choices = ["LowRank", "RectifiedKronecker"] if kind == "blocks" else None
+        model: nn.Module = sm.compress(
+            original, budget=sm.Parameters(budget), calibration=batches, structures=choices, seed=seed
+        ).model
     else:
         found = sm.to_kronecker(
             original, calibration=batches, terms=budget, start=kind, exclude=["2"], seed=seed, sweeps=10
@@ -448,9 +453,13 @@ def _cells() -> list[Cell]:
 def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for task in TASKS:
-        lines += ["", f"## {task.about}", "", *_task_table(task, done)]
+        lines += ["", f"## {task.about}", "", *_task_table(task, done), *_picture(task, done)]
     return [
         *lines,
+        "",
+        "## Against the fully connected network",
+        "",
+        *_reduction_table(done),
         "",
         "## A training step",
         "",
@@ -497,6 +506,53 @@ def _task_table(task: Task, done: Mapping[str, dict[str, Any]]) -> list[str]:
         "ms at 256",
     )
     return markdown(head, rows)
+
+
+def _picture(task: Task, done: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Error over parameters, every kind of layers a curve; nothing where only one size of each was run."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for method in METHODS:
+        found = of_name(done, CELLS, main_name(task, method))
+        if found:
+            error = sum(f["error"] for f in found) / len(found)
+            curves.setdefault(method.name, []).append((found[0]["parameters"], error))
+    if max(map(len, curves.values()), default=0) < 2:
+        return []
+    name = f"kronecker_study_{task.name.replace(' ', '_')}.svg"
+    (RESULTS / name).write_text(curve_svg(curves, "parameters", "error in %"), encoding="utf-8")
+    return ["", f"![Error over parameters]({name})"]
+
+
+def _reduction_table(done: Mapping[str, dict[str, Any]]) -> list[str]:
+    """How much smaller a Kronecker network is than the fully connected one, and at what error."""
+    rows = []
+    for task in TASKS:
+        dense = of_name(done, CELLS, main_name(task, Method("fully connected")))
+        for method in METHODS:
+            found = of_name(done, CELLS, main_name(task, method))
+            if not method.name.startswith("Kronecker") or not found or not dense:
+                continue
+            one, other = found[0], dense[0]
+            mean, least = (statistics.fmean([f["error"] for f in cells]) for cells in (found, dense))
+            scatter = statistics.stdev([f["error"] for f in dense]) if len(dense) > 1 else None
+            equal = "one seed" if scatter is None else "yes" if mean <= least + scatter else "no"
+            rows.append(
+                (
+                    task.name,
+                    method.key,
+                    f"{other['parameters'] / one['parameters']:.0f}",
+                    f"{other['macs'] / one['macs']:.1f}",
+                    f"{other['seconds_per_epoch'] / one['seconds_per_epoch']:.1f}",
+                    f"{mean:.2f} against {least:.2f}",
+                    equal,
+                )
+            )
+    note = (
+        "How many times fewer parameters, multiply-adds and seconds an epoch than the fully connected network of the "
+        "same sizes, and test errors in %. *Equal*: not above its mean by more than its standard deviation over seeds."
+    )
+    head = ("task", "layers", "parameters", "multiply-adds", "time", "errors", "equal")
+    return [note, "", *markdown(head, rows or [(NOT_RUN,) * len(head)])]
 
 
 def _speed_table(done: Mapping[str, dict[str, Any]]) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from structmat.compression.layers import layer_named, layer_of, splitter_named, splitters, structured_layer_of
 from structmat.compression.replace import decline_fast_paths
-from structmat.compression.scan import Site
+from structmat.compression.scan import Site, parent_and_child
 from structmat.compression.split import Splits, split_, whole_again_
 from structmat.errors import DataError, FormatError, ModelError
 from structmat.file_format import (
@@ -109,6 +109,7 @@ def _matrix_content(matrix: StructuredMatrix) -> tuple[dict[str, Tensor], dict[s
 def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     layers: dict[str, Any] = {}
     declared: dict[str, tuple[ParameterSpec, int]] = {}
+    renamed: dict[str, str] = {}
     split: dict[str, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FrozenLinear | FrozenConvolution):
@@ -135,6 +136,7 @@ def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
             layers[name]["more"] = more
         start = f"{name}." if name else ""
         declared |= {start + n: (s, held.copies) for n, s in specs(held.structure, held.shape).items()}
+        renamed |= {start + path: start + n for n, path in adapter.paths(module).items()}
     extra = [name for name in model.state_dict() if name.endswith("_extra_state")]
     if extra:
         raise ModelError(f"The model holds state that is not a tensor: {some(extra)}. Only tensors are saved.")
@@ -143,7 +145,8 @@ def _model_content(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     computed: list[str] = []
     first: dict[tuple[Any, ...], str] = {}
     used: set[int] = set()
-    for name, tensor, kind in _named_tensors(model):
+    for path, tensor, kind in _named_tensors(model):
+        name = renamed.get(path, path)
         _check_tensor(name, tensor, parameter=kind == "parameter")
         key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), kind)
         owner = first.setdefault(key if tensor.numel() else (name,), name)
@@ -465,8 +468,15 @@ def _slots(model: nn.Module, made: Mapping[str, nn.Module]) -> dict[str, _Slot]:
             for name, tensor, kind in _named_tensors_of(module):
                 slots[f"{prefix}.{name}" if prefix else name] = _Slot(module, name, tensor, kind, None)
     for prefix, layer in made.items():
+        start = f"{prefix}." if prefix else ""
         for name, tensor, kind in _named_tensors_of(layer):
-            slots[f"{prefix}.{name}" if prefix else name] = _Slot(layer, name, tensor, kind, prefix)
+            slots[start + name] = _Slot(layer, name, tensor, kind, prefix)
+        adapter = structured_layer_of(layer)
+        for name, path in {} if adapter is None else adapter.paths(layer).items():
+            holder, attribute = parent_and_child(layer, path)
+            tensor = getattr(holder, attribute)
+            kind = "parameter" if attribute in holder._parameters else "buffer"
+            slots[start + name] = _Slot(holder, attribute, tensor, kind, prefix)
     return slots
 
 

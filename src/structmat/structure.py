@@ -160,6 +160,9 @@ class Structure(ABC):
     """Whether ``compress`` tries the family where the user names none. False for those that few weights of a network
     are near to: each is a fit of every layer at every size."""
 
+    is_matrix: ClassVar[bool] = True
+    """False for what is a matrix only at the start: a layer of it is another module, which learns to be nonlinear."""
+
     @abstractmethod
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         """Names, shapes and initialisation of the tensors; the output has the variance of a dense layer's."""
@@ -230,6 +233,11 @@ def parts(structure: Structure) -> Iterator[Structure]:
 def allows_complex(structure: Structure) -> bool:
     """Whether the tensors may be complex: the family and all its parts say so."""
     return type(structure).supports_complex and all(allows_complex(part) for part in parts(structure))
+
+
+def is_matrix(structure: Structure) -> bool:
+    """Whether a layer of it is linear: the structure and all its parts say so."""
+    return type(structure).is_matrix and all(is_matrix(part) for part in parts(structure))
 
 
 def keeps_variance(structure: Structure) -> bool:

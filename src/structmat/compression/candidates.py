@@ -12,7 +12,7 @@ from structmat.compression.scan import Site
 from structmat.errors import FormatError, StructureError
 from structmat.structure import Shape, Structure
 from structmat.structure import to_json as structure_to_json
-from structmat.structures import families
+from structmat.structures import everything, families
 from structmat.structures import from_json as structure_from_json
 from structmat.structures.dense import Dense
 from structmat.structures.sum_of import Sum
@@ -162,7 +162,7 @@ def kinds_of(structures: Sequence[Choice] | None, site: Site) -> list[Kind]:
 
 def _family(choice: str | type[Structure]) -> type[Structure]:
     """The family of a class, which need not be installed, or of a name. Raises what :func:`families_of` does."""
-    name, known = family_name(choice), families()
+    name, known = family_name(choice), everything()
     if isinstance(choice, type) and known.get(name, choice) is choice:
         return choice
     if name not in known:

@@ -27,15 +27,15 @@ from structmat.compression.candidates import (
     layer_to_json,
     variant_of,
 )
-from structmat.compression.layers import Load, cost_of
-from structmat.compression.scan import Site, adapter_of
+from structmat.compression.layers import Load, cost_of, layer_named, splitters
+from structmat.compression.scan import Site, adapter_of, parent_and_child
 from structmat.compression.workers import side_by_side
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, ShapeError, StructureError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.project import fit
 from structmat.projection.target import Certificate, Target
-from structmat.structure import Structure, count_stored, resolve
+from structmat.structure import Structure, count_stored, is_matrix, resolve
 from structmat.structure import to_json as structure_to_json
 from structmat.structures import families
 from structmat.structures.dense import Dense
@@ -165,7 +165,17 @@ def layer_worker(
     targets = layer_targets(site, weights, moments, sweeps=sweeps, seed=seed)
     load = calibration.load(site.name) if calibration is not None else Load()
     terms = load.rows * calibration.samples / calibration.terms if calibration is not None else 1.0
-    return LayerWorker(site, targets, moments, terms, budget, load, weights.dtype)
+    return LayerWorker(site, targets, moments, terms, budget, load, weights.dtype, stays_linear(model, site))
+
+
+def stays_linear(model: nn.Module, site: Site) -> str | None:
+    """Why a layer can't become one that is not linear, or None."""
+    if not layer_named(site.kind).nonlinear():
+        return f"a {site.kind} stays linear"
+    parent, _ = parent_and_child(model, site.name)
+    if any(splitter.is_split(parent) for splitter in splitters()):
+        return "a part of a recurrent net or of attention stays linear"
+    return None
 
 
 def layer_targets(
@@ -268,8 +278,9 @@ class LayerWorker:
         budget: Budget,
         load: Load,
         dtype: torch.dtype,
+        linear: str | None = None,
     ) -> None:
-        self.site, self.targets = site, targets
+        self.site, self.targets, self.linear = site, targets, linear
         self.quick_targets = [target.replace_sweeps(0) for target in targets]
         self.judges = [
             Judge(target, None if moments is None else moments.gradients(copy), terms, dtype)
@@ -365,6 +376,11 @@ class LayerWorker:
             return None
         self.seen.add(structure)
         site = self.site
+        if self.linear is not None and not is_matrix(structure):
+            if forced:
+                raise StructureError(f"{site.name} can't become {structure}: {self.linear}. Give it a family.")
+            self.refused[f"{self.linear}: {type(structure).__name__}"] += 1
+            return None
         cost = cost_of(self.budget, site, structure, self.load)
         if cost >= self.dense_cost and not forced:
             self.refused[f"not cheaper than the dense layer in {self.budget.unit}"] += 1

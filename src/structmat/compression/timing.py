@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from structmat.compression.running import Forward, call, device_of, evaluating, first_samples, samples_in, to_device
 from structmat.errors import DataError
 from structmat.matrix import StructuredMatrix
+from structmat.nn.kronecker.rectified import block_of
 from structmat.nn.linear import StructuredLinear
 from structmat.structure import Shape, Structure
 from structmat.structures.dense import Dense
+from structmat.structures.nonlinear.rectified_kronecker import RectifiedKronecker
 
 FEWEST_RUNS = 7
 """Medians of fewer runs say little."""
@@ -95,11 +97,14 @@ def layer_microseconds(structure: Structure, shape: Shape, rows: int) -> float:
         if isinstance(structure, Dense):
             first, second = interleaved(lambda: dense(x), lambda: dense(x), seconds=LAYER_SECONDS)
             return 1e6 * statistics.median(first + second)
-        layer = StructuredLinear.from_matrix(
-            StructuredMatrix.random(structure, shape, generator=generator, dtype=torch.float32, device="cpu")
-        ).freeze(rows)
+        matrix = StructuredMatrix.random(structure, shape, generator=generator, dtype=torch.float32, device="cpu")
+        layer = block_of(matrix, None) if isinstance(structure, RectifiedKronecker) else _frozen(matrix, rows)
         ratio = _ratio(*interleaved(lambda: dense(x), lambda: layer(x), seconds=LAYER_SECONDS))
     return ratio * layer_microseconds(Dense(), shape, rows)
+
+
+def _frozen(matrix: StructuredMatrix, rows: int) -> nn.Module:
+    return StructuredLinear.from_matrix(matrix).freeze(rows)
 
 
 def interleaved(

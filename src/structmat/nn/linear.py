@@ -25,7 +25,7 @@ from structmat.program import (
     table,
 )
 from structmat.projection.project import DEFAULT_SWEEPS, project
-from structmat.structure import Structure, resolve, specs
+from structmat.structure import Structure, is_matrix, resolve, specs
 from structmat.transforms.recognized import fourier_program
 
 
@@ -45,6 +45,7 @@ class StructuredLinear(nn.Module):
 
     Raises:
         ShapeError: the structure refuses the shape.
+        StructureError: it is a matrix only at the start.
     """
 
     in_features: int
@@ -67,6 +68,11 @@ class StructuredLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         shape = (out_features, in_features)
         self.structure = resolve(structure, shape)
+        if not is_matrix(self.structure):
+            raise StructureError(
+                f"{self.structure} is a matrix only at the start, and a layer of it is not linear. Compress a model "
+                "with it, or take a family."
+            )
         self._program = build(self.structure, shape)
         self._quick = quick(self._program)
         dtype = dtype or torch.get_default_dtype()

@@ -16,6 +16,7 @@ from types import MappingProxyType, ModuleType
 from structmat.errors import StructureError
 from structmat.structure import Structure
 from structmat.structure import from_json as _from_json
+from structmat.structures.nonlinear import nonlinear
 
 ENTRY_POINT_GROUP = "structmat.structures"
 
@@ -51,9 +52,14 @@ def _defined_in(module: ModuleType) -> list[tuple[str, type[Structure]]]:
     ]
 
 
+def everything() -> Mapping[str, type[Structure]]:
+    """The families, and what is a matrix only at the start (:mod:`structmat.structures.nonlinear`)."""
+    return {**nonlinear(), **families()}
+
+
 def from_json(data: object) -> Structure:
     """Read what :func:`structmat.structure.to_json` wrote. Raises :class:`~structmat.errors.FormatError`."""
-    return _from_json(data, families())
+    return _from_json(data, everything())
 
 
 def __getattr__(name: str) -> type[Structure]:

@@ -139,6 +139,11 @@ class Layer(ABC):
     def content(self, module: nn.Module) -> Content:
         """What a structured module holds."""
 
+    def paths(self, module: nn.Module) -> Mapping[str, str]:
+        """Where a structured module keeps tensors that are not its own attributes: the structure's name to the path in
+        the module. Files know the structure's names alone."""
+        return {}
+
     def saved(self, module: nn.Module) -> Mapping[str, Any]:
         """What a file must hold of a structured module beside this, as JSON values."""
         return {}
@@ -154,6 +159,10 @@ class Layer(ABC):
     @abstractmethod
     def freeze(self, module: nn.Module, rows: int | None) -> nn.Module:
         """A structured module for deployment."""
+
+    def nonlinear(self) -> bool:
+        """Whether a layer may become one that is not linear (:mod:`structmat.structures.nonlinear`)."""
+        return False
 
     def forms(self, site: Described) -> Mapping[str, Members]:
         """Families that only this kind of module has, by name."""

@@ -13,9 +13,11 @@ from structmat.compression.layers.base import Content, Described, Layer, Load
 from structmat.compression.timing import layer_microseconds
 from structmat.errors import ModelError
 from structmat.matrix import StructuredMatrix
+from structmat.nn.kronecker.rectified import block_of, rectified_block
 from structmat.nn.linear import StructuredLinear
 from structmat.program import build, cost
 from structmat.structure import Shape, Structure
+from structmat.structures.nonlinear.rectified_kronecker import RectifiedKronecker
 
 
 @final
@@ -65,14 +67,16 @@ class LinearLayer(Layer):
         return y.reshape(1, -1, y.shape[-1])
 
     def build(self, module: nn.Module, matrices: Sequence[StructuredMatrix]) -> nn.Module:
-        return StructuredLinear.from_matrix(matrices[0], cast(Tensor | None, module.bias))
+        bias = cast(Tensor | None, module.bias)
+        if isinstance(matrices[0].structure, RectifiedKronecker):
+            return block_of(matrices[0], bias)
+        return StructuredLinear.from_matrix(matrices[0], bias)
 
     def empty(self, module: nn.Module, structure: Structure, dtype: torch.dtype, **more: Any) -> nn.Module:
         out, inputs = (
             (module.out_features, module.in_features) if isinstance(module, StructuredLinear) else self.shape(module)[1]
         )
-        bias = getattr(module, "bias", None) is not None
-        return StructuredLinear(inputs, out, bias, structure=structure, device="meta", dtype=dtype)
+        return empty_linear(structure, (out, inputs), getattr(module, "bias", None) is not None, dtype)
 
     def content(self, module: nn.Module) -> Content:
         layer = _structured(module)
@@ -90,11 +94,21 @@ class LinearLayer(Layer):
     def freeze(self, module: nn.Module, rows: int | None) -> nn.Module:
         return _structured(module).freeze(rows)
 
+    def nonlinear(self) -> bool:
+        return True
+
     def flops(self, site: Described, structure: Structure, load: Load) -> float:
         return site.copies * cost(build(structure, site.shape)).flops * load.rows
 
     def microseconds(self, site: Described, structure: Structure, load: Load, samples: int) -> float:
         return site.copies * layer_microseconds(structure, site.shape, max(1, round(load.rows * samples)))
+
+
+def empty_linear(structure: Structure, shape: Shape, bias: bool, dtype: torch.dtype) -> nn.Module:
+    """The layer of a structure without values, on the meta device."""
+    if isinstance(structure, RectifiedKronecker):
+        return rectified_block(structure, shape, bias=bias, device="meta", dtype=dtype)
+    return StructuredLinear(shape[1], shape[0], bias, structure=structure, device="meta", dtype=dtype)
 
 
 def _structured(module: nn.Module) -> StructuredLinear:

@@ -13,9 +13,11 @@ from structmat.nn.kronecker.initialize import balanced_, calibrate_, source_
 from structmat.nn.kronecker.network import Counts, KroneckerNetwork
 from structmat.nn.kronecker.perturbation import Perturbation, perturbation
 from structmat.nn.kronecker.rates import rate_multipliers
+from structmat.nn.kronecker.rectified import block_of, structure_of
 from structmat.nn.kronecker.shape import Bias, BlockShape, block_shape
 from structmat.nn.kronecker.slopes import absorb_, pruned, set_slopes
 from structmat.nn.kronecker.source import SourceTerm, from_source, to_source
+from structmat.structures.nonlinear.rectified_kronecker import RectifiedKronecker
 
 __all__ = [
     "Bias",
@@ -28,10 +30,12 @@ __all__ = [
     "KroneckerConv2d",
     "KroneckerNetwork",
     "Perturbation",
+    "RectifiedKronecker",
     "Slopes",
     "SourceTerm",
     "absorb_",
     "balanced_",
+    "block_of",
     "block_shape",
     "calibrate_",
     "choose",
@@ -46,5 +50,6 @@ __all__ = [
     "rate_multipliers",
     "set_slopes",
     "source_",
+    "structure_of",
     "to_source",
 ]
