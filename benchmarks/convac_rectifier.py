@@ -40,7 +40,7 @@ def histogram(pooling: str, modes: int, channels: int, width: int, seed: int) ->
             initialize=normal, dtype=torch.float64, **options,
         )  # fmt: skip
         if pooling == "product":
-            ranks[net.rank(part, exact=True)] += 1
+            ranks[net.rank(part, method="exact")] += 1
         else:
             grid = net.grid_tensor(torch.eye(channels, dtype=torch.float64)).detach()
             ranks[int(torch.linalg.matrix_rank(matricize(grid, part), rtol=1e-9))] += 1

@@ -25,6 +25,19 @@ class Activation(enum.StrEnum):
     RELU = "relu"
 
 
+class RankMethod(enum.StrEnum):
+    """How the rank of a matricisation is found."""
+
+    GENERIC = "generic"
+    """That of almost all weights: random ones in a finite field, without tolerances."""
+    EXACT = "exact"
+    """That of the network's own weights, as the rational numbers that the floats are."""
+    SKETCH = "sketch"
+    """Of its own weights in float64: the network on random functionals of both sides, and a tolerance."""
+    SPECTRUM = "spectrum"
+    """Of its own weights in float64: singular values above rounding, for partitions of few tiles."""
+
+
 UNSUPPORTED = (
     "a logarithmic semiring with unconstrained weights: Log() and MaxProduct() hold numbers of at least 0",
     "ReLU or pooling by maximum or average in any semiring but Plain(): they are not multilinear",
