@@ -14,7 +14,8 @@ from typing import Any
 
 from benchmarks import convac_models as models
 from benchmarks.convac_data import PROBABILITIES, RECTANGLES, Images, mnist
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name, spread
+from benchmarks.convac_study import NOT_RUN, Cell, Study, curve_svg, markdown, of_name, save, spread
+from benchmarks.files import RESULTS
 
 PIXELS = [f"p={p:g}" for p in PROBABILITIES]
 MASKS = PIXELS + [f"{n} of {w}" for n, w in RECTANGLES]
@@ -128,6 +129,18 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     rows.append(("*published ConvNets, one for each rate*", *published, *[""] * (len(MASKS) - len(published))))
     head = ("accuracy in per cent", *(m.replace("p=0", "none missing") if m == "p=0" else m for m in MASKS))
     lines = markdown(head, rows)
+    curves = {}
+    for name in dict.fromkeys(cell.name for cell in CELLS if not cell.name.startswith("setting")):
+        found = of_name(done, CELLS, name)
+        if found:
+            curves[name] = [(p, sum(f["accuracy"][f"p={p:g}"] for f in found) / len(found)) for p in PROBABILITIES]
+    if curves:
+        curves["published, one ConvNet a rate"] = [
+            (p, v) for p, v in zip(PROBABILITIES, PUBLISHED, strict=True) if v is not None
+        ]
+        picture = curve_svg(curves, "share of missing pixels", "test accuracy in %", logarithmic=False)
+        save(RESULTS, "convac_missing.svg", picture)
+        lines += ["", "![Accuracy by the share of missing pixels](convac_missing.svg)"]
     deep = of_name(done, CELLS, "deep mixture, 3 epochs")
     if deep:
         lines += ["", "Mean log-likelihood of what is observed, deep mixture, 3 epochs (nats):", ""]
