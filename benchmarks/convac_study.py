@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 from benchmarks.files import RESULTS, environment, write
 
+DOCS = RESULTS.parents[1] / "docs"
+
 NOT_RUN = "not run"
 
 MANY = 60
@@ -162,10 +164,13 @@ def of_name(done: Mapping[str, dict[str, Any]], cells: Iterable[Cell], name: str
 
 
 def save(folder: Path, name: str, picture: str) -> None:
-    """Write a picture, unless it is empty."""
-    if picture:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(picture, encoding="utf-8")
+    """Write a picture, unless it is empty; also where the documentation shows it."""
+    if not picture:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(picture, encoding="utf-8")
+    if folder == RESULTS and (DOCS / name).exists():
+        (DOCS / name).write_text(picture, encoding="utf-8")
 
 
 COLORS = ("#1b6ca8", "#d1782c", "#3a8f4d", "#8a4fb0", "#c0262d", "#5b6670", "#b8860b", "#0f8b8d", "#7a5230")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +23,6 @@ from structmat.nn.convac.recurrent import RecurrentConvAC
 from structmat.nn.convac.representation import OneHot
 from structmat.nn.convac.semiring import Log, MaxProduct, Plain, RootMeanSquare, Scaled, Semiring, SignedLog
 from structmat.nn.convac.weights import Weights, normal_
-from structmat.program import Chain, Complex, Diagonal, Fourier, Real
-from structmat.projection.target import Fit
-from structmat.structure import Normal, ParameterSpec
 
 F64 = torch.float64
 
@@ -256,33 +253,12 @@ def test_convac_1_every_tree_sharing_semiring_and_family(name: str, sharing: str
     assert any(g is not None and bool((g != 0).any()) for g in gradients)
 
 
-@dataclass(frozen=True)
-class Circulant(sm.Structure):
-    """A circulant matrix by its spectrum: entries of both signs whatever the parameters."""
-
-    def parameters(self, shape: tuple[int, int]) -> dict[str, ParameterSpec]:
-        return {"spectrum": ParameterSpec((shape[0], 2), Normal(1.0))}
-
-    def program(self, shape: tuple[int, int]) -> Chain:
-        n = shape[0]
-        return Chain(
-            (Complex(n), Fourier(n), Diagonal("spectrum", n, spectrum=True), Fourier(n, inverse=True), Real(n))
-        )
-
-    def project(self, target: object) -> Fit:
-        raise NotImplementedError
-
-    @classmethod
-    def configurations(cls, shape: tuple[int, int], budget: int) -> Iterator[Circulant]:
-        yield from ()
-
-
 @pytest.mark.parametrize("semiring", sorted(SEMIRINGS))
 def test_convac_1_every_combination_of_options_works_or_is_refused(semiring: str) -> None:
     """Semiring x constraint x activation x pooling x kind of weights: the list of what is refused is all there is."""
     chosen, x = SEMIRINGS[semiring], torch.rand(2, 8, 2, dtype=F64) + 0.1
     for constraint, activation, pooling, family in itertools.product(
-        ("none", "positive", "simplex"), ("none", "relu"), ("product", "max", "average"), (None, Circulant())
+        ("none", "positive", "simplex"), ("none", "relu"), ("product", "max", "average"), (None, sm.Circulant())
     ):
         options = {"constraint": constraint, "activation": activation, "pooling": pooling, "weights": family}
         refused = (
@@ -306,7 +282,7 @@ def refused_examples() -> list[Callable[[], object]]:
         lambda: ConvAC(None, pairs, 2, channels=2, semiring=MaxProduct()),
         lambda: ConvAC(None, pairs, 2, channels=2, activation="relu", pooling="max", semiring=SignedLog()),
         lambda: ConvAC(None, pairs, 2, channels=2, activation="none", pooling="average", semiring=Plain()),
-        lambda: ConvAC(None, pairs, 8, channels=8, weights=Circulant(), constraint="positive"),
+        lambda: ConvAC(None, pairs, 8, channels=8, weights=sm.Circulant(), constraint="positive"),
         lambda: TensorialMixture(OneHot(2), overlapping, 2),
         lambda: RecurrentConvAC(None, 2, channels=2, semiring=SignedLog()),
     ]
@@ -321,12 +297,23 @@ def test_convac_1_all_that_is_listed_as_unsupported_raises(number: int) -> None:
 
 @pytest.mark.parametrize("name", sorted(sm.families()))
 def test_every_family_serves_as_weights(name: str) -> None:
-    """The network is that of the family's dense matrices."""
+    """The network is that of the family's dense matrices; so is one of distributions, where signs allow one."""
+    options: dict[str, Any] = {"channels": 8, "sharing": "window", "dtype": F64}
     for member in proposals(sm.families()[name], (8, 8))[:1]:
-        net = ConvAC(None, ModeTree.sequence(3), 8, 2, channels=8, weights=member, sharing="window", dtype=F64)
+        net = ConvAC(None, ModeTree.sequence(3), 8, 2, weights=member, **options)
         x = torch.randn(2, 8, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
         expected = by_hand(net, x).detach()
         assert float((net(x).detach() - expected).abs().max()) <= 1e-10 * float(expected.abs().max())
+        refused = ""
+        try:
+            net = ConvAC(None, ModeTree.sequence(3), 8, 2, weights=member, constraint="simplex", **options)
+        except StructureError as error:
+            refused = str(error)
+        if refused:
+            assert "can't be constrained" in refused
+            continue
+        net.semiring = Log()
+        assert torch.allclose(net(x.abs()).exp(), by_hand(net, x.abs()), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +326,7 @@ def test_every_family_serves_as_weights(name: str) -> None:
         ({"pooling": "average", "semiring": Plain()}, "not supported"),
         ({"weights": sm.LowRank(9)}, "LowRank"),
         ({"weights": sm.TensorTrain(rank=1), "constraint": "other"}, "other"),
-        ({"weights": Circulant(), "constraint": "simplex", "width": 8, "channels": 8}, "signs say nothing"),
+        ({"weights": sm.Circulant(), "constraint": "simplex", "width": 8, "channels": 8}, "signs say nothing"),
         ({"weights": sm.Sparse(density=0.1), "constraint": "simplex", "width": 8, "channels": 8}, "without entries"),
         ({"width": (2, 2)}, "2 levels|3 levels"),
         ({"sharing": ("shared",)}, "sharing"),

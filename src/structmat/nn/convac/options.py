@@ -42,7 +42,8 @@ UNSUPPORTED = (
     "a logarithmic semiring with unconstrained weights: Log() and MaxProduct() hold numbers of at least 0",
     "ReLU or pooling by maximum or average in any semiring but Plain(): they are not multilinear",
     "product pooling with ReLU, or max and average pooling without: no model of the literature, no theorem",
-    "complex or Fourier families under a constraint: their entries have both signs",
+    "complex or Fourier families under a constraint: their entries have both signs; nor can families be constrained "
+    "that have fixed negative entries or rows without entries",
     "overlapping windows in a TensorialMixture, a coefficient tensor or a minimum cut: inputs would be counted twice",
     "other semirings than Plain() and Scaled() in RecurrentConvAC and MixedConvAC: signed cores, and a sum of two "
     "scores",
