@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.convac_study import NOT_RUN, Cell, Study, curve_svg, markdown, of_name, spread
+from benchmarks.convac_study import NOT_RUN, Cell, Study, curve_svg, markdown, of_name, save, spread
 from benchmarks.files import RESULTS
 from structmat.nn import ConvAC, ModeTree
 from structmat.nn.convac.cpfit import eckart_young, fit_cp
@@ -71,12 +71,48 @@ def _matrix(kind: str, level: int, size: int, rng: np.random.Generator) -> np.nd
 def fits(kind: str, modes: int, size: int, seed: int) -> dict[str, Any]:
     """The error of the best shallow network found, and what none can beat, for each width."""
     tensor = deep_tensor(kind, modes, size, seed)
-    sweeps, starts = (200, 3) if modes < 16 else (60, 1)
+    sweeps, starts = (60, 4) if modes < 16 else (40, 1)
     found = {}
     for terms in WIDTHS[modes, size]:
         fitted = fit_cp(tensor, terms, sweeps=sweeps, starts=starts, seed=seed)
         found[str(terms)] = {"error": fitted.error, "bound": eckart_young(tensor, terms)}
     return {"widths": found}
+
+
+ERRORS = (0.1, 0.3)
+"""Relative errors that the shallow network may make."""
+
+SIZE = 2
+"""M = r of the curve of widths."""
+
+
+def needed(kind: str, modes: int, seed: int) -> dict[str, Any]:
+    """The least width found with which a shallow network comes within an error, and what none can do with less."""
+    tensor = deep_tensor(kind, modes, SIZE, seed)
+    full, fitted = SIZE ** (modes // 2), dict[int, float]()
+    bounds = [eckart_young(tensor, terms) for terms in range(full + 1)]
+
+    def error(terms: int) -> float:
+        if terms not in fitted:
+            sweeps, starts = (60, 4) if modes < 16 else (40, 1)
+            fitted[terms] = fit_cp(tensor, terms, sweeps=sweeps, starts=starts, seed=seed).error
+        return fitted[terms]
+
+    found = {}
+    for limit in ERRORS:
+        low = max(1, next(terms for terms, bound in enumerate(bounds) if bound <= limit))
+        if kind == "identity":
+            # Its spectrum is flat: keeping the terms of its own sum attains the bound.
+            found[str(limit)] = {"width": low, "bound": low}
+            continue
+        tried, below = low, low - 1
+        while error(tried) > limit:
+            below, tried = tried, tried + max(1, tried // 2)
+        while tried - below > 1:
+            middle = (below + tried) // 2
+            below, tried = (below, middle) if error(middle) <= limit else (middle, tried)
+        found[str(limit)] = {"width": tried, "bound": low}
+    return {"full": full, "errors": found, "fits": {str(z): fitted[z] for z in sorted(fitted)}}
 
 
 def ranks(channels: int, widths: tuple[int, ...], seed: int) -> dict[str, Any]:
@@ -96,8 +132,17 @@ def ranks(channels: int, widths: tuple[int, ...], seed: int) -> dict[str, Any]:
     return found
 
 
+def needed_name(kind: str, modes: int) -> str:
+    return f"width needed, {kind}, N={modes}"
+
+
 def _cells() -> list[Cell]:
     found = []
+    for modes, kind in itertools.product((4, 8, 16), KINDS):
+        for seed in range(1 if kind == "identity" else 3):
+            run = lambda s, kind=kind, modes=modes: needed(kind, modes, s)  # noqa: E731
+            extra = modes == 16 and kind != "identity"
+            found.append(Cell(needed_name(kind, modes), run, seed, extra=extra))
     for (modes, size), kind in itertools.product(WIDTHS, KINDS):
         for seed in range(1 if kind == "identity" else 3):
             run = lambda s, kind=kind, modes=modes, size=size: fits(kind, modes, size, s)  # noqa: E731
@@ -108,12 +153,40 @@ def _cells() -> list[Cell]:
     return found
 
 
+def _widths_needed(done: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The width that a shallow network needs, against N, for one error: a table and a picture."""
+    lines = ["", f"### The width that is needed, M = r = {SIZE}", ""]
+    rows, curves, dashed = [], dict[str, list[tuple[float, float]]](), []
+    for kind, limit in itertools.product(KINDS, ERRORS):
+        cells = []
+        for modes in (4, 8, 16):
+            found = [f["errors"][str(limit)] for f in of_name(done, CELLS, needed_name(kind, modes))]
+            cells.append(
+                f"{spread([f['width'] for f in found], '.1f')} / {spread([f['bound'] for f in found], '.1f')}"
+                if found
+                else NOT_RUN
+            )
+            if found and limit == ERRORS[0]:
+                for what, name in (("width", kind), ("bound", f"{kind}, bound")):
+                    mean = sum(f[what] for f in found) / len(found)
+                    curves.setdefault(name, []).append((modes, mean))
+        rows.append((kind, f"{limit:g}", *cells))
+        if limit == ERRORS[0]:
+            dashed.append(f"{kind}, bound")
+    lines += ["Width found / none smaller can do; a width of 4, 16, 256 can represent any rank of even | odd.", ""]
+    lines += markdown(("tensor", "relative error", "N = 4", "N = 8", "N = 16"), rows)
+    if curves:
+        title = f"width for a relative error of {ERRORS[0]:g}"
+        save(RESULTS, "convac_depth.svg", curve_svg(curves, "patches N", title, dashed=dashed, ticks=(4, 8, 16)))
+        lines += ["", "![The width that a shallow network needs, by the number of patches](convac_depth.svg)"]
+    return lines
+
+
 def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
-    lines = ["## Width of the shallow network", "", "Relative error found / lower bound (Eckart and Young), by width."]
-    curves: dict[str, list[tuple[float, float]]] = {}
-    dashed = []
+    lines = ["## Width of the shallow network", *_widths_needed(done), ""]
+    lines += ["Relative error found / lower bound (Eckart and Young), by width."]
     for (modes, size), widths in WIDTHS.items():
-        rows = []
+        rows, curves, dashed = [], dict[str, list[tuple[float, float]]](), []
         for kind in KINDS:
             found = of_name(done, CELLS, f"{kind}, N={modes}, M={size}")
             cells = [
@@ -123,17 +196,15 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
             ]
             rows.append((kind, *(f"{e} / {b}" if found else e for e, b in zip(cells[::2], cells[1::2], strict=True))))
             if found:
-                name = f"{kind}, N={modes}, M={size}"
-                first = found[0]["widths"]
-                curves[name] = [(z, max(first[str(z)]["error"], 1e-4)) for z in widths]
-                curves[f"{name}, bound"] = [(z, max(first[str(z)]["bound"], 1e-4)) for z in widths]
-                dashed.append(f"{name}, bound")
+                for what, name in (("error", kind), ("bound", f"{kind}, bound")):
+                    curves[name] = [(z, max(found[0]["widths"][str(z)][what], 1e-3)) for z in widths]
+                dashed.append(f"{kind}, bound")
         lines += ["", f"### N = {modes}, M = r = {size}", "", *markdown(("tensor", *map(str, widths)), rows)]
-    if curves:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        picture = curve_svg(curves, "width of the shallow network", "relative error", dashed=dashed)
-        (RESULTS / "convac_depth.svg").write_text(picture, encoding="utf-8")
-        lines += ["", "![Errors and bounds by width](convac_depth.svg)"]
+        if curves:
+            name = f"convac_depth_{modes}_{size}.svg"
+            title = f"relative error, N = {modes}, M = {size}"
+            save(RESULTS, name, curve_svg(curves, "width of the shallow network", title, dashed=dashed))
+            lines += ["", f"![Errors and bounds by width, from 0.001 on]({name})"]
     rows = []
     for channels, widths in ARCHITECTURES:
         found = of_name(done, CELLS, f"ranks, M={channels}, r={widths}")

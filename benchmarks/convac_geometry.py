@@ -26,6 +26,7 @@ from structmat.nn.convac import Log, OneHot, fit
 from structmat.nn.convac.weights import Weights
 
 BATCH = 64
+TREES = ("square", "mirror", "shallow")
 TRAIN, TEST = (10_000, 25_000), (2_500, 5_000)
 """Raw images of the short and the published schedule."""
 
@@ -90,15 +91,24 @@ def _cells() -> list[Cell]:
 
 
 def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
+    """One row for each breadth and number of steps, the trees side by side."""
     rows = []
-    for name in dict.fromkeys(cell.name for cell in CELLS):
-        found = of_name(done, CELLS, name)
-        task, tree, *rest = name.split(", ")
-        elsewhere = SPECIFIED.get((task, tree)) if rest == ["breadth 16", "3000 steps"] else None
-        published = PUBLISHED.get((task, tree))
-        told = [f"{elsewhere:g}" if elsewhere else f"{published:g} (published, 4,096 channels)" if published else ""]
-        rows.append((name, spread([f["accuracy"] for f in found], ".1f") if found else NOT_RUN, *told))
-    return ["Test accuracy in per cent.", "", *markdown(("cell", "accuracy", "elsewhere"), rows)]
+    settings = dict.fromkeys(tuple(cell.name.split(", ")[2:]) for cell in CELLS)
+    for breadth, steps in settings:
+        cells = []
+        for task in TASKS:
+            for tree in TREES:
+                found = of_name(done, CELLS, f"{task}, {tree}, {breadth}, {steps}")
+                known = any(cell.name == f"{task}, {tree}, {breadth}, {steps}" for cell in CELLS)
+                told = spread([f["accuracy"] for f in found], ".1f") if found else NOT_RUN if known else ""
+                elsewhere = SPECIFIED.get((task, tree)) if (breadth, steps) == ("breadth 16", "3000 steps") else None
+                cells.append(f"{told} ({elsewhere:g})" if elsewhere else told)
+        rows.append((breadth.removeprefix("breadth "), steps.removesuffix(" steps"), *cells))
+    published = [f"{PUBLISHED[task, tree]:g}" if (task, tree) in PUBLISHED else "" for task in TASKS for tree in TREES]
+    rows.append(("*published, 4,096*", "", *published))
+    head = ("breadth", "steps", *(f"{task}, {tree}" for task in TASKS for tree in TREES))
+    note = "Test accuracy in per cent; in brackets single runs of an independent implementation."
+    return [note, "", *markdown(head, rows)]
 
 
 CELLS = _cells()

@@ -14,9 +14,11 @@ from typing import Any
 
 from benchmarks import convac_models as models
 from benchmarks.convac_data import PROBABILITIES, RECTANGLES, Images, mnist
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name, spread
+from benchmarks.convac_study import NOT_RUN, Cell, Study, curve_svg, markdown, of_name, save, spread
+from benchmarks.files import RESULTS
 
-MASKS = [f"p={p:g}" for p in PROBABILITIES] + [f"{n} of {w}" for n, w in RECTANGLES]
+PIXELS = [f"p={p:g}" for p in PROBABILITIES]
+MASKS = PIXELS + [f"{n} of {w}" for n, w in RECTANGLES]
 
 SPECIFIED = {
     "deep mixture, 3 epochs": (
@@ -50,6 +52,26 @@ def train_and_test(kind: str, steps: int | None, count: float, seed: int, *, hid
     return {"steps": steps, "parameters": parameters, "last_loss": losses[-1], **figures}
 
 
+SHORT = 300
+"""Steps of the comparison of training settings."""
+
+SETTINGS = tuple((how, drawn) for drawn in (False, True) for how in models.OPTIMIZERS)
+"""(optimizer, whether the share of marginalised pixels is drawn for each image)."""
+
+
+def setting_name(how: str, drawn: bool) -> str:
+    return f"setting, {how}, {'drawn rates' if drawn else 'one half'}"
+
+
+def try_setting(how: str, drawn: bool, seed: int) -> dict[str, Any]:
+    """A short training, and the first 2,000 test images."""
+    train, test = mnist("train"), mnist("test")
+    model, cut = models.mixture(train, "deep", seed)
+    losses = models.train_mixture(model, cut, train, SHORT, seed, how=how, drawn_rates=drawn)
+    figures = models.mixture_figures(model, cut, Images(test.x[:2000], test.y[:2000]), seed, PIXELS)
+    return {"steps": SHORT, "last_loss": losses[-1], **figures}
+
+
 def convnet(how: str, seed: int) -> dict[str, Any]:
     import torch
 
@@ -74,6 +96,10 @@ def _cells() -> list[Cell]:
         Cell("ConvNet, missing = mean", lambda seed: convnet("mean", seed)),
         Cell("5 nearest neighbors", neighbors),
     ]
+    for seed in range(3):
+        for how, drawn in SETTINGS:
+            run = lambda s, how=how, drawn=drawn: try_setting(how, drawn, s)  # noqa: E731
+            found.append(Cell(setting_name(how, drawn), run, seed, extra=True))
     for seed in range(5):
         if seed:
             found += [Cell(c.name, c.run, seed, extra=True) for c in found[:2]]
@@ -92,7 +118,7 @@ def _cells() -> list[Cell]:
 
 def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     rows = []
-    for name in dict.fromkeys(cell.name for cell in CELLS):
+    for name in dict.fromkeys(cell.name for cell in CELLS if not cell.name.startswith("setting")):
         found = of_name(done, CELLS, name)
         cells = [spread([f["accuracy"][mask] for f in found]) for mask in MASKS] if found else [NOT_RUN] * len(MASKS)
         rows.append((name, *cells))
@@ -103,11 +129,31 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     rows.append(("*published ConvNets, one for each rate*", *published, *[""] * (len(MASKS) - len(published))))
     head = ("accuracy in per cent", *(m.replace("p=0", "none missing") if m == "p=0" else m for m in MASKS))
     lines = markdown(head, rows)
+    curves = {}
+    for name in dict.fromkeys(cell.name for cell in CELLS if not cell.name.startswith("setting")):
+        found = of_name(done, CELLS, name)
+        if found:
+            curves[name] = [(p, sum(f["accuracy"][f"p={p:g}"] for f in found) / len(found)) for p in PROBABILITIES]
+    if curves:
+        curves["published, one ConvNet a rate"] = [
+            (p, v) for p, v in zip(PROBABILITIES, PUBLISHED, strict=True) if v is not None
+        ]
+        picture = curve_svg(curves, "share of missing pixels", "test accuracy in %", logarithmic=False)
+        save(RESULTS, "convac_missing.svg", picture)
+        lines += ["", "![Accuracy by the share of missing pixels](convac_missing.svg)"]
     deep = of_name(done, CELLS, "deep mixture, 3 epochs")
     if deep:
         lines += ["", "Mean log-likelihood of what is observed, deep mixture, 3 epochs (nats):", ""]
         values = [spread([f["log_likelihood"][m] for f in deep], ".0f") for m in MASKS]
         lines += markdown(MASKS, [values])
+    rows = []
+    for how, drawn in SETTINGS:
+        found = of_name(done, CELLS, setting_name(how, drawn))
+        cells = [spread([f["accuracy"][p] for f in found], ".1f") if found else NOT_RUN for p in PIXELS]
+        rows.append((how, "drawn for each image" if drawn else "one half", *cells))
+    words = f"Training settings: {SHORT} steps, deep mixture, the first 2,000 test images. Rate 0.03 throughout."
+    lines += ["", "## Training settings", "", words, ""]
+    lines += markdown(("optimizer, first beta", "pixels marginalised", *PIXELS), rows)
     note = "Columns p: each pixel missing with that probability. Columns `n of w`: n missing squares of width w."
     return [note, "Nearest neighbors: 20,000 training images and the first 2,000 test images.", "", *lines]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Adam, NAdam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.convac_data import Images, masks
 from benchmarks.convac_study import track
@@ -19,6 +21,7 @@ from structmat.nn.convac.semiring import Plain
 from structmat.nn.convac.training import (
     Classifier,
     classifier,
+    constant_then_linear,
     discriminative_optimizer,
     fit,
     generative_optimizer,
@@ -66,24 +69,44 @@ def mixture(train: Images, kind: str, seed: int, *, hidden: bool = False) -> tup
     return model, cut
 
 
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "Nadam 0.975": lambda p: NAdam(p, lr=0.03, betas=(0.975, 0.999), eps=1e-16),
+    "Nadam 0.975, constant momentum": lambda p: NAdam(p, lr=0.03, betas=(0.975, 0.999), eps=1e-16, momentum_decay=0.0),
+    "Adam 0.9": lambda p: Adam(p, lr=0.03, betas=(0.9, 0.999)),
+    "Adam 0.975": lambda p: Adam(p, lr=0.03, betas=(0.975, 0.999)),
+}
+"""Beside the default, for the study of what trains mixtures."""
+
+
 def train_mixture(
-    model: TensorialMixture, cut: Patches, train: Images, steps: int, seed: int, *, generative: float = 0.01
-) -> list[float]:
-    """By gradient, half of the pixels marginalised in each batch; the losses."""
+    model: TensorialMixture, cut: Patches, train: Images, steps: int, seed: int, *, generative: float = 0.01,
+    how: str | None = None, drawn_rates: bool = False,
+) -> list[float]:  # fmt: skip
+    """By gradient; the losses.
+
+    ``how``: one of :data:`OPTIMIZERS`, by default the library's. ``drawn_rates``: the share of pixels that are
+    marginalised is drawn anew, uniformly, for each image, in place of one half.
+    """
     optimizer, schedule = generative_optimizer(model, steps)
+    if how is not None:
+        optimizer = OPTIMIZERS[how]([p for p in model.parameters() if p.requires_grad])
+        schedule = LambdaLR(optimizer, constant_then_linear(steps))
     generator = torch.Generator().manual_seed(seed + 1)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         x, y = batch
-        return model.loss(cut(marginalize(x, generator=generator)), y, generative=generative)
+        rate = torch.rand(len(x), 1, 1, 1, generator=generator) if drawn_rates else 0.5
+        return model.loss(cut(marginalize(x, rate, generator=generator)), y, generative=generative)
 
     batches = track(train.batches(steps, BATCH, seed), steps, f"training, {steps} steps")
     return fit(model, loss, batches, optimizer, schedule, clip=None)
 
 
 @torch.no_grad()
-def mixture_figures(model: TensorialMixture, cut: Patches, test: Images, seed: int) -> dict[str, dict[str, float]]:
-    """Accuracy in per cent and the mean log-likelihood of what is observed, for each mask."""
+def mixture_figures(
+    model: TensorialMixture, cut: Patches, test: Images, seed: int, chosen: Sequence[str] | None = None
+) -> dict[str, dict[str, float]]:
+    """Accuracy in per cent and the mean log-likelihood of what is observed, for each mask or for the chosen ones."""
     model.eval()
 
     def classify(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,11 +117,16 @@ def mixture_figures(model: TensorialMixture, cut: Patches, test: Images, seed: i
 
 
 def under_masks(
-    classify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], test: Images, seed: int
+    classify: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    test: Images,
+    seed: int,
+    chosen: Sequence[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """``classify(images, observed)`` gives classes and a number that is averaged."""
     accuracy, number = dict[str, float](), dict[str, float]()
     for name, seen in masks(len(test.x), seed):
+        if chosen is not None and name not in chosen:
+            continue
         right, total = 0, 0.0
         for x, y, s in zip(test.x.split(500), test.y.split(500), seen.split(500), strict=True):
             found, value = classify(x, s)

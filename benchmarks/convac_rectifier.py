@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name, track
+from benchmarks.convac_study import NOT_RUN, Cell, Study, bars_svg, markdown, of_name, save, track
+from benchmarks.files import RESULTS
 from structmat.nn import ConvAC, ModeTree
 from structmat.nn.convac.expand import matricize
 from structmat.nn.convac.semiring import Plain
@@ -23,6 +24,9 @@ from structmat.nn.convac.weights import Weights
 DRAWS = 300
 SETTINGS = ((4, 2, 4), (8, 2, 2), (8, 2, 4), (8, 2, 8))
 """(N, M, r)."""
+
+SHOWN = (8, 2, 4)
+"""The setting of the picture."""
 
 
 def histogram(pooling: str, modes: int, channels: int, width: int, seed: int) -> dict[str, Any]:
@@ -40,7 +44,7 @@ def histogram(pooling: str, modes: int, channels: int, width: int, seed: int) ->
             initialize=normal, dtype=torch.float64, **options,
         )  # fmt: skip
         if pooling == "product":
-            ranks[net.rank(part, exact=True)] += 1
+            ranks[net.rank(part, method="exact")] += 1
         else:
             grid = net.grid_tensor(torch.eye(channels, dtype=torch.float64)).detach()
             ranks[int(torch.linalg.matrix_rank(matricize(grid, part), rtol=1e-9))] += 1
@@ -69,7 +73,18 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
         told = ", ".join(f"{rank}: {count}" for rank, count in ranks.items())
         rows.append((cell.name, str(full), f"{share:.0f} %", told))
     head = ("network", "full rank", "draws of full rank", "rank: draws")
-    return [f"{DRAWS} draws of weights each.", "", *markdown(head, rows)]
+    lines = [f"{DRAWS} draws of weights each.", "", *markdown(head, rows)]
+    shown = {}
+    for pooling in ("product", "max", "average"):
+        found = of_name(done, CELLS, "{}, N={}, M={}, r={}".format(pooling, *SHOWN))
+        if found:
+            ranks = found[0]["ranks"]
+            shown[pooling] = {int(rank): 100 * count / sum(ranks.values()) for rank, count in ranks.items()}
+    if shown:
+        title = "even | odd rank, N = {}, M = {}, r = {}".format(*SHOWN)
+        save(RESULTS, "convac_rectifier.svg", bars_svg(shown, title, "draws in per cent"))
+        lines += ["", "![Ranks of random networks by pooling](convac_rectifier.svg)"]
+    return lines
 
 
 STUDY = Study(

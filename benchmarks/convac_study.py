@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 from benchmarks.files import RESULTS, environment, write
 
+DOCS = RESULTS.parents[1] / "docs"
+
 NOT_RUN = "not run"
 
 MANY = 60
@@ -161,22 +163,87 @@ def of_name(done: Mapping[str, dict[str, Any]], cells: Iterable[Cell], name: str
     return [done[cell.key] for cell in cells if cell.name == name and cell.key in done]
 
 
+def save(folder: Path, name: str, picture: str) -> None:
+    """Write a picture, unless it is empty; also where the documentation shows it."""
+    if not picture:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(picture, encoding="utf-8")
+    if folder == RESULTS and (DOCS / name).exists():
+        (DOCS / name).write_text(picture, encoding="utf-8")
+
+
+COLORS = ("#1b6ca8", "#d1782c", "#3a8f4d", "#8a4fb0", "#c0262d", "#5b6670", "#b8860b", "#0f8b8d", "#7a5230")
+
+
+def bars_svg(groups: Mapping[str, Mapping[int, float]], across: str, up: str) -> str:
+    """Histograms side by side over the same integers, in per cent, as SVG; the legend at the right."""
+    places = sorted({place for bars in groups.values() for place in bars})
+    if not places:
+        return ""
+    places = list(range(min(places), max(places) + 1))
+    width, height, left, right, low = 520, 300, 60, 200, 44
+    step = (width - left - 10) / len(places)
+    top = max(share for bars in groups.values() for share in bars.values())
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + right} {height}" font-family="sans-serif" '
+        'font-size="11">',
+        f'<line x1="{left}" x2="{width - 10}" y1="{height - low}" y2="{height - low}" stroke="#999"/>',
+        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">{across}</text>',
+        f'<text x="14" y="{height / 2}" text-anchor="middle" transform="rotate(-90 14 {height / 2})">{up}</text>',
+    ]
+    for share in (0.0, top / 2, top):
+        y = height - low - (height - low - 20) * share / top
+        lines.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{share:.0f}</text>')
+    for number, place in enumerate(places):
+        x = left + step * (number + 0.5)
+        lines.append(f'<text x="{x:.1f}" y="{height - low + 14}" text-anchor="middle">{place}</text>')
+    for number, (name, bars) in enumerate(groups.items()):
+        color, wide = COLORS[number % len(COLORS)], 0.8 * step / len(groups)
+        for place, share in bars.items():
+            tall = (height - low - 20) * share / top
+            x = left + step * (places.index(place) + 0.1) + wide * number
+            y = height - low - tall
+            lines.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}" fill="{color}"/>')
+        y = 20 + 16 * number
+        lines.append(f'<rect x="{width}" y="{y - 5}" width="20" height="10" fill="{color}"/>')
+        lines.append(f'<text x="{width + 26}" y="{y + 4}">{name}</text>')
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
 def curve_svg(
-    curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, *, dashed: Iterable[str] = ()
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    across: str,
+    up: str,
+    *,
+    dashed: Iterable[str] = (),
+    ticks: Sequence[float] = (),
+    logarithmic: bool = True,
 ) -> str:
-    """Curves with logarithmic axes as SVG, the legend at the right; values of 0 are left out."""
-    points = [(x, y) for curve in curves.values() for x, y in curve if x > 0 and y > 0]
+    """Curves as SVG, the legend at the right. On logarithmic axes values of 0 are left out.
+
+    ``ticks``: of the first axis, by default powers of ten; on linear axes the places of the points.
+    """
+    points = [(x, y) for curve in curves.values() for x, y in curve if not logarithmic or (x > 0 and y > 0)]
     if not points:
         return ""
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
     width, height, left, right, low = 520, 360, 60, 200, 44
-    ranges = [(math.log10(min(v)), math.log10(max(v))) for v in zip(*points, strict=True)]
+    ranges = [(scale(min(v)), scale(max(v))) for v in zip(*points, strict=True)]
     (x0, x1), (y0, y1) = ((a, b if b > a else a + 1) for a, b in ranges)
-    colors = ("#1b6ca8", "#d1782c", "#3a8f4d", "#8a4fb0", "#c0262d", "#5b6670", "#b8860b", "#0f8b8d", "#7a5230")
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across_ = left + (math.log10(x) - x0) / (x1 - x0) * (width - left - 10)
-        return across_, 10 + (y1 - math.log10(y)) / (y1 - y0) * (height - low - 10)
+        across_ = left + (scale(x) - x0) / (x1 - x0) * (width - left - 10)
+        return across_, 10 + (y1 - scale(y)) / (y1 - y0) * (height - low - 10)
 
+    def powers(low_: float, high: float) -> list[float]:
+        return [10.0**exponent for exponent in range(math.ceil(low_), math.floor(high) + 1)]
+
+    if logarithmic:
+        marks, levels = list(ticks) or powers(x0, x1), powers(y0, y1)
+    else:
+        marks = list(ticks) or sorted({x for x, _ in points})
+        levels = [y0 + (y1 - y0) * part / 4 for part in range(5)]
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + right} {height}" font-family="sans-serif" '
         'font-size="11">',
@@ -184,16 +251,17 @@ def curve_svg(
         f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">{across}</text>',
         f'<text x="14" y="{height / 2}" text-anchor="middle" transform="rotate(-90 14 {height / 2})">{up}</text>',
     ]
-    for exponent in range(math.ceil(x0), math.floor(x1) + 1):
-        x, _ = place(10.0**exponent, 10.0**y0)
-        lines.append(f'<text x="{x:.1f}" y="{height - low + 14}" text-anchor="middle">{10.0**exponent:g}</text>')
-    for exponent in range(math.ceil(y0), math.floor(y1) + 1):
-        _, y = place(10.0**x0, 10.0**exponent)
-        lines.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{10.0**exponent:g}</text>')
+    for mark in marks:
+        x, _ = place(mark, points[0][1])
+        lines.append(f'<text x="{x:.1f}" y="{height - low + 14}" text-anchor="middle">{mark:g}</text>')
+    for level in levels:
+        _, y = place(points[0][0], level)
+        lines.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{level:.3g}</text>')
     broken = set(dashed)
     for number, (name, curve) in enumerate(curves.items()):
-        color = colors[number // 2 % len(colors) if broken else number % len(colors)]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in curve if x > 0 and y > 0))
+        color = COLORS[(number // 2 if broken else number) % len(COLORS)]
+        shown = [place(x, y) for x, y in curve if not logarithmic or (x > 0 and y > 0)]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in shown)
         dash = ' stroke-dasharray="4 3"' if name in broken else ""
         lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"{dash}/>')
         y = 20 + 16 * number

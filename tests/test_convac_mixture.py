@@ -44,10 +44,10 @@ def everything(model: TensorialMixture) -> Tensor:
 def test_convac_20_it_is_a_distribution(tree: ModeTree, family: sm.Structure | None) -> None:
     model = symbols(tree, weights=family)
     inputs = everything(model)
-    assert torch.allclose(model(inputs).exp().sum(0), torch.ones(2, dtype=F64), atol=1e-12)
+    assert torch.allclose(model(inputs).exp().sum(0), torch.ones(2, dtype=F64), rtol=0, atol=1e-12)
     nothing = torch.full((1, tree.modes), -1)
     assert float(model(nothing).detach().abs().max()) <= 1e-12
-    assert torch.allclose(model.class_posterior(nothing), torch.full((1, 2), 0.5, dtype=F64), atol=1e-12)
+    assert torch.allclose(model.class_posterior(nothing), torch.full((1, 2), 0.5, dtype=F64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("tree", TREES, ids=lambda t: str(t.modes))
@@ -62,7 +62,7 @@ def test_convac_20_marginals_are_sums(tree: ModeTree) -> None:
             for mode in observed:
                 point[mode], index[mode] = (mode + 1) % 3, (mode + 1) % 3
             expected = full[tuple(index)].reshape(-1, 2).sum(0)
-            assert torch.allclose(model(point[None])[0].exp(), expected, atol=1e-12)
+            assert torch.allclose(model(point[None])[0].exp(), expected, rtol=0, atol=1e-12)
 
 
 def joint(model: TensorialMixture) -> Tensor:
@@ -77,7 +77,7 @@ def test_convac_20_posterior_is_the_explicit_one() -> None:
     match = (inputs[:, 0] == 1) & (inputs[:, 3] == 2)
     weights = torch.where(match, probabilities, 0.0)
     expected = torch.stack([weights @ (inputs == d).to(F64) for d in range(3)]) / weights.sum()
-    assert torch.allclose(model.posterior(point)[0], expected, atol=1e-12)
+    assert torch.allclose(model.posterior(point)[0], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("tree", [TREES[0], TREES[1]], ids=["pairs", "chain"])
@@ -152,7 +152,7 @@ def test_convac_20_expectation_maximisation_never_lowers_the_likelihood(labelled
     values = [model.em_step(data) for _ in range(12)]
     assert all(b >= a - 1e-10 for a, b in itertools.pairwise(values))
     assert values[-1] > values[0] + 0.1
-    assert torch.allclose(model(everything(model)).exp().sum(0), torch.ones(2, dtype=F64), atol=1e-10)
+    assert torch.allclose(model(everything(model)).exp().sum(0), torch.ones(2, dtype=F64), rtol=0, atol=1e-10)
 
 
 def gaussians(classes: int = 2, size: int = 2) -> TensorialMixture:

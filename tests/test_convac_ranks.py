@@ -6,6 +6,8 @@ import itertools
 import math
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from structmat.nn.convac.expand import matricize
 from structmat.nn.convac.inductive_bias import inductive_bias, standard_partitions
 from structmat.nn.convac.mincut import alternating_cut, lowered_cut, minimum_cut
 from structmat.nn.convac.modular import PRIME, product_mod, rank_mod, to_field
+from structmat.nn.convac.options import RankMethod
 from structmat.nn.convac.semiring import Plain
 from structmat.nn.convac.weights import Weights, normal_, orthogonal_
 
@@ -51,45 +54,66 @@ def test_modular_arithmetic_is_that_of_integers() -> None:
     assert [int(v) * 4 % PRIME for v in third] == [3, PRIME - 8, 0]
 
 
+T1 = (
+    (4, 2, 2, 4), (4, 3, 2, 4), (4, 3, 4, 9), (4, 5, 5, 25), (8, 2, 2, 16), (8, 3, 3, 81), (8, 3, 2, 16),
+    (8, 4, 4, 256), (16, 2, 2, 256), (16, 2, 3, 256),
+)  # fmt: skip
+"""N, M, r_0, and the rank of even | odd."""
+
+
 @pytest.mark.parametrize("sharing", ["shared", "unshared"])
 @pytest.mark.parametrize(
-    ("modes", "channels", "first", "rank"),
+    ("modes", "channels", "first", "rank", "upper"),
     [
-        (4, 2, 2, 4), (4, 3, 2, 4), (4, 3, 4, 9), (4, 5, 5, 25), (8, 2, 2, 16), (8, 3, 3, 81), (8, 3, 2, 16),
-        (8, 4, 4, 256), (16, 2, 2, 256), (16, 2, 3, 256),
+        pytest.param(*case, upper, marks=pytest.mark.slow if case[3] == 256 and upper > 1 else ())
+        for case in T1
+        for upper in (1, 2, 3)
     ],
-)  # fmt: skip
+)
 def test_convac_6_even_odd_ranks_are_exponential(
-    modes: int, channels: int, first: int, rank: int, sharing: str
+    modes: int, channels: int, first: int, rank: int, upper: int, sharing: str
 ) -> None:
+    """Whatever the widths of the upper levels; with a width of 1 in all of them too."""
     tree = ModeTree.sequence(modes)
-    for upper in (1, 3) if rank < 256 else (1,):
-        widths = (first, *(upper for _ in tree.levels[1:]))
-        net = architecture(tree, channels, widths, sharing)
-        assert net.rank(range(0, modes, 2)) == rank == bounds.shallow_width(channels, widths, modes)
+    widths = (first, *(upper for _ in tree.levels[1:]))
+    net = architecture(tree, channels, widths, sharing)
+    assert net.rank(range(0, modes, 2)) == rank == bounds.shallow_width(channels, widths, modes)
 
 
 SEVEN = [(2, (2, 2, 2)), (2, (3, 2, 2)), (3, (2, 3, 2)), (3, (3, 2, 4)), (2, (4, 5, 3)), (3, (3, 3, 1)), (3, (2, 2, 5))]
 
 
+@cache
+def ranks_of_all_partitions(channels: int, widths: tuple[int, ...], sharing: str) -> dict[tuple[int, ...], int]:
+    net = architecture(ModeTree.sequence(8), channels, widths, sharing)
+    return {part: net.rank(part) for part in halves_of_partitions(8)}
+
+
 @pytest.mark.parametrize(("channels", "widths"), SEVEN)
 def test_convac_7_rank_is_minimum_cut_for_all_partitions(channels: int, widths: tuple[int, ...]) -> None:
-    """And convac_8: the bounds enclose it."""
+    net = architecture(ModeTree.sequence(8), channels, widths)
+    generic, tied = (ranks_of_all_partitions(channels, widths, s) for s in ("unshared", "shared"))
+    assert len(generic) == len(tied) == 127
+    cuts = {part: net.mincut(part).value for part in generic}
+    assert generic == cuts
+    assert all(tied[part] <= cut for part, cut in cuts.items())
+    assert sum(tied[part] < cut for part, cut in cuts.items()) == (30 if widths == (4, 5, 3) else 0)
+
+
+@pytest.mark.parametrize(("channels", "widths"), SEVEN)
+def test_convac_8_bounds_enclose_the_ranks(channels: int, widths: tuple[int, ...]) -> None:
+    """Lower and upper bound of theorem 1, the lower one by lowered capacities, and what a network reports."""
     tree = ModeTree.sequence(8)
-    unshared, shared = architecture(tree, channels, widths), architecture(tree, channels, widths, "shared")
-    parts = halves_of_partitions(8)
-    assert len(parts) == 127
-    lower = 0
-    for part in parts:
-        cut, rank, tied = unshared.mincut(part).value, unshared.rank(part), shared.rank(part)
-        assert rank == cut
-        assert tied <= cut
-        lower += tied < cut
-        found = unshared.bounds(part)
-        assert found.lower <= rank <= found.cut <= found.upper
+    unshared, shared = (architecture(tree, channels, widths, s) for s in ("unshared", "shared"))
+    generic, tied = (ranks_of_all_partitions(channels, widths, s) for s in ("unshared", "shared"))
+    for part, rank in generic.items():
+        upper = bounds.upper_bound(tree, channels, widths, part)
+        assert bounds.lower_bound(tree, channels, widths, part) <= rank <= upper
+        assert unshared.mincut(part).value <= upper
         assert lowered_cut(tree, channels, widths, part) <= rank
-        assert shared.bounds(part).lower <= tied
-    assert lower == (30 if widths == (4, 5, 3) else 0)
+        found = unshared.bounds(part)
+        assert found.lower <= rank <= found.cut <= found.upper == upper
+        assert shared.bounds(part).lower <= tied[part] <= shared.bounds(part).upper
 
 
 def test_convac_7_symmetry_lowers_the_rank_of_a_shared_pair() -> None:
@@ -138,17 +162,24 @@ def test_a_cut_is_the_least_over_all_assignments(data: st.DataObject) -> None:
 @pytest.mark.parametrize("sharing", ["shared", "unshared"])
 def test_convac_8_shallow_ranks(terms: int, sharing: str) -> None:
     net = ConvAC.cp(None, 4, terms, channels=3, sharing=sharing, dtype=F64)
-    for part in ([0], [0, 1], [0, 2, 3]):
-        expected = bounds.shallow_bound(3, terms, 4, part, shared=sharing == "shared")
+    for part in halves_of_partitions(4):
+        sizes = len(part), 4 - len(part)
+        symmetric = [math.comb(3 + n - 1, n) for n in sizes]
+        expected = min(*(symmetric if sharing == "shared" else [3**n for n in sizes]), terms)
         assert net.rank(part) == expected == net.bounds(part).cut
+        assert bounds.shallow_bound(3, terms, 4, part, shared=sharing == "shared") == expected
 
 
-def test_convac_9_truncation_costs_exponential_width() -> None:
-    deep = architecture(ModeTree.sequence(8), 2, (3, 3, 2))
-    truncated = architecture(ModeTree.sequence(8).truncated(2), 2, (3, 3))
-    part = [0, 1, 4, 5]
-    assert deep.rank(part) == min(3, 3, 4) ** 2 >= bounds.truncated_width(2, (3, 3, 2), 8, 2)
-    assert truncated.rank(part) <= 3
+@pytest.mark.parametrize(
+    ("channels", "widths", "last"), [(2, (3, 3, 2), 3), (2, (2, 2, 2), 3), (3, (2, 3, 1), 2), (2, (5, 4, 3), 6)]
+)
+def test_convac_9_truncation_costs_exponential_width(channels: int, widths: tuple[int, int, int], last: int) -> None:
+    deep = architecture(ModeTree.sequence(8), channels, widths)
+    truncated = architecture(ModeTree.sequence(8).truncated(2), channels, (widths[0], last))
+    part, needed = [0, 1, 4, 5], bounds.truncated_width(channels, widths, 8, 2)
+    assert needed == min(channels, widths[0], widths[1]) ** 2
+    assert deep.rank(part) == min(widths[1], widths[0], channels**2) ** 2 >= needed
+    assert truncated.rank(part) <= last
     with pytest.raises(ShapeError, match="truncation"):
         bounds.truncated_width(2, (3, 3), 4, 2)
 
@@ -184,10 +215,13 @@ def test_convac_11_spectrum_is_that_of_the_tensor(part: tuple[int, ...], tree: M
 
 
 def test_convac_11_halves_of_a_thousand_patches() -> None:
-    net = drawn(ModeTree.sequence(1024), 8, 16)
-    start = time.process_time()
-    found = net.separation_spectrum(range(512))
-    assert time.process_time() - start < 3.0
+    """In under a second of processor time: the least of three, since other processes share the caches."""
+    net, times = drawn(ModeTree.sequence(1024), 8, 16), list[float]()
+    while not times or (times[-1] >= 1.0 and len(times) < 3):
+        start = time.process_time()
+        found = net.separation_spectrum(range(512))
+        times.append(time.process_time() - start)
+    assert times[-1] < 1.0
     assert found.values.shape == (16,)
     assert found.rank() == 16 == net.mincut(range(512)).value
     assert math.isfinite(found.log_norm)
@@ -197,11 +231,44 @@ def test_convac_11_halves_of_a_thousand_patches() -> None:
 
 def test_rank_of_given_weights() -> None:
     net = drawn(ModeTree.sequence(4), 3, 3)
-    assert net.rank([0, 2], exact=True) == 9
+    assert net.rank([0, 2], method="exact") == 9
     net.layers[0][0].weights.set_dense(torch.ones(1, 3, 3, dtype=F64))
-    assert net.rank([0, 2], exact=True) == 1
+    assert net.rank([0, 2], method="exact") == 1
     net.output.weights.set_dense(torch.zeros(1, 1, 3, dtype=F64))
-    assert net.rank([0, 2], exact=True) == 0
+    assert net.rank([0, 2], method="exact") == 0
+
+
+@pytest.mark.parametrize("tree", [ModeTree.sequence(8), ModeTree.chain(8), ModeTree.mirror(2, 4)])
+def test_ranks_by_sketch_and_by_spectrum(tree: ModeTree) -> None:
+    """Both of the very weights, in float64; orthogonal ones have spectra that do not decay."""
+    generator = torch.Generator().manual_seed(0)
+    net = architecture(tree, 3, 3, initialize=lambda w: orthogonal_(w, generator=generator))
+    for part in halves_of_partitions(8)[::13]:
+        assert net.rank(part, method="sketch") == net.rank(part, method="spectrum") == net.mincut(part).value
+    net.initialize(lambda w: w.set_dense(torch.ones(w.shape, dtype=F64)))
+    assert net.rank([0, 3, 5], method="sketch") == net.rank([0, 3, 5], method="spectrum") == 1
+    net.output.weights.set_dense(torch.zeros(1, 1, 3, dtype=F64))
+    assert net.rank([0, 2], method="sketch") == net.rank([0, 2], method="spectrum") == 0
+
+
+def test_ranks_of_a_thousand_patches_by_every_method() -> None:
+    tree = ModeTree.sequence(1024)
+    generator = torch.Generator().manual_seed(0)
+    net = architecture(tree, 2, 3, initialize=lambda w: orthogonal_(w, generator=generator))
+    half = range(512)
+    assert [net.rank(half, method=m) for m in RankMethod] == [net.mincut(half).value] * len(RankMethod)
+    with pytest.raises(ValueError, match="guess"):
+        net.rank(half, method="guess")
+
+
+def test_sketches_of_overlapping_windows_and_of_rectifiers() -> None:
+    net = drawn(ModeTree.overlapping(6, (3,)), 2, 3)
+    assert net.rank(range(3), method="sketch") == int(
+        torch.linalg.matrix_rank(matricize(net.grid_tensor(torch.eye(2, dtype=F64)).detach(), range(3)))
+    )
+    rectifier = architecture(ModeTree.sequence(4), 2, 2, activation="relu", pooling="max", semiring=Plain())
+    with pytest.raises(ShapeError, match="rectifier"):
+        rectifier.rank([0], method="sketch")
 
 
 def test_numerical_ranks_agree_where_float64_suffices() -> None:
@@ -220,40 +287,58 @@ def test_ranks_of_structured_weights() -> None:
     assert monarch.bounds([0]).lower == 1
 
 
-def test_convac_18_overlaps_raise_the_rank_of_halves() -> None:
-    ranks = {}
-    for width in (2, 3):
-        tree = ModeTree.overlapping(8, (3, 3))
-        net = architecture(tree, 2, width, sharing=("window", "window", "unshared"))
-        ranks[width] = net.rank(range(4))
-        plain = architecture(ModeTree.sequence(8), 2, width, "window")
-        assert plain.rank(range(4)) == width < ranks[width]
-    assert ranks[3] == 16, "full"
+@pytest.mark.parametrize(("channels", "width"), [(2, 2), (2, 3), (3, 2), (3, 3)])
+def test_convac_18_overlaps_raise_the_rank_of_halves(channels: int, width: int) -> None:
+    """Two layers of windows of three at steps of one, then all: grid-tensor ranks on one-hot templates.
+
+    Another implementation, with other edges, found 15, 16, 36 and 75.
+    """
+    net = architecture(ModeTree.overlapping(8, (3, 3)), channels, width, sharing=("window", "window", "unshared"))
+    plain = architecture(ModeTree.sequence(8), channels, width, "window")
+    rank = net.rank(range(4))
+    assert plain.rank(range(4)) == width < rank
+    assert rank == {(2, 2): 16, (2, 3): 16, (3, 2): 36, (3, 3): 81}[channels, width]
+
+
+def test_what_overlapping_windows_have_not() -> None:
+    net = architecture(ModeTree.overlapping(8, (3, 3)), 2, 2)
     with pytest.raises(ShapeError, match="overlapping"):
         net.mincut(range(4))
     with pytest.raises(ShapeError, match="grid_tensor"):
         net.coefficient_tensor()
 
 
-@pytest.mark.parametrize("pooling", ["average", "max"])
-def test_convac_19_rectifier_ranks(pooling: str) -> None:
-    """R2: average pooling has rank at most 2 for halves; R3: a shallow maximum has at most Z M |I|."""
-    options = {"activation": "relu", "pooling": pooling, "semiring": Plain()}
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
+def rectifier_grid(levels: int, pooling: str, seed: int, modes: int = 8) -> torch.Tensor:
+    """The grid tensor of a random rectifier network truncated to that many levels; M = 2, r = 4."""
+    generator = torch.Generator().manual_seed(seed)
 
-        def normal(weights: Weights, generator: torch.Generator = generator) -> None:
-            normal_(weights, generator=generator)
+    def normal(weights: Weights) -> None:
+        weights.set_dense(torch.randn(weights.weight.shape, generator=generator, dtype=F64))
 
-        deep = architecture(ModeTree.sequence(8), 2, 4, initialize=normal, **options)
-        shallow = architecture(ModeTree.sequence(8, 8), 2, 4, initialize=normal, **options)
-        grids = [net.grid_tensor(torch.eye(2, dtype=F64)).detach() for net in (deep, shallow)]
-        if pooling == "average":
-            assert int(torch.linalg.matrix_rank(matricize(grids[0], range(4)))) <= 2
-            for part in halves_of_partitions(8)[::7]:
-                assert int(torch.linalg.matrix_rank(matricize(grids[1], part), rtol=1e-10)) <= 2
-        else:
-            assert int(torch.linalg.matrix_rank(matricize(grids[1], range(0, 8, 2)))) <= 4 * 2 * 4
+    tree = ModeTree.sequence(modes).truncated(levels)
+    options = {"activation": "relu", "pooling": pooling, "semiring": Plain(), "initialize": normal}
+    return architecture(tree, 2, 4, **options).grid_tensor(torch.eye(2, dtype=F64)).detach()
+
+
+def float_rank(grid: torch.Tensor, part: Sequence[int]) -> int:
+    return int(torch.linalg.matrix_rank(matricize(grid, part), rtol=1e-10))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_convac_19_average_pooling_has_rank_two(levels: int) -> None:
+    """R2: for halves at every depth, for all partitions when shallow."""
+    for seed in range(5):
+        grid = rectifier_grid(levels, "average", seed)
+        assert float_rank(grid, range(4)) <= 2
+        if levels == 1:
+            assert all(float_rank(grid, part) <= 2 for part in halves_of_partitions(8))
+
+
+@pytest.mark.parametrize("modes", [4, 6, 8])
+def test_convac_19_a_shallow_maximum_has_a_bounded_rank(modes: int) -> None:
+    """R3: at most Z M |I|, here for even | odd."""
+    ranks = [float_rank(rectifier_grid(1, "max", seed, modes), range(0, modes, 2)) for seed in range(5)]
+    assert 1 < max(ranks) <= 4 * 2 * modes // 2
 
 
 def test_convac_19_max_pooling_is_universal() -> None:
@@ -277,26 +362,18 @@ def test_convac_19_max_pooling_is_universal() -> None:
 
 @pytest.mark.slow
 def test_convac_19_complete_against_incomplete_depth_efficiency() -> None:
-    ranks: dict[str, list[int]] = {"max": [], "product": []}
+    """R5: even | odd ranks of 300 draws, maximum against product."""
+    maxima = [float_rank(rectifier_grid(3, "max", seed), range(0, 8, 2)) for seed in range(300)]
+    assert min(maxima) <= 4
+    assert len(set(maxima)) > 4
     for seed in range(300):
-        for pooling in ranks:
-            generator = torch.Generator().manual_seed(seed)
-            activation = "relu" if pooling == "max" else "none"
+        generator = torch.Generator().manual_seed(seed)
 
-            def normal(weights: Weights, generator: torch.Generator = generator) -> None:
-                weights.set_dense(torch.randn(weights.weight.shape, generator=generator, dtype=F64))
+        def normal(weights: Weights, generator: torch.Generator = generator) -> None:
+            weights.set_dense(torch.randn(weights.weight.shape, generator=generator, dtype=F64))
 
-            net = architecture(
-                ModeTree.sequence(8), 2, 4, activation=activation, pooling=pooling, semiring=Plain(), initialize=normal
-            )
-            if pooling == "product":
-                ranks[pooling].append(net.rank(range(0, 8, 2), exact=True))
-            else:
-                grid = net.grid_tensor(torch.eye(2, dtype=F64)).detach()
-                ranks[pooling].append(int(torch.linalg.matrix_rank(matricize(grid, range(0, 8, 2)), rtol=1e-9)))
-    assert set(ranks["product"]) == {16}
-    assert min(ranks["max"]) <= 4
-    assert len(set(ranks["max"])) > 4
+        net = architecture(ModeTree.sequence(8), 2, 4, initialize=normal)
+        assert net.rank(range(0, 8, 2), method="exact") == 16
 
 
 @pytest.mark.parametrize("tree", [ModeTree.sequence(8), ModeTree.dilated((2, 1, 0)), ModeTree.dilated((1, 0, 2))])

@@ -16,6 +16,7 @@ from structmat.nn.convac.semiring import (
     Log,
     MaxProduct,
     Plain,
+    RootMeanSquare,
     Scaled,
     Semiring,
     SignedLog,
@@ -171,6 +172,20 @@ def test_convac_13_gradients_by_finite_differences(semiring: Semiring) -> None:
         return torch.func.functional_call(net, changed, (x.detach(),))
 
     assert torch.autograd.gradcheck(of_weights, tuple(p for p in net.parameters()))
+
+
+def test_convac_13_gradients_of_normalised_networks() -> None:
+    """Differentiated through the normalisation, for inputs and weights."""
+    net = random_network(8, 2, 2, 2, F64, semiring=RootMeanSquare())
+    x = (inputs(2, 2, 8).abs() + 0.2).requires_grad_()
+    assert torch.autograd.gradcheck(net, (x,))
+    names = [n for n, _ in net.named_parameters()]
+
+    def of_weights(*values: Tensor) -> Tensor:
+        scores: Tensor = torch.func.functional_call(net, dict(zip(names, values, strict=True)), (x.detach(),))
+        return scores
+
+    assert torch.autograd.gradcheck(of_weights, tuple(net.parameters()))
 
 
 def test_convac_13_max_product_passes_the_gradient_to_the_maximum() -> None:

@@ -1,7 +1,13 @@
-"""The shallow approximation of a tensor: a CP fit by alternating least squares, and how good any could be."""
+"""The shallow approximation of a tensor: a CP fit, and how good any could be.
+
+Alternating least squares finds the neighborhood and then creeps: where terms nearly cancel, one factor alone can hardly
+move. Damped Gauss-Newton steps on all factors together go on from there; their normal equations need no Jacobian, only
+the small Gram matrices of the factors (Tomasi and Bro 2006).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +18,9 @@ from torch import Tensor
 from structmat.errors import DataError
 from structmat.nn.convac.expand import matricize
 from structmat.nn.convac.formats import CP
+
+LARGEST_SYSTEM = 2100
+"""Unknowns of a Gauss-Newton step: its Cholesky decomposition takes their number cubed / 3."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +40,25 @@ class CPFit:
 
 
 def fit_cp(
-    tensor: Tensor, terms: int, *, sweeps: int = 200, starts: int = 3, seed: int = 0, part: Sequence[int] | None = None
+    tensor: Tensor,
+    terms: int,
+    *,
+    sweeps: int = 60,
+    starts: int = 4,
+    steps: int = 50,
+    seed: int = 0,
+    part: Sequence[int] | None = None,
 ) -> CPFit:
-    """Alternating least squares from random starts; cost ``2 M^N Z`` for each mode of a sweep.
+    """Alternating least squares from random starts, then damped Gauss-Newton steps from the best.
+
+    Cost ``2 M^N Z`` for each mode of a sweep; a step as much as a sweep, and ``(N M Z)^3 / 3``.
 
     Args:
         tensor: (M_0, .., M_{N-1}), not zero.
         terms: Z.
         sweeps: over all modes.
         starts: the best is kept.
+        steps: of Gauss and Newton, at most; none beyond 2,100 numbers N M Z.
         seed: of the starts.
         part: the partition of the bound, by default even | odd.
 
@@ -54,6 +73,8 @@ def fit_cp(
     scaled = tensor / norm
     found = [_alternate(scaled, terms, sweeps, seed + start) for start in range(starts)]
     error, best = min(found, key=lambda pair: pair[0])
+    if terms * sum(tensor.shape) <= LARGEST_SYSTEM:
+        error, best = _refine(scaled, error, best, steps)
     return CPFit(CP(best.weights * norm, best.factors), error, eckart_young(scaled, terms, part))
 
 
@@ -91,6 +112,73 @@ def _alternate(tensor: Tensor, terms: int, sweeps: int, seed: int) -> tuple[floa
             if error < 1e-14 or abs(previous - error) < 1e-12:
                 break
     return best
+
+
+def _refine(tensor: Tensor, error: float, start: CP, steps: int) -> tuple[float, CP]:
+    """Levenberg and Marquardt's method: the damping follows how well the quadratic model predicts each step."""
+    share = start.weights ** (1 / len(start.factors))
+    factors, damping, growth = [f * share for f in start.factors], math.nan, 2.0
+    for _ in range(steps):
+        if error < 1e-14:
+            break
+        gram, gradient = _normal_equations(tensor, factors)
+        damping = 1e-3 * float(gram.diagonal().amax()) if math.isnan(damping) else damping
+        previous = error
+        while damping < 1e12 and error == previous:
+            damped = gram + damping * torch.eye(len(gram), dtype=gram.dtype)
+            triangle, failed = torch.linalg.cholesky_ex(damped)
+            if not int(failed):
+                step = -torch.cholesky_solve(gradient[:, None], triangle).squeeze(1)
+                moved = [f + d.reshape(f.shape) for f, d in zip(factors, _split(step, factors), strict=True)]
+                reached = float((_written_out(moved) - tensor).norm())
+                if reached < error:
+                    gain = (error**2 - reached**2) / float(step @ (damping * step - gradient))
+                    factors, error = moved, reached
+                    damping, growth = damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), 2.0
+                    break
+            damping, growth = damping * growth, 2 * growth
+        if error > previous * (1 - 1e-9):
+            break
+    norms = [f.norm(dim=0) for f in factors]
+    units = tuple(f / torch.where(n > 0, n, 1.0) for f, n in zip(factors, norms, strict=True))
+    return error, CP(torch.stack(norms).prod(0), units)
+
+
+def _split(step: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
+    return step.split([f.numel() for f in factors])
+
+
+def _written_out(factors: list[Tensor]) -> Tensor:
+    return CP(factors[0].new_ones(factors[0].shape[1]), tuple(factors)).to_tensor()
+
+
+def _normal_equations(tensor: Tensor, factors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``J^T J`` and the gradient ``J^T (T_CP - T)`` of all entries of all factors, one factor after the other."""
+    grams = [f.T @ f for f in factors]
+    count, terms = len(factors), factors[0].shape[1]
+
+    def others(*left_out: int) -> Tensor:
+        result = grams[0].new_ones(terms, terms)
+        for mode, gram in enumerate(grams):
+            if mode not in left_out:
+                result = result * gram
+        return result
+
+    rows, gradient = list[Tensor](), list[Tensor]()
+    for mode, factor in enumerate(factors):
+        own = others(mode)
+        rest = [f for other, f in enumerate(factors) if other != mode]
+        gradient.append((factor @ own - _contracted(tensor.movedim(mode, 0), rest)).flatten())
+        blocks = list[Tensor]()
+        for other in range(count):
+            if other == mode:
+                blocks.append(torch.kron(torch.eye(len(factor), dtype=factor.dtype), own))
+                continue
+            # Of entry (a, z) of this factor and (b, w) of the other: A[a, w] B[b, z] times the Grams of the rest.
+            block = torch.einsum("zw,aw,bz->azbw", others(mode, other), factor, factors[other])
+            blocks.append(block.reshape(factor.numel(), -1))
+        rows.append(torch.cat(blocks, 1))
+    return torch.cat(rows), torch.cat(gradient)
 
 
 def _contracted(tensor: Tensor, factors: list[Tensor]) -> Tensor:

@@ -1,13 +1,16 @@
 """Tensor formats: CP, hierarchical Tucker and tensor-train, as values that can be written out.
 
-Conventions are TensorLy's where it has the format: :meth:`CP.as_tuple` is its CP tensor ``(weights, factors)``, and
-``TensorTrain.cores`` its tensor-train. It has no hierarchical Tucker.
+Conventions are TensorLy's where it has the format. Its CP tensor is the pair ``(weights, factors)``, its tensor-train
+the list of cores: :meth:`CP.as_tuple` and :meth:`TensorTrain.as_list` give them to all of its functions, and
+:meth:`CP.of` and :meth:`TensorTrain.of` take its ``CPTensor`` and ``TTTensor``. It has no hierarchical Tucker.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +51,18 @@ class CP:
         """What TensorLy takes for a CP tensor."""
         return self.weights, list(self.factors)
 
+    @classmethod
+    def of(cls, given: Iterable[Any]) -> CP:
+        """From TensorLy's ``CPTensor``, or the pair; weights may be ``None``: ones.
+
+        Raises:
+            ShapeError: as for the class.
+        """
+        weights, factors = given
+        found = tuple(torch.as_tensor(f) for f in factors)
+        ones = found[0].new_ones(found[0].shape[-1]) if found else torch.ones(1)
+        return cls(ones if weights is None else torch.as_tensor(weights), found)
+
     def to_tensor(self) -> Tensor:
         """Written out, (M_0, .., M_{N-1})."""
         result = self.weights.unsqueeze(0)
@@ -74,6 +89,19 @@ class TensorTrain:
         ends = [1, *(s[-1] for s in shapes)]
         if not shapes or any(len(s) != 3 for s in shapes) or [s[0] for s in shapes] != ends[:-1] or ends[-1] != 1:
             raise ShapeError(f"Tensor-train cores have shapes (1, M, r), (r, M, s), .., (t, M, 1); got {shapes}.")
+
+    def as_list(self) -> list[Tensor]:
+        """What TensorLy takes for a tensor-train."""
+        return list(self.cores)
+
+    @classmethod
+    def of(cls, given: Iterable[Any]) -> TensorTrain:
+        """From TensorLy's ``TTTensor``, or the list of cores.
+
+        Raises:
+            ShapeError: as for the class.
+        """
+        return cls(tuple(torch.as_tensor(core) for core in given))
 
     @property
     def ranks(self) -> tuple[int, ...]:

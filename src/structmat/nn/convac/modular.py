@@ -129,7 +129,7 @@ def _random_matrices(weights: Weights, rng: np.random.Generator) -> Ints:
         if not torch.equal(dense, dense.round()) or float(dense.abs().max()) >= 2.0**53:
             raise StructureError(
                 f"{weights.structure} has entries that are no integers for integer parameters, so that its rank "
-                "can't be found in a finite field. Use rank(part, exact=True), which takes the weights as they are."
+                "can't be found in a finite field. Use rank(part, method='exact'), which takes the weights as they are."
             )
         found.append(dense.numpy().astype(np.int64) % PRIME)
     return np.stack(found)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.errors import ShapeError
-from structmat.nn.convac.options import Activation, Pooling, check_options
+from structmat.nn.convac.options import Activation, Pooling, RankMethod, check_options
 from structmat.nn.convac.semiring import Scaled, Semiring, Signed, State, concatenate, select
 from structmat.nn.convac.tree import Edge, ModeTree
 from structmat.nn.convac.weights import Constraint, EdgeMap, Sharing, Slot, Weights, averaging_, dirichlet_, normal_
@@ -287,16 +287,25 @@ class ConvAC(nn.Module):
         level = self.tree.level_of(edge.node)
         return self.channels if level < 0 else self.widths[level]
 
-    def rank(self, part: Sequence[int], *, exact: bool = False) -> int:
+    def rank(self, part: Sequence[int], *, method: RankMethod | str = RankMethod.GENERIC, output: int = 0) -> int:
         """Rank of the matricisation of the coefficient tensor: modes ``part`` | the rest.
 
         It is the separation rank of the scores if the representation functions are linearly independent. By default the
-        generic rank of the architecture; see :func:`structmat.nn.convac.modular.generic_rank`; ``exact``: of these very
-        weights, as the rational numbers that the floats are.
+        generic rank of the architecture; the other methods take the weights as they are, of one output. All work for
+        thousands of patches as long as the minimum cut is small. See :class:`RankMethod`.
         """
-        from structmat.nn.convac.modular import generic_rank, weights_rank
+        from structmat.nn.convac import modular
+        from structmat.nn.convac.sketch import sketched_rank
 
-        return weights_rank(self, part) if exact else generic_rank(self, part)
+        match RankMethod(method):
+            case RankMethod.GENERIC:
+                return modular.generic_rank(self, part)
+            case RankMethod.EXACT:
+                return modular.weights_rank(self, part, output=output)
+            case RankMethod.SKETCH:
+                return sketched_rank(self, part, output=output)
+            case RankMethod.SPECTRUM:
+                return self.separation_spectrum(part, output).rank()
 
     def bounds(self, part: Sequence[int]) -> RankBounds:
         """What the theorems say about the rank: lower and upper bound."""

@@ -25,11 +25,25 @@ class Activation(enum.StrEnum):
     RELU = "relu"
 
 
+class RankMethod(enum.StrEnum):
+    """How the rank of a matricisation is found."""
+
+    GENERIC = "generic"
+    """That of almost all weights: random ones in a finite field, without tolerances."""
+    EXACT = "exact"
+    """That of the network's own weights, as the rational numbers that the floats are."""
+    SKETCH = "sketch"
+    """Of its own weights in float64: the network on random functionals of both sides, and a tolerance."""
+    SPECTRUM = "spectrum"
+    """Of its own weights in float64: singular values above rounding, for partitions of few tiles."""
+
+
 UNSUPPORTED = (
     "a logarithmic semiring with unconstrained weights: Log() and MaxProduct() hold numbers of at least 0",
     "ReLU or pooling by maximum or average in any semiring but Plain(): they are not multilinear",
     "product pooling with ReLU, or max and average pooling without: no model of the literature, no theorem",
-    "complex or Fourier families under a constraint: their entries have both signs",
+    "complex or Fourier families under a constraint: their entries have both signs; nor can families be constrained "
+    "that have fixed negative entries or rows without entries",
     "overlapping windows in a TensorialMixture, a coefficient tensor or a minimum cut: inputs would be counted twice",
     "other semirings than Plain() and Scaled() in RecurrentConvAC and MixedConvAC: signed cores, and a sum of two "
     "scores",

@@ -123,18 +123,26 @@ def generative_optimizer(model: nn.Module, steps: int, *, rate: float = 0.03) ->
     """
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = NAdam(learned, lr=rate, betas=(0.975, 0.999), eps=1e-16)
+    return optimizer, LambdaLR(optimizer, constant_then_linear(steps))
+
+
+def constant_then_linear(steps: int) -> Callable[[int], float]:
+    """Factor of the rate at a step: one for 80 % of the steps, then linear to zero."""
     constant = 0.8 * steps
 
     def factor(step: int) -> float:
         return 1.0 if step < constant else max(0.0, (steps - step) / max(1.0, steps - constant))
 
-    return optimizer, LambdaLR(optimizer, factor)
+    return factor
 
 
 def marginalize(
-    x: Tensor, probability: float = PIXELS_MARGINALIZED, *, generator: torch.Generator | None = None
+    x: Tensor, probability: float | Tensor = PIXELS_MARGINALIZED, *, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Each number missing (NaN; -1 for symbols) with that probability: the regularisation of generative training."""
+    """Each number missing (NaN; -1 for symbols) with that probability: the regularisation of generative training.
+
+    ``probability``: a number, or a tensor that broadcasts over ``x``, for instance one rate for each image.
+    """
     hidden = torch.rand(x.shape, generator=generator).to(x.device) < probability
     return torch.where(hidden, math.nan if x.is_floating_point() else -1, x)
 

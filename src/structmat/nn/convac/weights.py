@@ -118,6 +118,8 @@ class Weights(nn.Module):
             else:
                 self.register_parameter(name, nn.Parameter((stacked.abs() + 1e-8).log()))
         self._names = tuple(drawn[0])
+        # Some families have no floating tensors; the dtype and the device of the dense matrices are kept here.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         if constraint is not Constraint.NONE:
             matrices = self._matrices().detach()
             if bool((matrices < 0).any()) or not bool((matrices.sum(-1) > 0).all()):
@@ -142,8 +144,8 @@ class Weights(nn.Module):
         return matrices / matrices.sum(-1, keepdim=True) if self.constraint is Constraint.SIMPLEX else matrices
 
     def _matrices(self) -> Tensor:
-        reference: Tensor = getattr(self, self._learned[0])
-        eye = torch.eye(self.shape[1], dtype=reference.dtype, device=reference.device)
+        like = self.get_buffer("like")
+        eye = torch.eye(self.shape[1], dtype=like.dtype, device=like.device)
         return torch.stack([apply(self._program, self._tensors(i), eye).T for i in range(self.copies)])
 
     def log_dense(self) -> Tensor:
