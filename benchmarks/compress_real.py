@@ -176,7 +176,7 @@ def recovered(cell: Cell, rate: float, steps: int, folder: Path | None) -> tuple
     return model, outcome
 
 
-def run_recovery(cell: Cell, rate: float, steps: int) -> dict[str, Any]:
+def run_recovery(cell: Cell, rate: float, steps: int, minutes: float) -> dict[str, Any]:
     """Recover what the first phase saved, and complete its result."""
     import structmat as sm
 
@@ -187,7 +187,7 @@ def run_recovery(cell: Cell, rate: float, steps: int) -> dict[str, Any]:
     result["quality"]["after"] = real.evaluate(model)
     result["peak_memory_mb"]["recovery"] = compress_measure.peak()
     result["recovery"] = {
-        "minutes": real.minutes,
+        "minutes": minutes,
         "rate": rate,
         "steps": outcome.steps,
         "kept_step": outcome.kept_step,
@@ -477,7 +477,9 @@ def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
             available = minutes_left(cell) if minutes is None else minutes
             print(f"{label}: recovery, {available:.2g} minutes", flush=True)
             rate, steps = best_rate(cell, available), steps_within(cell, available)
-            in_own_process(cell, "recovery", "--rate", str(rate), "--steps", str(steps))
+            said = MODELS[cell.model].minutes if minutes is None else minutes
+            options = ("--rate", str(rate), "--steps", str(steps), "--minutes", str(said))
+            in_own_process(cell, "recovery", *options)
         if phase == "rates" and has_start(cell):
             best_rate(cell, minutes_left(cell) if minutes is None else minutes)
         if phase == "steps" and cell.seed == 0 and has_start(cell) and not clock_result(cell).exists():
@@ -491,7 +493,7 @@ def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
     write_tables(STUDY_FOLDER, table_cells())
 
 
-def run_cell(phase: str, cell: Cell, rate: float | None, steps: int | None) -> None:
+def run_cell(phase: str, cell: Cell, rate: float | None, steps: int | None, minutes: float | None) -> None:
     """A phase of a cell, in this process."""
     if phase == "rates":
         assert rate is not None, "a rate is tried"
@@ -510,7 +512,8 @@ def run_cell(phase: str, cell: Cell, rate: float | None, steps: int | None) -> N
     else:
         assert rate is not None, "recovery has a rate"
         assert steps is not None, "and so many steps"
-        write(cell.result, run_recovery(cell, rate, steps))
+        assert minutes is not None, "which are so many minutes"
+        write(cell.result, run_recovery(cell, rate, steps, minutes))
 
 
 def main() -> None:
@@ -529,7 +532,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="the learning rate of this process")
     parser.add_argument("--steps", type=int, help="of recovery, that this process takes")
     options = parser.parse_args()
-    if options.minutes is not None and options.results is None:
+    if options.minutes is not None and options.results is None and options.action != "cell":
         parser.error("--minutes makes figures that are not the study's: say with --results where they go")
     _place(options.results, options.work)
     if options.action == "table":
@@ -541,7 +544,13 @@ def main() -> None:
         return
     require_data()
     if options.action == "cell":
-        run_cell(options.phase, next(c for c in cells(99) if c.key == options.key), options.rate, options.steps)
+        run_cell(
+            options.phase,
+            next(c for c in cells(99) if c.key == options.key),
+            options.rate,
+            options.steps,
+            options.minutes,
+        )
         return
     if options.phase in SINGLE:
         path = single_result(options.phase)

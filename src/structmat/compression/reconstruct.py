@@ -133,8 +133,9 @@ def _solved(
     judges: set[int],
     forward: Forward | None,
 ) -> Reconstructed | None:
-    module = model.get_submodule(name)
-    adapter = _adapter(module)
+    module, dense = model.get_submodule(name), original.get_submodule(name)
+    teacher = layer_of(dense)
+    assert teacher is not None, "layers that the original has not are not counted"
     fit: list[Moments] = []
     judge: list[Moments] = []
     for number, batch in enumerate(batches):
@@ -144,7 +145,7 @@ def _solved(
             return None
         into = judge if number in judges else fit
         into[:] = found if not into else [a + b for a, b in zip(into, found, strict=True)]
-        enough = max(FEWEST_ROWS, ROWS_PER_INPUT * found[0].inputs.shape[0]) * adapter.overlap(module)
+        enough = max(FEWEST_ROWS, ROWS_PER_INPUT * found[0].inputs.shape[0]) * teacher.overlap(dense)
         if judge and fit and fit[0].rows >= enough:
             break
     bias = cast(Tensor | None, module.bias)
