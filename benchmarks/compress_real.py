@@ -2,18 +2,24 @@
 
     python -m benchmarks.compress_real                      every cell that is not done, seed 0 before seed 1
     python -m benchmarks.compress_real --phase before       without recovery (minutes instead of hours)
-    python -m benchmarks.compress_real --phase rates        learning rates of the recovery, at one budget and seed
     python -m benchmarks.compress_real --phase steps        seconds of a step of every cell, on a quiet machine
     python -m benchmarks.compress_real --phase time         times of the compressed models again, likewise
+    python -m benchmarks.compress_real --phase tune         the same after sm.tune, in cells of their own, likewise
+    python -m benchmarks.compress_real --phase frontier     ten points of the language model from one screening
+    python -m benchmarks.compress_real --phase quality      Quality(loss=0.02), judged on a book that nothing has seen
     python -m benchmarks.compress_real --phase menu         what low rank alone could do for each single layer
     python -m benchmarks.compress_real table                the tables again, from what is there
+    python -m benchmarks.compress_real list                 every cell, and which are done
 
 A cell is (model, method, budget, seed). Each phase of a cell runs in a process of its own, so that its peak memory is
-its own, and is written when it ends: a study that was interrupted goes on where it stopped. Compressed models and
-checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
+its own, and is written when it ends: a study that was interrupted goes on where it stopped, recovery in the middle.
+Compressed models and checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
 
-Recovery takes the same time for every method: what is measured is the seconds of a step, on a quiet machine, and every
-cell then takes as many steps as fit. So a busy machine delays the study but does not change its outcome.
+Every method is recovered in the same way and for the same time, 5 minutes, or 15 for compressing and recovery of the
+language model together. First at three learning rates for a third of the time each; then, from the beginning, at the
+rate whose model was nearest to the original on held-out training data. What is measured is the processor's seconds of a
+step, and every cell takes as many steps as fit: a busy machine delays the study but does not change its outcome.
+``--minutes`` shortens recovery, to see that everything runs; its results are not written among the others.
 """
 
 from __future__ import annotations
@@ -22,7 +28,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,29 +39,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import compress_measure
+from benchmarks.compress_methods import (
+    DENSE,
+    LOW_RANK,
+    METHODS,
+    OURS,
+    PRUNED,
+    SMALL,
+    applies,
+    keep_zeros,
+    make,
+    processor_seconds,
+    rates,
+    skeleton,
+)
 from benchmarks.files import RESULTS, ROOT, environment, write
 from benchmarks.real_models import MODELS, RealModel, require_data
 from benchmarks.tables import write_tables
 
 WORK = ROOT / "build" / "compress_real"
-STUDY = RESULTS / "compress_real"
+STUDY_FOLDER = RESULTS / "compress_real"
 
-BUDGETS = (0.75, 0.5, 0.25)
-"""Shares of the parameters of the compressible layers. 0.75 is judged before recovery only."""
+BUDGETS = (0.5, 0.25)
+"""Shares of the parameters of the compressible layers."""
 
-RECOVERED = (0.5, 0.25)
-
-METHODS = {
-    "ours": "compress, every family, our allocation",
-    "low rank, allocated": "compress with low rank alone, our allocation",
-    "whitened SVD, uniform": "activation-whitened SVD, one ratio for all layers",
-    "SVD, uniform": "truncated SVD of the weights, one ratio for all layers",
-    "Monarch, uniform": "Monarch with 4 blocks, one ratio for all layers",
-    "BLAST, uniform": "BLAST with 4 blocks, one ratio for all layers",
-    "dense": "the original under the same recovery",
-}
-SEEDED = ("ours", "low rank, allocated")
+SEEDED = (OURS, LOW_RANK)
 """Ours and the best baseline get three seeds, the others one."""
+
+CLOCKED_STEPS = 24
+"""Steps of recovery whose median says how many fit."""
+
+FEWEST_MINUTES = 1.0
+"""Of recovery where compressing took the rest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +90,7 @@ class Cell:
 
     @property
     def result(self) -> Path:
-        return STUDY / f"{self.key}.json"
+        return STUDY_FOLDER / f"{self.key}.json"
 
     @property
     def folder(self) -> Path:
@@ -93,115 +108,28 @@ def cells(seeds: int) -> list[Cell]:
     everything = []
     for seed in range(seeds):
         for model, budget, method in itertools.product(MODELS, BUDGETS, METHODS):
-            if seed > 0 and method not in SEEDED:
+            if (seed > 0 and method not in SEEDED) or not applies(method, MODELS[model]):
                 continue
-            if method == "dense" and budget != RECOVERED[0]:
+            if method == DENSE and budget != BUDGETS[0]:
                 continue
             everything.append(Cell(model, method, budget, seed))
     return everything
 
 
+def table_cells() -> list[Cell]:
+    """What the tables show: the study's cells, and what else was run before."""
+    planned = cells(3)
+    found = [json.loads(path.read_text(encoding="utf-8"))["cell"] for path in sorted(STUDY_FOLDER.glob("*.json"))]
+    return planned + [cell for cell in (Cell(**fields) for fields in found) if cell not in planned]
+
+
 # -------------------------------------------------------------------------------------------------- one cell's run
 
 
-def compressed(cell: Cell, real: RealModel, model: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+def compressed(cell: Cell, real: RealModel) -> tuple[nn.Module, dict[str, Any]]:
     """The compressed model of a cell, before recovery, with what is known about its making."""
-    import structmat as sm
-
-    start = time.perf_counter()
-    if cell.method == "dense":
-        return model, {"seconds": {}, "layers": {}}
-    if cell.method in ("ours", "low rank, allocated"):
-        result = sm.compress(
-            model,
-            budget=sm.Parameters(cell.budget),
-            calibration=real.calibration(cell.seed),
-            structures=None if cell.method == "ours" else ("LowRank",),
-            sequential=True,
-            seed=cell.seed,
-            folder=cell.shared,
-            progress=True,
-        )
-        report = result.report
-        return result.model, {
-            "seconds": {**report.seconds, "all": time.perf_counter() - start},
-            "layers": {layer.name: layer.structure for layer in report.layers},
-            "predicted_loss": report.predicted_loss,
-            "chosen": [
-                {
-                    "layer": layer.name,
-                    "structure": layer.structure,
-                    "parameters": layer.parameters / layer.dense_parameters,
-                    "loss": layer.predicted_loss,
-                }
-                for layer in report.layers
-            ],
-        }
-    return uniform(cell, real, model, start)
-
-
-def low_rank_menu(real: RealModel) -> dict[str, list[dict[str, Any]]]:
-    """For each layer every size of low rank on the grid, with the rise of the loss that our steps predict for it."""
-    import structmat as sm
-    from structmat.compression.calibrate import calibrate
-    from structmat.compression.scan import scan
-    from structmat.compression.score import corrected, score
-    from structmat.compression.screen import screen
-
-    model, batches = real.load(), real.calibration(0)
-    sites = scan(model).sites
-    seen = calibrate(model, sites, batches, seed=0, progress=True)
-    found = screen(model, sites, sm.Parameters(0.5), calibration=seen, structures=("LowRank",), progress=True)
-    _, measured = score(model, sites, found, seen, batches, progress=True)
-    return {
-        name: [
-            {
-                "structure": str(c.structure),
-                "parameters": c.parameters / (layer.shape[0] * layer.shape[1]),
-                "loss": c.loss,
-            }
-            for c in layer.candidates
-            if isinstance(c.structure, sm.LowRank)
-        ]
-        for name, layer in corrected(found, measured).items()
-    }
-
-
-def uniform(cell: Cell, real: RealModel, model: nn.Module, start: float) -> tuple[nn.Module, dict[str, Any]]:
-    """One family at one ratio for all layers, fitted on second moments of the inputs (but for the plain SVD)."""
-    import structmat as sm
-    from structmat.compression.calibrate import Calibration, calibrate
-    from structmat.compression.plan import Plan
-    from structmat.compression.replace import replace_layers
-    from structmat.compression.scan import scan
-
-    structure = {
-        "SVD, uniform": sm.LowRank(rank=cell.budget),
-        "whitened SVD, uniform": sm.LowRank(rank=cell.budget),
-        "Monarch, uniform": sm.Monarch(blocks=4, rank=cell.budget),
-        "BLAST, uniform": sm.BLAST(blocks=4, rank=cell.budget),
-    }[cell.method]
-    sites = scan(model).sites
-    seen: Calibration | None = None
-    if cell.method != "SVD, uniform":
-        seen = calibrate(model, sites, real.calibration(cell.seed), gradients=False, seed=cell.seed)
-    shapes = {site.name: site.shape for site in sites}
-    plan = Plan({name: fitting(structure, shape) for name, shape in shapes.items()}, shapes, seed=cell.seed)
-    replace_layers(model, plan, calibration=seen, seed=cell.seed, progress=True)
-    layers = {name: str(s) for name, s in plan.layers.items()}
-    return model, {"seconds": {"all": time.perf_counter() - start}, "layers": layers}
-
-
-def fitting(structure: Any, shape: tuple[int, int]) -> Any:
-    """The structure at this shape, or dense where even its smallest member holds more than the ratio allows."""
-    from structmat import Dense
-    from structmat.errors import ShapeError
-    from structmat.structure import resolve
-
-    try:
-        return resolve(structure, shape)
-    except ShapeError:
-        return Dense()
+    made = make(cell.method, cell.budget, cell.seed, real, cell.shared)
+    return made.model, made.facts
 
 
 def run_before(cell: Cell) -> dict[str, Any]:
@@ -211,42 +139,61 @@ def run_before(cell: Cell) -> dict[str, Any]:
     real = MODELS[cell.model]
     torch.manual_seed(cell.seed)
     original = real.load()
-    model, facts = compressed(cell, real, real.load())
-    folder = sm.save(model, cell.folder / "before")
+    model, facts = compressed(cell, real)
+    sm.save(model, cell.folder / "before")
+    stored = compress_measure.deployed(cell.method, model)
+    folder = sm.save(stored, cell.folder / "deployed")
     return {
         "cell": dataclasses.asdict(cell),
         "metric": real.metric,
         "lower_is_better": real.lower_is_better,
         "quality": {"original": real.evaluate(original), "before": real.evaluate(model), "after": None},
         **facts,
-        **sizes(original, model),
-        "milliseconds": milliseconds(real, original, model),
-        "bytes": {"original": disk(sm.save(original, cell.folder / "original")), "compressed": disk(folder)},
-        "peak_memory_mb": {"before": peak(), "recovery": None},
+        **compress_measure.sizes(cell.method, real, original, stored),
+        "milliseconds": compress_measure.milliseconds(real, original, stored),
+        "bytes": {
+            "original": compress_measure.disk(sm.save(original, cell.folder / "original")),
+            "compressed": compress_measure.disk(folder),
+        },
+        "peak_memory_mb": {"before": compress_measure.peak(), "recovery": None},
         "recovery": None,
         "environment": environment(),
     }
 
 
-def run_recovery(cell: Cell, steps: int) -> dict[str, Any]:
-    """Recover what the first phase saved, and complete its result."""
+def recovered(cell: Cell, rate: float, steps: int, folder: Path | None) -> tuple[nn.Module, Any]:
+    """The model of the first phase after so many steps, and what recovery reported."""
     import structmat as sm
     from structmat.compression.recover import recover
 
     real = MODELS[cell.model]
-    result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
     original = real.load()
-    model = sm.load(cell.folder / "before", real.load())
-    settings = recovery_settings(cell, steps)
-    outcome = recover(model, original, (), settings, seed=cell.seed, folder=cell.folder / "recovery")
+    model = sm.load(cell.folder / "before", skeleton(cell.method, cell.budget, real))
+    end = keep_zeros(model) if cell.method == PRUNED else lambda: None
+    settings = recovery_settings(cell, steps, rate)
+    outcome = recover(model, original, (), settings, forward=real.forward, seed=cell.seed, folder=folder)
+    end()
+    return model, outcome
+
+
+def run_recovery(cell: Cell, rate: float, steps: int, minutes: float) -> dict[str, Any]:
+    """Recover what the first phase saved, and complete its result."""
+    import structmat as sm
+
+    real = MODELS[cell.model]
+    result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
+    model, outcome = recovered(cell, rate, steps, cell.folder / "recovery")
     sm.save(model, cell.folder / "after")
     result["quality"]["after"] = real.evaluate(model)
-    result["peak_memory_mb"]["recovery"] = peak()
+    result["peak_memory_mb"]["recovery"] = compress_measure.peak()
     result["recovery"] = {
-        "minutes": real.minutes,
+        "minutes": minutes,
+        "rate": rate,
         "steps": outcome.steps,
         "kept_step": outcome.kept_step,
         "held_out": list(outcome.held_out),
+        "closed_form": outcome.closed_form,
+        "statistics": outcome.statistics,
         "environment": environment(),
     }
     return result
@@ -254,12 +201,7 @@ def run_recovery(cell: Cell, steps: int) -> dict[str, Any]:
 
 def run_rate(cell: Cell, rate: float, steps: int) -> dict[str, Any]:
     """Recover what the first phase saved at one learning rate; judged on data held out from training."""
-    import structmat as sm
-    from structmat.compression.recover import recover
-
-    real = MODELS[cell.model]
-    settings = dataclasses.replace(recovery_settings(cell, steps), learning_rate=rate)
-    outcome = recover(sm.load(cell.folder / "before", real.load()), real.load(), (), settings, seed=cell.seed)
+    _, outcome = recovered(cell, rate, steps, cell.folder / f"rate-{rate:g}")
     return {
         "cell": dataclasses.asdict(cell),
         "rate": rate,
@@ -276,35 +218,59 @@ def run_time(cell: Cell) -> dict[str, Any]:
 
     real = MODELS[cell.model]
     result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
-    result["milliseconds"] = milliseconds(real, real.load(), sm.load(cell.folder / "before", real.load()))
+    model = sm.load(cell.folder / "deployed", skeleton(cell.method, cell.budget, real))
+    result["milliseconds"] = compress_measure.milliseconds(real, real.load(), model)
     result["timed"] = environment()
     return result
 
 
+def run_tune(cell: Cell) -> dict[str, Any]:
+    """Times after ``sm.tune``."""
+    import structmat as sm
+
+    real = MODELS[cell.model]
+    model = sm.load(cell.folder / "deployed", skeleton(cell.method, cell.budget, real))
+    return {
+        "cell": dataclasses.asdict(cell),
+        "milliseconds": compress_measure.tuned_milliseconds(real, real.load(), model),
+        "environment": environment(),
+    }
+
+
 def step_seconds(cell: Cell) -> dict[str, Any]:
-    """The median time from one training batch to the next, after a few that warm up."""
+    """The processor's median time from one training batch to the next, after a few that warm up."""
     import structmat as sm
     from structmat.compression.recover import recover
 
     real = MODELS[cell.model]
     times: list[float] = []
 
-    def clocked() -> Iterator[Any]:
-        for batch in real.training(cell.seed):
-            times.append(time.perf_counter())
-            yield batch
-
     class Batches:
         def __iter__(self) -> Iterator[Any]:
-            return clocked()
+            for batch in real.training(cell.seed):
+                times.append(processor_seconds())
+                yield batch
 
-    settings = dataclasses.replace(recovery_settings(cell, real.clocked_steps + 4), data=Batches(), held_out=None)
-    recover(sm.load(cell.folder / "before", real.load()), real.load(), (), settings, seed=cell.seed)
-    steps = [after - before for before, after in itertools.pairwise(times[-real.clocked_steps :])]
-    return {"cell": dataclasses.asdict(cell), "seconds": statistics.median(steps), "environment": environment()}
+    settings = dataclasses.replace(
+        recovery_settings(cell, CLOCKED_STEPS + 4, rates(cell.method)[0]),
+        data=Batches(),
+        held_out=None,
+        closed_form=False,
+        statistics=False,
+    )
+    model = sm.load(cell.folder / "before", skeleton(cell.method, cell.budget, real))
+    recover(model, real.load(), (), settings, forward=real.forward, seed=cell.seed)
+    steps = [after - before for before, after in itertools.pairwise(times[-CLOCKED_STEPS:])]
+    return {
+        "cell": dataclasses.asdict(cell),
+        "seconds": statistics.median(steps),
+        "threads": torch.get_num_threads(),
+        "environment": environment(),
+    }
 
 
-def recovery_settings(cell: Cell, steps: int) -> Any:
+def recovery_settings(cell: Cell, steps: int, rate: float) -> Any:
+    """The same for every method, but that batch normalisation of fresh networks learns its statistics."""
     import structmat as sm
 
     real = MODELS[cell.model]
@@ -312,88 +278,148 @@ def recovery_settings(cell: Cell, steps: int) -> Any:
         steps=steps,
         data=real.training(cell.seed),
         held_out=real.held_out(),
-        learning_rate=RATE[cell.model],
-        check_every=max(1, steps // 6),
+        learning_rate=rate,
+        closed_form=True,
+        normalise=cell.method == SMALL,
+        check_every=max(1, steps // 8),
     )
 
 
-PHASES = ("all", "before", "recovery", "rates", "steps", "time", "menu")
-
-RATES = (3e-4, 1e-3, 3e-3)
-"""Swept at seed 0, at one budget, for ours and the best baseline; the best one is used for every method."""
-
-RATE_BUDGET = 0.25
-
-RATE = {"novel-lm": 1e-3, "mnist-mlp": 1e-3}
+# ---------------------------------------------------------------------------------------- what is no cell of the table
 
 
-def menu_result(model: str) -> Path:
-    return STUDY.with_name("compress_real_low_rank") / f"{model}.json"
+POINTS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Sizes of the frontier, as shares of the dense numbers."""
 
 
-def rate_result(cell: Cell, rate: float) -> Path:
-    return STUDY.with_name("compress_real_rates") / f"{cell.key}_{rate:g}.json"
+def run_frontier() -> dict[str, Any]:
+    """Ten models of the language model from one screening, none recovered, each evaluated on validation text."""
+    import structmat as sm
+    from benchmarks.real_language import validation_bits
 
-
-# ---------------------------------------------------------------------------------------------------- measurements
-
-
-def sizes(original: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """Stored numbers and FLOPs, of the compressible layers and of the whole model."""
-    from structmat.compression.budget import flops
-    from structmat.compression.scan import scan
-    from structmat.nn import StructuredLinear
-    from structmat.structure import count_stored
-    from structmat.structures.dense import Dense
-
-    sites = scan(original).sites
-    before = {"parameters": 0, "flops": 0}
-    after = {"parameters": 0, "flops": 0}
-    for site in sites:
-        module = model.get_submodule(site.name)
-        structure = module.structure if isinstance(module, StructuredLinear) else Dense()
-        for totals, chosen in ((before, Dense()), (after, structure)):
-            totals["parameters"] += count_stored(chosen, site.shape)
-            totals["flops"] += flops(chosen, site.shape)
-    whole = sum(p.numel() for p in original.parameters())
+    real = MODELS["novel-lm"]
+    start, busy = time.perf_counter(), processor_seconds()
+    result = sm.compress(
+        real.load(),
+        budget=sm.Parameters(0.5),
+        calibration=real.calibration(0),
+        evaluate=validation_bits,
+        frontier=POINTS,
+        progress=True,
+    )
     return {
-        "compressible": {"original": before, "compressed": after},
-        "model_parameters": {
-            "original": whole,
-            "compressed": whole - before["parameters"] + after["parameters"],
-        },
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": processor_seconds() - busy,
+        "threads": torch.get_num_threads(),
+        "by_step": dict(result.report.seconds),
+        "frontier": [point.to_json() for point in result.frontier],
+        "environment": environment(),
     }
 
 
-def milliseconds(real: RealModel, original: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """Medians of both models, run in turns in this process, and their ratio; the compressed one is frozen."""
+LOSS = 0.02
+"""Bits per character that may be lost."""
+
+
+def run_quality() -> dict[str, Any]:
+    """The smallest language model that loses at most this on validation text; what it loses on the test book."""
     import structmat as sm
-    from structmat.compression.timing import sized, time_models
+    from benchmarks.real_language import bits_per_character, validation_bits
 
-    found = {}
-    for size, batch in sized(real.sample(), real.batches).items():
-        frozen = sm.freeze(model, rows=size * real.rows)
-        (timing,) = time_models(original, frozen, {size: batch}, seconds=3.0)
-        found[str(size)] = {"original": timing.before, "compressed": timing.after, "ratio": timing.ratio}
-    return found
+    real = MODELS["novel-lm"]
+    original = real.load()
+    result = sm.compress(
+        original,
+        budget=sm.Quality(loss=LOSS, better="lower"),
+        calibration=real.calibration(0),
+        evaluate=validation_bits,
+        folder=WORK / "quality",
+        progress=True,
+    )
+    unseen = {"original": bits_per_character(original), "compressed": bits_per_character(result.model)}
+    parameters = result.report.parameters
+    return {
+        "loss": LOSS,
+        "judged": dict(result.report.quality),
+        "unseen": unseen,
+        "share": parameters.after / parameters.before,
+        "kept": unseen["compressed"] - unseen["original"] <= LOSS,
+        "tried": list(result.report.tried),
+        "environment": environment(),
+    }
 
 
-def disk(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.iterdir())
+def low_rank_menu(real: RealModel) -> dict[str, list[dict[str, Any]]]:
+    """For each layer every size of low rank on the grid, with the rise of the loss that our steps predict for it."""
+    import structmat as sm
+    from structmat.compression.calibrate import calibrate
+    from structmat.compression.scan import scan
+    from structmat.compression.score import corrected, score
+    from structmat.compression.screen import screen
+    from structmat.compression.split import split_apart
+
+    model, batches = real.load(), real.calibration(0)
+    sites = scan(model).sites
+    with split_apart(model, [site.name for site in sites]):
+        seen = calibrate(model, sites, batches, forward=real.forward, seed=0, progress=True)
+        found = screen(model, sites, sm.Parameters(0.5), calibration=seen, structures=("LowRank",), progress=True)
+        _, measured = score(model, sites, found, seen, batches, forward=real.forward, progress=True)
+    return {
+        name: [
+            {
+                "structure": str(c.structure),
+                "parameters": c.parameters / (layer.shape[0] * layer.shape[1]),
+                "loss": c.loss,
+            }
+            for c in layer.candidates
+            if isinstance(c.structure, sm.LowRank)
+        ]
+        for name, layer in corrected(found, measured).items()
+    }
 
 
-def peak() -> int:
-    """Megabytes that this process held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def beside(name: str) -> Path:
+    """A folder of results beside that of the cells."""
+    return STUDY_FOLDER.with_name(f"{STUDY_FOLDER.name}_{name}")
 
 
-# ------------------------------------------------------------------------------------------------------ the driver
+def menu_result(model: str) -> Path:
+    return beside("low_rank") / f"{model}.json"
+
+
+def rate_result(cell: Cell, rate: float) -> Path:
+    """Of seed 0, which chooses for all seeds."""
+    return beside("rates") / f"{dataclasses.replace(cell, seed=0).key}_{rate:g}.json"
 
 
 def clock_result(cell: Cell) -> Path:
     """Of seed 0: a step takes as long with another."""
-    first = dataclasses.replace(cell, seed=0)
-    return STUDY.with_name("compress_real_steps") / f"{first.key}.json"
+    return beside("steps") / f"{dataclasses.replace(cell, seed=0).key}.json"
+
+
+def tune_result(cell: Cell) -> Path:
+    return beside("tuned") / f"{cell.key}.json"
+
+
+def single_result(phase: str) -> Path:
+    """Of a phase that is one run."""
+    return beside(phase) / "novel-lm.json"
+
+
+# ------------------------------------------------------------------------------------------------------ the driver
+
+PHASES = ("all", "before", "recovery", "rates", "steps", "time", "tune", "menu", "frontier", "quality")
+
+SINGLE = ("frontier", "quality")
+
+
+def minutes_left(cell: Cell) -> float:
+    """Of recovery: all, or what compressing left of them."""
+    real = MODELS[cell.model]
+    if not real.includes_fitting:
+        return real.minutes
+    spent = json.loads(cell.result.read_text(encoding="utf-8"))["seconds"].get("all", 0.0)
+    return max(FEWEST_MINUTES, real.minutes - spent / 60)
 
 
 def steps_within(cell: Cell, minutes: float) -> int:
@@ -404,101 +430,132 @@ def steps_within(cell: Cell, minutes: float) -> int:
     return max(1, round(60 * minutes / seconds))
 
 
+def best_rate(cell: Cell, minutes: float) -> float:
+    """The learning rate at which the model comes nearest to the original on held-out data; tried first where nobody
+    has, for a third of the time each."""
+    found = {}
+    for rate in rates(cell.method):
+        path = rate_result(cell, rate)
+        if not path.exists():
+            first = dataclasses.replace(cell, seed=0)
+            in_own_process(first, "rates", "--rate", str(rate), "--steps", str(steps_within(cell, minutes / 3)))
+        if path.exists():
+            found[rate] = json.loads(path.read_text(encoding="utf-8"))["held_out"]["best"]
+    return min(found, key=lambda rate: found[rate]) if found else rates(cell.method)[1]
+
+
 def in_own_process(cell: Cell, phase: str, *options: str) -> None:
     command = [sys.executable, "-m", "benchmarks.compress_real", "cell", "--phase", phase, "--key", cell.key, *options]
+    if STUDY_FOLDER.parent != RESULTS:
+        command += ["--results", str(STUDY_FOLDER.parent), "--work", str(WORK)]
     outcome = subprocess.run(command, cwd=ROOT, check=False)
     if outcome.returncode:
         print(f"    failed with exit code {outcome.returncode}; the next run tries again", flush=True)
 
 
-def run_steps(chosen: list[Cell]) -> None:
-    """The seconds of a step of every cell whose first phase is done."""
-    for cell in chosen:
-        if cell.seed == 0 and cell.budget in RECOVERED and cell.result.exists() and not clock_result(cell).exists():
-            print(f"seconds of a step: {cell.key}", flush=True)
-            in_own_process(cell, "steps")
+def is_recovered(cell: Cell) -> bool:
+    """For as long as the study has it now: results of a shorter one are made again."""
+    if not cell.result.exists():
+        return False
+    recovery = json.loads(cell.result.read_text(encoding="utf-8"))["recovery"]
+    return recovery is not None and recovery["minutes"] == MODELS[cell.model].minutes
 
 
-def run_times(chosen: list[Cell]) -> None:
-    """Time every compressed model that is there."""
-    for cell in chosen:
-        if cell.result.exists() and (cell.folder / "before").exists():
-            print(f"times: {cell.key}", flush=True)
-            in_own_process(cell, "time")
-    write_tables(STUDY, cells(3), RATE)
+def has_start(cell: Cell) -> bool:
+    """Whether the first phase is done, here: recovery starts from the model that it saved."""
+    return cell.result.exists() and (cell.folder / "before").exists()
 
 
-def run_menus(chosen: list[Cell]) -> None:
-    """Low rank alone for each single layer, once a model."""
-    for model in dict.fromkeys(cell.model for cell in chosen):
-        if not menu_result(model).exists():
-            print(f"menu of low rank: {model}", flush=True)
-            in_own_process(next(c for c in chosen if c.model == model), "menu")
-    write_tables(STUDY, cells(3), RATE)
-
-
-def run_rates(chosen: list[Cell]) -> None:
-    """The sweep of learning rates, of the cells whose first phase is done."""
-    for cell, rate in itertools.product(chosen, RATES):
-        is_swept = cell.method in SEEDED and cell.budget == RATE_BUDGET and cell.seed == 0
-        if not is_swept or not cell.result.exists() or rate_result(cell, rate).exists():
-            continue
-        print(f"rate {rate:g}: {cell.key}", flush=True)
-        steps = steps_within(cell, MODELS[cell.model].minutes / 3)
-        in_own_process(cell, "rates", "--rate", str(rate), "--steps", str(steps))
-    write_tables(STUDY, cells(3), RATE)
-
-
-def run(phase: str, chosen: list[Cell]) -> None:
+def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
     """Run what is not done, each phase of a cell in its own process."""
-    work: list[tuple[str, Cell]] = []
-    for seed in sorted({c.seed for c in chosen}):
-        own = [c for c in chosen if c.seed == seed]
-        if phase != "recovery":
-            work += [("before", c) for c in own if not c.result.exists()]
-        if phase != "before":
-            work += [("recovery", c) for c in own if c.budget in RECOVERED]
-    for number, (step, cell) in enumerate(work, 1):
-        if step == "recovery" and (
-            not cell.result.exists() or json.loads(cell.result.read_text(encoding="utf-8"))["recovery"] is not None
-        ):
-            continue
-        print(f"[{number}/{len(work)}] {step}: {cell.key}", flush=True)
-        steps = ["--steps", str(steps_within(cell, MODELS[cell.model].minutes))] if step == "recovery" else []
-        in_own_process(cell, step, *steps)
-        write_tables(STUDY, cells(3), RATE)
+    for number, cell in enumerate(chosen, 1):
+        label = f"[{number}/{len(chosen)}] {cell.key}"
+        if phase in ("all", "before") and not has_start(cell) and not is_recovered(cell):
+            print(f"{label}: compress", flush=True)
+            in_own_process(cell, "before")
+        if phase in ("all", "recovery") and has_start(cell) and not is_recovered(cell):
+            available = minutes_left(cell) if minutes is None else minutes
+            print(f"{label}: recovery, {available:.2g} minutes", flush=True)
+            rate, steps = best_rate(cell, available), steps_within(cell, available)
+            said = MODELS[cell.model].minutes if minutes is None else minutes
+            options = ("--rate", str(rate), "--steps", str(steps), "--minutes", str(said))
+            in_own_process(cell, "recovery", *options)
+        if phase == "rates" and has_start(cell):
+            best_rate(cell, minutes_left(cell) if minutes is None else minutes)
+        if phase == "steps" and cell.seed == 0 and has_start(cell) and not clock_result(cell).exists():
+            in_own_process(cell, "steps")
+        if phase == "time" and has_start(cell):
+            in_own_process(cell, "time")
+        if phase == "tune" and has_start(cell) and cell.method == OURS and not tune_result(cell).exists():
+            in_own_process(cell, "tune")
+        if phase == "menu" and not menu_result(cell.model).exists():
+            in_own_process(cell, "menu")
+    write_tables(STUDY_FOLDER, table_cells())
+
+
+def run_cell(phase: str, cell: Cell, rate: float | None, steps: int | None, minutes: float | None) -> None:
+    """A phase of a cell, in this process."""
+    if phase == "rates":
+        assert rate is not None, "a rate is tried"
+        assert steps is not None, "for so many steps"
+        write(rate_result(cell, rate), run_rate(cell, rate, steps))
+    elif phase == "menu":
+        write(menu_result(cell.model), {"layers": low_rank_menu(MODELS[cell.model]), "environment": environment()})
+    elif phase == "steps":
+        write(clock_result(cell), step_seconds(cell))
+    elif phase == "time":
+        write(cell.result, run_time(cell))
+    elif phase == "tune":
+        write(tune_result(cell), run_tune(cell))
+    elif phase == "before":
+        write(cell.result, run_before(cell))
+    else:
+        assert rate is not None, "recovery has a rate"
+        assert steps is not None, "and so many steps"
+        assert minutes is not None, "which are so many minutes"
+        write(cell.result, run_recovery(cell, rate, steps, minutes))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", choices=("run", "cell", "table"), default="run")
+    parser.add_argument("action", nargs="?", choices=("run", "cell", "table", "list"), default="run")
     parser.add_argument("--phase", choices=PHASES, default="all")
     parser.add_argument("--model", choices=tuple(MODELS), action="append", help="only these models")
     parser.add_argument("--method", choices=tuple(METHODS), action="append", help="only these methods")
     parser.add_argument("--budget", type=float, action="append", help="only these budgets")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds of ours and the best baseline")
     parser.add_argument("--seed", type=int, action="append", help="only these of them")
+    parser.add_argument("--minutes", type=float, help="of recovery instead of the study's; needs --results")
+    parser.add_argument("--results", type=Path, help="where figures are written instead of benchmarks/results")
+    parser.add_argument("--work", type=Path, help="where models and checkpoints lie instead of build/compress_real")
     parser.add_argument("--key", help="the cell that this process runs")
-    parser.add_argument("--rate", type=float, help="the learning rate that this process tries")
+    parser.add_argument("--rate", type=float, help="the learning rate of this process")
     parser.add_argument("--steps", type=int, help="of recovery, that this process takes")
     options = parser.parse_args()
+    if options.minutes is not None and options.results is None and options.action != "cell":
+        parser.error("--minutes makes figures that are not the study's: say with --results where they go")
+    _place(options.results, options.work)
     if options.action == "table":
-        write_tables(STUDY, cells(3), RATE)
+        write_tables(STUDY_FOLDER, table_cells())
+        return
+    if options.action == "list":
+        for cell in cells(3):
+            print("done" if is_recovered(cell) else "    ", cell.key)
         return
     require_data()
     if options.action == "cell":
-        cell = next(c for c in cells(99) if c.key == options.key)
-        if options.phase == "rates":
-            write(rate_result(cell, options.rate), run_rate(cell, options.rate, options.steps))
-        elif options.phase == "menu":
-            menu = low_rank_menu(MODELS[cell.model])
-            write(menu_result(cell.model), {"layers": menu, "environment": environment()})
-        elif options.phase == "steps":
-            write(clock_result(cell), step_seconds(cell))
-        elif options.phase == "time":
-            write(cell.result, run_time(cell))
-        else:
-            write(cell.result, run_before(cell) if options.phase == "before" else run_recovery(cell, options.steps))
+        run_cell(
+            options.phase,
+            next(c for c in cells(99) if c.key == options.key),
+            options.rate,
+            options.steps,
+            options.minutes,
+        )
+        return
+    if options.phase in SINGLE:
+        path = single_result(options.phase)
+        if not path.exists():
+            write(path, run_frontier() if options.phase == "frontier" else run_quality())
         return
     chosen = [
         c
@@ -508,16 +565,15 @@ def main() -> None:
         and (not options.budget or c.budget in options.budget)
         and (not options.seed or c.seed in options.seed)
     ]
-    if options.phase == "rates":
-        run_rates(chosen)
-    elif options.phase == "menu":
-        run_menus(chosen)
-    elif options.phase == "steps":
-        run_steps(chosen)
-    elif options.phase == "time":
-        run_times(chosen)
-    else:
-        run(options.phase, chosen)
+    run(options.phase, chosen, options.minutes)
+
+
+def _place(results: Path | None, work: Path | None) -> None:
+    """Other folders than the study's."""
+    global STUDY_FOLDER, WORK
+    if results is not None:
+        STUDY_FOLDER = results.resolve() / STUDY_FOLDER.name
+        WORK = (work or results / "work").resolve()
 
 
 if __name__ == "__main__":

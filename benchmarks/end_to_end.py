@@ -211,7 +211,7 @@ def language_model(cell: Cell, folder: Path) -> nn.Module:
         if (folder / own.key / state).is_dir():
             return sm.load(folder / own.key / state, real.load())
     if not (own.folder / "before").is_dir():
-        made, _ = compress_real.compressed(own, real, real.load())
+        made, _ = compress_real.compressed(own, real)
         sm.save(made, own.folder / "before")
     return sm.load(own.folder / "before", real.load())
 

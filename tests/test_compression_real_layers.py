@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import real_layers
 import torch
 from torch.nn import functional as F
 
 import structmat as sm
+
+real_layers = pytest.importorskip("benchmarks.real_nets", reason="the folder benchmarks/ is not part of a package")
 
 pytestmark = pytest.mark.slow
 

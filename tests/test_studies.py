@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
 import pkgutil
+import types
+from pathlib import Path
 
 import pytest
+import torch
+
+import structmat as sm
 
 benchmarks = pytest.importorskip("benchmarks", reason="the folder benchmarks/ is not part of an installed package")
 MODULES = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_")]
@@ -19,3 +26,95 @@ def test_a_study_can_be_started(name: str) -> None:
         keys = [cell.key for cell in study.cells]
         assert len(set(keys)) == len(keys)
         assert all(isinstance(line, str) for line in study.tables({}))
+
+
+def test_every_cell_of_the_trained_models_can_be_built() -> None:
+    """All six models with all methods that are for them, at both budgets; and a narrower network of every kind."""
+    study = importlib.import_module("benchmarks.compress_real")
+    methods = importlib.import_module("benchmarks.compress_methods")
+    cells = study.cells(3)
+    assert len({cell.key for cell in cells}) == len(cells)
+    kinds = {(c.model, c.method, c.budget) for c in cells if c.seed == 0}
+    for name, real in study.MODELS.items():
+        assert real.minutes == (15 if name == "novel-lm" else 5)
+        assert real.batches == (1, 64)
+        for method in methods.METHODS:
+            budgets = {b for m, own, b in kinds if (m, own) == (name, method)}
+            expected = {0.5} if method == methods.DENSE else {0.5, 0.25} if methods.applies(method, real) else set()
+            assert budgets == expected
+            assert len(methods.rates(method)) == 3
+        assert {c.seed for c in cells if (c.model, c.method) == (name, methods.OURS)} == {0, 1, 2}
+    assert set(study.MODELS) == {"novel-lm", "mnist-mlp", "resnet-20", "resnet-56", "g2p-gru", "char-lstm"}
+
+
+def test_tables_mark_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = importlib.import_module("benchmarks.compress_real")
+    monkeypatch.setattr(study, "STUDY_FOLDER", tmp_path / "compress_real")
+    tables = importlib.import_module("benchmarks.tables")
+    tables.write_tables(tmp_path / "compress_real", study.cells(3))
+    text = (tmp_path / "compress_real.md").read_text()
+    assert text.count("| not run |") >= 6 * 2 * 8
+    assert "Target after recovery: 91.2 %." in text
+    data = json.loads((tmp_path / "compress_real.json").read_text())
+    assert data["cells"] == {}
+    assert len(data["not_run"]) == len(study.cells(3))
+
+
+@pytest.mark.parametrize("method", ["SVD, uniform", "Monarch, uniform", "Tucker-2, uniform", "magnitude pruning"])
+@pytest.mark.parametrize("kind", ["convolutional", "recurrent"])
+def test_baselines_have_their_share(method: str, kind: str, tmp_path: Path) -> None:
+    """Of networks of the studies' kinds with fresh weights, small enough for a test."""
+    methods = importlib.import_module("benchmarks.compress_methods")
+    nets = importlib.import_module("benchmarks.real_nets")
+    torch.manual_seed(0)
+    if kind == "convolutional":
+        model, data = nets.ResNet(1, 8).eval(), [torch.randn(2, 3, 32, 32)]
+    else:
+        model, data = nets.CharLSTM(32).eval(), [torch.randint(0, 65, (2, 5))]
+    real = types.SimpleNamespace(
+        load=lambda: copy.deepcopy(model), calibration=lambda seed: data, forward=None, width=8
+    )
+    made = methods.make(method, 0.5, 0, real, tmp_path).model
+    measure = importlib.import_module("benchmarks.compress_measure")
+    stored = measure.deployed(method, made)
+    compressible = measure.sizes(method, real, model, stored)["compressible"]
+    share = compressible["compressed"]["parameters"] / compressible["original"]["parameters"]
+    assert 0.3 < share <= (0.5001 if method == "magnitude pruning" else 0.6)
+    with torch.no_grad():
+        assert torch.isfinite(nets.logits(stored(data[0]))).all()
+    if method == "magnitude pruning":
+        torch.testing.assert_close(nets.logits(stored(data[0])), nets.logits(made(data[0])), rtol=1e-3, atol=1e-4)
+
+
+def test_pruned_weights_stay_zero_in_recovery() -> None:
+    methods = importlib.import_module("benchmarks.compress_methods")
+    nets = importlib.import_module("benchmarks.real_nets")
+    recover = importlib.import_module("structmat.compression.recover").recover
+    torch.manual_seed(0)
+    original = nets.CharLSTM(16).eval()
+    real = types.SimpleNamespace(load=lambda: copy.deepcopy(original))
+    made = methods._pruned(0.5, real).model
+    data = [(torch.randint(0, 65, (4, 6)), torch.randint(0, 65, (4, 6))) for _ in range(2)]
+
+    def zeros() -> int:
+        with methods.compressible(made) as weights:
+            return sum(int((w == 0).sum()) for w in weights.values())
+
+    before, weights = zeros(), made.lstm.weight_hh_l0.detach().clone()
+    end = methods.keep_zeros(made)
+    recover(made, original, data, sm.Distill(steps=4), show=False)
+    end()
+    assert zeros() == before
+    assert not torch.equal(weights, made.lstm.weight_hh_l0)
+    recover(made, original, data, sm.Distill(steps=1), show=False)
+    assert zeros() < before  # without the guard they learn
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.25])
+def test_the_narrower_network_is_the_widest_that_fits(budget: float) -> None:
+    methods = importlib.import_module("benchmarks.compress_methods")
+    nets = importlib.import_module("benchmarks.real_nets")
+    real = types.SimpleNamespace(load=lambda: nets.CharLSTM(64), narrow=nets.CharLSTM, width=64)
+    width = methods.narrow_width(real, budget)
+    most = budget * methods.numbers(nets.CharLSTM(64))
+    assert methods.numbers(nets.CharLSTM(width)) <= most < methods.numbers(nets.CharLSTM(width + 1))

@@ -8,21 +8,30 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structmat.compression.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from structmat.compression.layers import structured_layer_of
+from structmat.compression.distill import Distill, Rates, Recovery
+from structmat.compression.fading import Fading
+from structmat.compression.objectives import (
+    DIVERGENCE,
+    SQUARES,
+    Parts,
+    block_names,
+    distance,
+    padding,
+    structured_names,
+)
 from structmat.compression.progress import Progress
+from structmat.compression.reconstruct import first_batches, reconstruct
 from structmat.compression.running import (
     Forward,
     Loss,
-    Outcome,
     call,
     check_loader,
     device_of,
@@ -32,8 +41,9 @@ from structmat.compression.running import (
     to_device,
 )
 from structmat.compression.split import split_apart
+from structmat.compression.statistics import normalisations, reestimate, tensors_of
 from structmat.errors import DataError, StructureError
-from structmat.learn.groups import recovery_groups
+from structmat.learn.groups import parameter_groups, recovery_groups
 from structmat.learn.windows import WindowLearner, hardened, softened
 
 logger = logging.getLogger(__name__)
@@ -41,103 +51,13 @@ logger = logging.getLogger(__name__)
 _STEP_BACK = 1 / 3
 """What the learning rate is multiplied by when the model has moved away from the original."""
 
-DIVERGENCE, SQUARES = "divergence of the logits", "squared error of the output"
+CLOSED_FORM_BATCHES = 24
+"""At most so many of the first batches are read to solve last factors again."""
 
+STATISTICS_BATCHES = 16
+"""Likewise to estimate batch statistics again."""
 
-@dataclass(frozen=True)
-class Distill:
-    """How to recover: distillation from the original model, after an optional layer-wise reconstruction.
-
-    Args:
-        steps: of the optimizer, one batch each; None if only ``minutes`` limits.
-        minutes: stop after this time (resumed runs add up). The schedule follows whichever limit is nearer.
-        learning_rate: for a dense layer; structured tensors get multiples, see
-            :func:`structmat.learn.groups.recovery_groups`.
-        temperature: of the softmax of both models (Hinton, Vinyals, Dean 2015); only for outputs that are logits.
-        own_loss: weight of the task's own loss (the user's, the output's ``.loss``, or cross-entropy to the labels of a
-            batch) that is added to the distance from the original.
-        layerwise: steps before, in which each structured layer learns to put out what the original layer does, on
-            inputs of the compressed model. No gradient passes from layer to layer.
-        warmup: share of the steps in which the learning rate rises; then it falls along a cosine to zero.
-        clip: largest norm of the gradient.
-        weight_decay: for matrices that are not structured; structured tensors never decay.
-        data: batches to train on, if others than those of calibration.
-        held_out: batches to be judged by: the state that is nearest to the original on them is kept, so that recovery
-            never ends farther from the original than it began; where a look finds the model farther away than at the
-            start, the best state is taken up again with a third of the learning rate. Without them the last state is
-            kept.
-        windows: let the structure move while distilling: the windows of GBLR layers are learned at the numbers that
-            these layers hold together (see :class:`structmat.learn.windows.WindowLearner`), then made compact again.
-            Needs ``steps``; without ``held_out`` and without a folder, whose states know contents only.
-        check_every: steps between two looks at ``held_out``, and between two entries of the curve of losses.
-        save_every: seconds between two checkpoints, where there is a folder.
-    """
-
-    steps: int | None = 300
-    minutes: float | None = None
-    learning_rate: float = 1e-3
-    temperature: float = 1.0
-    own_loss: float = 0.0
-    layerwise: int = 0
-    warmup: float = 0.05
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    windows: bool = False
-    data: Iterable[Any] | None = field(default=None, repr=False, compare=False)
-    held_out: Iterable[Any] | None = field(default=None, repr=False, compare=False)
-    check_every: int = 25
-    save_every: float = 60.0
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise StructureError("Distill(steps=None, minutes=None) would never end. Give one of the two.")
-        if self.windows and (self.steps is None or self.held_out is not None or self.layerwise):
-            raise StructureError(
-                "Distill(windows=True) takes a number of steps, no held_out batches and no layerwise phase. "
-                "Leave these out."
-            )
-        rules = {
-            "steps": self.steps is None or (_is_whole(self.steps) and self.steps >= 1),
-            "minutes": self.minutes is None or self.minutes > 0,
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "temperature": 0 < self.temperature < math.inf,
-            "own_loss": 0 <= self.own_loss < math.inf,
-            "layerwise": _is_whole(self.layerwise) and self.layerwise >= 0,
-            "warmup": 0 <= self.warmup < 1,
-            "clip": self.clip > 0,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "check_every": _is_whole(self.check_every) and self.check_every >= 1,
-            "save_every": self.save_every >= 0,
-        }
-        for name, is_legal in rules.items():
-            if not is_legal:
-                raise StructureError(f"Distill({name}={getattr(self, name)!r}) is out of range; see its documentation.")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """What recovery did.
-
-    Args:
-        objective: the distance from the original that was made small.
-        steps: of distillation, and before it ``layerwise_steps``.
-        seconds: of all runs together.
-        losses: (step, mean training loss since the entry before).
-        held_out: (step, distance from the original on the held-out batches); empty without them.
-        kept_step: whose state the model has now.
-    """
-
-    objective: str
-    steps: int
-    layerwise_steps: int
-    seconds: float
-    losses: tuple[tuple[int, float], ...]
-    held_out: tuple[tuple[int, float], ...]
-    kept_step: int
+__all__ = ["DIVERGENCE", "SQUARES", "Distill", "Rates", "Recovery", "distance", "recover"]
 
 
 def recover(
@@ -154,9 +74,9 @@ def recover(
 ) -> Recovery:
     """Train ``model`` in place to answer as ``original`` does; every parameter that requires a gradient learns.
 
-    Both run in evaluation mode (no dropout, fixed batch statistics) and have their modes back afterwards. Parameters in
-    half precision learn in float32 and are rounded at each step. Equal seeds and data give equal results on one
-    machine; the caller's random state is left alone.
+    Both run in evaluation mode (no dropout; fixed batch statistics, unless ``settings.normalise``) and have their modes
+    back afterwards. Parameters in half precision learn in float32 and are rounded at each step. Equal seeds and data
+    give equal results on one machine; the caller's random state is left alone.
 
     Args:
         model: the compressed model.
@@ -180,9 +100,10 @@ def recover(
     learner = _learner(model, settings, seed) if settings.windows else None
     run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed)
     run.learner = learner
-    # Layer by layer the original's matrices must be layers of their own too.
+    # Where parts are compared, the original's matrices must be layers of their own too.
     layers = [name for name, _ in model.named_modules()]
-    apart = split_apart(original, layers) if settings.layerwise else contextlib.nullcontext()
+    compares = settings.layerwise or settings.blockwise or settings.hidden or settings.anneal
+    apart = split_apart(original, layers) if compares else contextlib.nullcontext()
     with (
         apart,
         evaluating(model),
@@ -212,19 +133,6 @@ def _learner(model: nn.Module, settings: Distill, seed: int) -> WindowLearner:
     )
 
 
-def distance(student: Outcome, teacher: Outcome, temperature: float, weights: Tensor | None) -> Tensor:
-    """The mean over terms of ``T^2 KL(teacher || student)`` at temperature ``T`` for logits, else the squared error as
-    a share of the teacher's mean square."""
-    wanted, reached = teacher.values.float(), student.values.float()
-    if teacher.classes:
-        log_p = F.log_softmax(wanted / temperature, -1)
-        log_q = F.log_softmax(reached / temperature, -1)
-        # A logit of minus infinity forbids a class: it contributes nothing, not 0 * inf.
-        terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
-        return terms.mean() if weights is None else (terms * weights).sum() / weights.sum().clamp(min=1.0)
-    return (reached - wanted).square().mean() / wanted.square().mean().clamp(min=1e-30)
-
-
 class _Run:
     """One recovery: the state that a checkpoint holds, and the loop."""
 
@@ -246,12 +154,19 @@ class _Run:
             raise DataError("No parameter of the model requires a gradient: there is nothing to recover with.")
         self.masters = {n: p if _is_wide(p) else p.detach().float().requires_grad_() for n, p in self.names.items()}
         by_parameter = {id(p): self.masters[n] for n, p in self.names.items()}
-        groups = recovery_groups(model, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        make = recovery_groups if settings.rates is Rates.LAYER else parameter_groups
+        groups = make(model, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         for group in groups:
+            if settings.rates is Rates.EQUAL:
+                group["lr"] = settings.learning_rate
             group["params"] = [by_parameter[id(p)] for p in group["params"]]
             group["top"] = group["lr"]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-        self.step = 0  # of both phases together
+        self.normalisations = normalisations(model)
+        self.buffers = tensors_of(model)  # of these
+        self.fading: Fading | None = None
+        self.parts: dict[str, Parts] = {}
+        self.step = 0  # of all phases together
         self.seconds = 0.0
         self.objective = ""
         self.losses: list[tuple[int, float]] = []
@@ -261,46 +176,80 @@ class _Run:
         self.caution = 1.0  # factor of all learning rates
         self.done = False
         self.learner: WindowLearner | None = None
+        self.closed_form: dict[str, Any] | None = None
+        self.statistics: dict[str, Any] | None = None
+
+    @property
+    def before(self) -> int:
+        """Steps before distillation."""
+        return self.settings.layerwise + self.settings.blockwise
 
     # ------------------------------------------------------------------------------------------------- the loop
 
     def go(self, folder: Path | None, progress: Progress) -> Recovery:
+        settings = self.settings
+        if settings.anneal:  # from the factors as they were fitted, also where the run goes on
+            self.fading = Fading(self.model, self.original)
         if folder is not None:
             self._resume(folder)
         started, saved = time.monotonic() - self.seconds, time.monotonic()
         if not self.done:
-            if self.settings.held_out is not None and not self.checks:
+            if settings.held_out is not None and not self.checks:
                 self._check()
+            if settings.closed_form and self.closed_form is None:
+                self._solve()
             for _ in progress.track(self._steps(started), "recover", total=self._total()):
-                if folder is not None and time.monotonic() - saved >= self.settings.save_every:
+                if folder is not None and time.monotonic() - saved >= settings.save_every:
                     self._save(folder)
                     saved = time.monotonic()
             self._note()
-            if self.settings.held_out is not None and self.checks[-1][0] != self.step:
+            if settings.held_out is not None and self.checks[-1][0] != self.step:
                 self._check()
-            self.done = True
+            if self.best is not None:
+                self._write(self.best)
+            if settings.statistics and not settings.normalise and self.normalisations:
+                batches = first_batches(self.data, STATISTICS_BATCHES, self.seed)
+                found = reestimate(self.model, self.original, batches, forward=self.forward)
+                self.statistics = None if found is None else asdict(found)
+            self.done, self.best = True, None
             if folder is not None:
                 self._save(folder)
-        kept = self.step
-        if self.best is not None:
-            self._write(self.best)
-            kept = min(self.checks, key=lambda check: (check[1], check[0]))[0]
+        kept = self.step if not self.checks else min(self.checks, key=lambda check: (check[1], check[0]))[0]
         for parameter in self.names.values():
             parameter.grad = None
         logger.info("recovery: %d steps in %.1f s, state of step %d kept", self.step, self.seconds, kept)
-        layerwise = min(self.step, self.settings.layerwise)
+        layerwise = min(self.step, settings.layerwise)
+        blockwise = min(self.step - layerwise, settings.blockwise)
         return Recovery(
             self.objective,
-            self.step - layerwise,
+            self.step - layerwise - blockwise,
             layerwise,
             self.seconds,
             tuple(self.losses),
             tuple(self.checks),
             kept,
+            blockwise,
+            self.closed_form,
+            self.statistics,
         )
 
+    def _solve(self) -> None:
+        """Last factors by least squares, unless the held-out batches are farther off then."""
+        held = self._state()
+        batches = first_batches(self.data, CLOSED_FORM_BATCHES, self.seed)
+        changed = reconstruct(self.model, self.original, batches, forward=self.forward)
+        self._read()
+        self.closed_form = {"layers": len(changed), "kept": True}
+        if self.settings.held_out is not None:
+            before, after = self.checks[-1][1], self._held_out()
+            self.closed_form |= {"before": before, "after": after, "kept": after < before}
+            if after < before:
+                self.checks, self.best = [(self.step, after)], self._state()
+            else:
+                self._write(held)
+
     def _total(self) -> int | None:
-        return None if self.settings.steps is None else self.settings.layerwise + self.settings.steps - self.step
+        return None if self.settings.steps is None else self.before + self.settings.steps - self.step
 
     def _steps(self, started: float) -> Iterator[int]:
         for batch in _endless(self.data, self.seed, self.step):
@@ -312,11 +261,29 @@ class _Run:
             self.seconds = time.monotonic() - started
             if self.step % self.settings.check_every == 0:
                 self._note()
-                if self.settings.held_out is not None:
+                if self.settings.held_out is not None and not self._fades():
                     self._check()
-                    if self.step > self.settings.layerwise and self.checks[-1][1] > self.checks[0][1]:
+                    if self.step > self.before and self.checks[-1][1] > self.checks[0][1]:
                         self._step_back()
+                    if self.step > self.before and self._has_stalled():
+                        return
             yield self.step
+
+    def _fades(self) -> bool:
+        """Whether something is still added back, so that the model itself says little yet."""
+        return self.step > self.before and self._rest(self._share()) > 0
+
+    def _rest(self, share: float) -> float:
+        """How much of the dense remainders is added at this share of the distillation."""
+        anneal = self.settings.anneal
+        return max(0.0, 1.0 - share / anneal) if anneal else 0.0
+
+    def _has_stalled(self) -> bool:
+        patience = self.settings.patience
+        if patience is None:
+            return False
+        values = [value for _, value in self.checks]
+        return len(values) - 1 - values.index(min(values)) >= patience
 
     def _step_back(self) -> None:
         """The rate was too high for a model that is as near as this one: on from the best state with a lower one."""
@@ -330,16 +297,18 @@ class _Run:
         """How much of the phase is over, 0 to 1."""
         settings = self.settings
         time_share = 0.0 if settings.minutes is None else self.seconds / (60 * settings.minutes)
-        if self.step < settings.layerwise:
-            return 1.0 if time_share >= 1.0 else self.step / settings.layerwise
-        done = 0.0 if settings.steps is None else (self.step - settings.layerwise) / settings.steps
+        for start, length in ((0, settings.layerwise), (settings.layerwise, settings.blockwise)):
+            if start <= self.step < start + length:
+                return 1.0 if time_share >= 1.0 else (self.step - start) / length
+        done = 0.0 if settings.steps is None else (self.step - self.before) / settings.steps
         return max(time_share, done)
 
     def _learn(self, batch: Any, share: float) -> None:
         scale = self.caution * _schedule(share, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["top"] * scale
-        value = self._layerwise(batch) if self.step < self.settings.layerwise else self._distance(batch, own=True)
+        with self._as_in_training():
+            value = self._objective(batch, share)
         if not bool(torch.isfinite(value)):
             raise DataError(
                 f"The loss of recovery is {float(value.detach())} at step {self.step}: look at the data, or lower "
@@ -374,78 +343,95 @@ class _Run:
 
     # --------------------------------------------------------------------------------------------- the objectives
 
-    def _distance(self, batch: Any, *, own: bool) -> Tensor:
-        with torch.no_grad():
+    @contextlib.contextmanager
+    def _as_in_training(self) -> Iterator[None]:
+        """Batch normalisation with the statistics of the batches, if that is asked for."""
+        chosen = self.normalisations.values() if self.settings.normalise else ()
+        for module in chosen:
+            module.training = True
+        try:
+            yield
+        finally:
+            for module in chosen:
+                module.training = False
+
+    def _objective(self, batch: Any, share: float) -> Tensor:
+        if self.step < self.settings.layerwise:
+            return self._parts("layers").error(batch, self.forward)
+        if self.step < self.before:
+            return self._parts("blocks").error(batch, self.forward)
+        added = contextlib.nullcontext() if self.fading is None else self.fading.added(self._rest(share))
+        with added:
+            return self._distance(batch, learns=True)
+
+    def _parts(self, which: str) -> Parts:
+        """Layers or blocks to be reconstructed, or blocks whose outputs are hidden states."""
+        if which not in self.parts:
+            layers = structured_names(self.model)
+            names = layers if which == "layers" else block_names(self.model, self.settings.blocks)
+            self.parts[which] = Parts(self.model, self.original, names, apart=which != "hidden")
+        return self.parts[which]
+
+    def _distance(self, batch: Any, *, learns: bool) -> Tensor:
+        settings = self.settings
+        hidden = self._parts("hidden") if learns and settings.hidden > 0 else None
+        errors: list[Tensor] = []
+        with torch.no_grad(), contextlib.nullcontext() if hidden is None else hidden.teaching():
             teacher = outcome(call(self.original, batch, self.forward), batch)
-        output = call(self.model, batch, self.forward)
+        with contextlib.nullcontext() if hidden is None else hidden.comparing(errors):
+            output = call(self.model, batch, self.forward)
         self.objective = DIVERGENCE if teacher.classes else SQUARES
-        value = distance(outcome(output, batch), teacher, self.settings.temperature, _weights(batch, teacher))
-        if own and self.settings.own_loss > 0:
+        value = distance(outcome(output, batch), teacher, settings.temperature, padding(batch, teacher))
+        if errors:
+            value = value + settings.hidden * torch.stack(errors).mean()
+        if learns and settings.own_loss > 0:
             task = own_loss(output, batch, self.loss)
             if task is None:
                 raise DataError(
-                    f"Distill(own_loss={self.settings.own_loss}) needs a loss and the batches have no labels. "
+                    f"Distill(own_loss={settings.own_loss}) needs a loss and the batches have no labels. "
                     f"Pass loss=lambda output, batch: ..."
                 )
-            value = value + self.settings.own_loss * task
+            value = value + settings.own_loss * task
         return value
 
-    def _layerwise(self, batch: Any) -> Tensor:
-        """The mean over structured layers of the squared error of their outputs, relative to the original layer's."""
-        names = [n for n, m in self.model.named_modules() if structured_layer_of(m) is not None]
-        wanted: dict[str, list[Tensor]] = {name: [] for name in names}
-        errors: list[Tensor] = []
-        handles = []
-        for name in names:
-            keep = wanted[name].append
-            handles.append(
-                self.original.get_submodule(name).register_forward_hook(
-                    lambda module, args, output, keep=keep: keep(output.detach())
-                )
-            )
-        try:
-            with torch.no_grad():
-                call(self.original, batch, self.forward)
-            queues = {name: iter(outputs) for name, outputs in wanted.items()}
-            for name in names:
-                layer = self.model.get_submodule(name)
-                handles.append(layer.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:])))
-
-                def measure(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
-                    goal = next(queues[name], None)
-                    if goal is not None:  # the original may call a layer less often, for data-dependent control flow
-                        size = goal.float().square().mean().clamp(min=1e-30)
-                        errors.append((output.float() - goal.float()).square().mean() / size)
-
-                handles.append(layer.register_forward_hook(measure))
-            call(self.model, batch, self.forward)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not errors:
-            raise DataError("The model called none of its structured layers: layerwise has nothing to reconstruct.")
-        return torch.stack(errors).mean()
-
-    def _check(self) -> None:
-        """Measure the distance on the held-out batches; keep the state if it is the best."""
+    def _held_out(self) -> float:
+        """The distance on the held-out batches."""
         assert self.settings.held_out is not None
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in self.settings.held_out:
-                total += float(self._distance(to_device(batch, self.device), own=False))
+                total += float(self._distance(to_device(batch, self.device), learns=False))
                 count += 1
         if not count:
             raise DataError("held_out has no batches. Leave it out, or give some.")
-        mean = total / count
-        if mean < min((value for _, value in self.checks), default=math.inf):
-            self.best = {name: master.detach().clone() for name, master in self.masters.items()}
-        self.checks.append((self.step, mean))
+        return total / count
+
+    def _check(self) -> None:
+        """Measure the distance on the held-out batches; keep the state if it is the best."""
+        value = self._held_out()
+        if value < min((other for _, other in self.checks), default=math.inf):
+            self.best = self._state()
+        self.checks.append((self.step, value))
+
+    # ------------------------------------------------------------------------------------------------------ the state
+
+    def _state(self) -> dict[str, Tensor]:
+        """What learns, and the batch statistics."""
+        held = {name: master.detach().clone() for name, master in self.masters.items()}
+        return held | {name: buffer.clone() for name, buffer in self.buffers.items()}
 
     def _write(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(state[name])
+            for name, tensor in (self.masters | self.buffers).items():
+                tensor.copy_(state[name])
         self._publish()
+
+    def _read(self) -> None:
+        """Take over parameters that were changed from outside."""
+        with torch.no_grad():
+            for name, parameter in self.names.items():
+                if self.masters[name] is not parameter:
+                    self.masters[name].copy_(parameter)
 
     # -------------------------------------------------------------------------------------------------- checkpoints
 
@@ -460,7 +446,7 @@ class _Run:
         }
 
     def _save(self, folder: Path) -> None:
-        tensors = {f"value.{name}": master.detach() for name, master in self.masters.items()}
+        tensors = {f"value.{name}": tensor for name, tensor in self._state().items()}
         for name, master in self.masters.items():
             for key, value in self.optimizer.state.get(master, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
@@ -475,6 +461,8 @@ class _Run:
             "recent": self.recent,
             "checks": self.checks,
             "caution": self.caution,
+            "closed_form": self.closed_form,
+            "statistics": self.statistics,
             "done": self.done,
         }
         write_checkpoint(folder, Checkpoint(self._identity(), facts, tensors))
@@ -484,7 +472,7 @@ class _Run:
         if found is None:
             return
         facts, tensors = found.facts, found.tensors
-        self._write({name: tensors[f"value.{name}"] for name in self.masters})
+        self._write({name: tensors[f"value.{name}"] for name in self.masters | self.buffers})
         for name, master in self.masters.items():
             state = {
                 key: tensors[f"optimizer.{key}.{name}"].to(master.device if key != "step" else "cpu")
@@ -494,13 +482,14 @@ class _Run:
             if state:
                 self.optimizer.state[master] = state
         if any(key.startswith("best.") for key in tensors):
-            self.best = {name: tensors[f"best.{name}"].to(self.device) for name in self.masters}
+            self.best = {name: tensors[f"best.{name}"].to(self.device) for name in self.masters | self.buffers}
         torch.random.set_rng_state(tensors["random"])
         self.step, self.seconds, self.objective = facts["step"], facts["seconds"], facts["objective"]
         self.losses = [(int(s), float(v)) for s, v in facts["losses"]]
         self.checks = [(int(s), float(v)) for s, v in facts["checks"]]
         self.recent, self.done = [float(v) for v in facts["recent"]], bool(facts["done"])
         self.caution = float(facts["caution"])
+        self.closed_form, self.statistics = facts["closed_form"], facts["statistics"]
         logger.info("recovery goes on from step %d", self.step)
 
 
@@ -516,14 +505,6 @@ def _schedule(share: float, warmup: float) -> float:
     if share < warmup:
         return max(share, 1e-3) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (share - warmup) / (1.0 - warmup)))
-
-
-def _weights(batch: Any, teacher: Outcome) -> Tensor | None:
-    """1 for terms that count and 0 for padding, where the batch says so by an ``attention_mask``."""
-    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-    if isinstance(mask, Tensor) and teacher.classes and mask.numel() == teacher.values.shape[0]:
-        return mask.reshape(-1).to(teacher.values.device, torch.float32)
-    return None
 
 
 def _endless(data: Iterable[Any], seed: int, skip: int) -> Iterator[Any]:

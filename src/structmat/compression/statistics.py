@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structmat.compression.recover import distance
+from structmat.compression.objectives import distance
 from structmat.compression.running import Forward, call, device_of, evaluating, outcome, to_device
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def reestimate(
     Returns:
         What was measured; None if the model has no batch normalisation with statistics.
     """
-    layers = _normalisations(model)
+    layers = normalisations(model)
     if not layers:
         return None
     held = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
@@ -73,7 +73,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """The statistics by their names."""
     return {
         f"{name}.{key}": buffer
-        for name, module in _normalisations(model).items()
+        for name, module in normalisations(model).items()
         for key, buffer in module.named_buffers(recurse=False)
     }
 
@@ -85,7 +85,8 @@ def write_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         buffer.copy_(tensors[name])
 
 
-def _normalisations(model: nn.Module) -> dict[str, nn.Module]:
+def normalisations(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch normalisations that have statistics, by name."""
     kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and m.running_mean is not None}
 
@@ -111,7 +112,7 @@ def _estimate(model: nn.Module, batches: Iterable[Any], forward: Forward | None)
 
 @contextmanager
 def _collecting(model: nn.Module) -> Iterator[None]:
-    layers = [m for m in _normalisations(model).values() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    layers = [m for m in normalisations(model).values() if isinstance(m, nn.modules.batchnorm._NormBase)]
     rates = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()

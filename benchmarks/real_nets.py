@@ -1,4 +1,4 @@
-"""The trained models with convolutions and recurrent nets, their calibration data and their measures of quality."""
+"""The trained models with convolutions and recurrent nets, at any width, their data and their measures of quality."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Batches = list[Any]
+
+
+def logits(output: Any) -> Tensor:
+    """Of what a network of this file returns."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 class Block(nn.Module):
@@ -34,16 +40,16 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """For pictures of 32 x 32: three groups of ``count`` blocks."""
+    """For pictures of 32 x 32: three groups of ``count`` blocks, ``width``, twice and four times as many channels."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, width: int = 16) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         self.layer1, self.layer2, self.layer3 = (
             nn.Sequential(*(Block(i if k == 0 else o, o, s if k == 0 else 1) for k in range(count)))
-            for i, o, s in ((16, 16, 1), (16, 32, 2), (32, 64, 2))
+            for i, o, s in ((width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
         )
-        self.linear = nn.Linear(64, 10)
+        self.linear = nn.Linear(4 * width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -57,13 +63,24 @@ def resnet(data: Path, count: int = 3) -> ResNet:
     return model.eval()
 
 
-def pictures(data: Path, name: str, count: int) -> Tensor:
-    """The first tiles of a sheet, normalised."""
+def tiles(file: Path) -> Tensor:
+    """The pictures of a sheet, (pictures, 3, 32, 32), as bytes."""
     from PIL import Image
 
-    sheet = np.asarray(Image.open(data / f"cifar10/{name}.webp").convert("RGB"))
-    tiles = sheet.reshape(sheet.shape[0] // 32, 32, sheet.shape[1] // 32, 32, 3).transpose(0, 2, 4, 1, 3)
-    x = torch.from_numpy(tiles.reshape(-1, 3, 32, 32)[:count].copy()).float() / 255
+    with Image.open(file) as image:
+        sheet = np.asarray(image.convert("RGB"))
+    parts = sheet.reshape(sheet.shape[0] // 32, 32, sheet.shape[1] // 32, 32, 3).transpose(0, 2, 4, 1, 3)
+    return torch.from_numpy(parts.reshape(-1, 3, 32, 32).copy())
+
+
+def pictures(data: Path, name: str, count: int) -> Tensor:
+    """The first tiles of a sheet, normalised."""
+    return normalised(tiles(data / f"cifar10/{name}.webp")[:count])
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Bytes as the networks read them."""
+    x = pixels.float() / 255
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     return (x - mean) / deviation
 
@@ -71,12 +88,12 @@ def pictures(data: Path, name: str, count: int) -> Tensor:
 class CharLSTM(nn.Module):
     """A language model of characters."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 128) -> None:
         super().__init__()
         self.emb, self.lstm, self.out = (
-            nn.Embedding(65, 128),
-            nn.LSTM(128, 128, 2, batch_first=True),
-            nn.Linear(128, 65),
+            nn.Embedding(65, width),
+            nn.LSTM(width, width, 2, batch_first=True),
+            nn.Linear(width, 65),
         )
 
     def forward(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -96,14 +113,15 @@ def char_lstm(data: Path) -> tuple[CharLSTM, Tensor]:
 class G2P(nn.Module):
     """Spelling to phonemes: an encoder and a decoder of GRUs."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, width: int = 256) -> None:
         super().__init__()
         names = json.loads((data / "g2p-gru/vocab.json").read_text())
         self.letters, self.phonemes = names["graphemes"], names["phonemes"]
-        self.enc_emb, self.dec_emb = nn.Embedding(29, 256), nn.Embedding(74, 256)
-        self.enc, self.dec = nn.GRU(256, 256, batch_first=True), nn.GRU(256, 256, batch_first=True)
-        self.fc = nn.Linear(256, 74)
-        self.load_state_dict(load_file(data / "g2p-gru/model.safetensors"))
+        self.enc_emb, self.dec_emb = nn.Embedding(29, width), nn.Embedding(74, width)
+        self.enc, self.dec = (nn.GRU(width, width, batch_first=True) for _ in range(2))
+        self.fc = nn.Linear(width, 74)
+        if width == 256:
+            self.load_state_dict(load_file(data / "g2p-gru/model.safetensors"))
 
     def read(self, words: list[str]) -> Tensor:
         """The state after the spelling."""
@@ -154,18 +172,25 @@ def _edits(a: list[str], b: list[str]) -> int:
 
 def lessons(data: Path, model: G2P, count: int, size: int, seed: int) -> Batches:
     """Words of the dictionary that are not judged by, with their phonemes."""
+    entries = known_words(data, model)
+    draws = torch.randint(0, len(entries), (count, size), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [lesson([entries[i] for i in draw]) for draw in draws]
+
+
+def known_words(data: Path, model: G2P) -> list[tuple[str, list[int]]]:
+    """Every word of the dictionary that is not judged by, with the indices of its phonemes between start and end."""
     held = {word for word, _ in spellings(data)}
     entries = []
     for line in gzip.decompress((data / "cmudict/cmudict.dict.gz").read_bytes()).decode().splitlines():
         word, *phonemes = line.split("#")[0].split()
         if word.isalpha() and word.isascii() and word not in held and set(phonemes) <= set(model.phonemes):
             entries.append((word, [2, *(model.phonemes.index(p) for p in phonemes), 3]))
-    draws = torch.randint(0, len(entries), (count, size), generator=torch.Generator().manual_seed(seed)).tolist()
-    found = []
-    for draw in draws:
-        part = [entries[i] for i in draw]
-        ids = torch.full((size, max(len(y) for _, y in part)), -100)
-        for row, (_, y) in zip(ids, part, strict=True):
-            row[: len(y)] = torch.tensor(y)
-        found.append(([word for word, _ in part], ids))
-    return found
+    return entries
+
+
+def lesson(entries: list[tuple[str, list[int]]]) -> tuple[list[str], Tensor]:
+    """A batch: words, and their phonemes padded with -100."""
+    ids = torch.full((len(entries), max(len(y) for _, y in entries)), -100)
+    for row, (_, y) in zip(ids, entries, strict=True):
+        row[: len(y)] = torch.tensor(y)
+    return [word for word, _ in entries], ids

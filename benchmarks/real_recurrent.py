@@ -1,0 +1,145 @@
+"""The character LSTM on Shakespeare and the spelling GRU on a dictionary, as a study's models."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.real_data import DATA, Draws, RealModel
+from benchmarks.real_nets import G2P, CharLSTM, char_lstm, known_words, lesson, phoneme_errors, spellings
+
+Labelled = tuple[Tensor, Tensor]
+
+# ------------------------------------------------------------------------------------------------ the character LSTM
+
+LENGTH = 128
+"""Characters of a training window, which begins with an empty state."""
+
+STREAMS, STREAM = 16, 6900
+"""Of the test text, the last tenth: so many parallel streams of so many characters, with the state carried."""
+
+
+@cache
+def _text() -> dict[str, Tensor]:
+    """The last tenth is for testing; of the rest the last twentieth judges."""
+    _, text = char_lstm(DATA)
+    end = int(0.9 * len(text))
+    start = int(0.95 * end)
+    return {"train": text[:start], "held out": text[start:end], "test": text[end:]}
+
+
+def _windows(text: Tensor, starts: np.ndarray) -> Labelled:
+    whole = torch.stack([text[s : s + LENGTH + 1] for s in starts])
+    return whole[:, :-1], whole[:, 1:]
+
+
+def _text_calibration(seed: int, windows: int = 512, size: int = 32) -> list[Labelled]:
+    text = _text()["train"]
+    starts = np.random.default_rng([seed, 1]).integers(0, len(text) - LENGTH - 1, windows)
+    return [_windows(text, starts[i : i + size]) for i in range(0, windows, size)]
+
+
+def _text_training(seed: int) -> Draws:
+    text = _text()["train"]
+    return Draws(lambda random: _windows(text, random.integers(0, len(text) - LENGTH - 1, 32)), seed + 1000, 1_000_000)
+
+
+def _text_held_out() -> list[Labelled]:
+    text = _text()["held out"]
+    starts = np.arange(256) * (len(text) - LENGTH - 1) // 256
+    return [_windows(text, starts[i : i + 64]) for i in range(0, 256, 64)]
+
+
+@torch.no_grad()
+def _bits(model: nn.Module) -> float:
+    text = _text()["test"]
+    streams = text[: STREAMS * STREAM].view(STREAMS, STREAM)
+    total, count, state = 0.0, 0, None
+    for start in range(0, STREAM - 1, 690):
+        x = streams[:, start : start + 690]
+        y = streams[:, start + 1 : start + 691]
+        logits, state = model(x, state)
+        logits = logits[:, : y.shape[1]]
+        total += float(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum"))
+        count += y.numel()
+    return total / count / math.log(2)
+
+
+CHAR_LSTM = RealModel(
+    name="char-lstm",
+    load=lambda: char_lstm(DATA)[0],
+    calibration=_text_calibration,
+    training=_text_training,
+    held_out=_text_held_out,
+    evaluate=_bits,
+    metric="bits per character",
+    lower_is_better=True,
+    sample=lambda size: _windows(_text()["train"], np.arange(size) * LENGTH)[0],
+    batches=(1, 64),
+    rows=LENGTH,
+    minutes=5.0,
+    narrow=lambda width: CharLSTM(width).eval(),
+    width=128,
+)
+
+# ------------------------------------------------------------------------------------------------- the spelling GRU
+
+WORDS_HELD_OUT = 2000
+"""Words of the dictionary that nothing is trained on, beside the 4,000 that are tested on."""
+
+Lesson = tuple[list[str], Tensor]
+
+
+@cache
+def _words() -> tuple[list[Any], list[Any]]:
+    """In an order of their own: to train on, and to judge by. Spellings of one word stay on one side."""
+    entries = known_words(DATA, G2P(DATA))
+    names = sorted({word for word, _ in entries})
+    held = {names[i] for i in np.random.default_rng(0).permutation(len(names))[:WORDS_HELD_OUT]}
+    return [e for e in entries if e[0] not in held], [e for e in entries if e[0] in held]
+
+
+def _word_calibration(seed: int, batches: int = 24, size: int = 64) -> list[Lesson]:
+    words = _words()[0]
+    random = np.random.default_rng([seed, 1])
+    return [lesson([words[i] for i in random.integers(0, len(words), size)]) for _ in range(batches)]
+
+
+def _word_training(seed: int) -> Draws:
+    words = _words()[0]
+    return Draws(lambda random: lesson([words[i] for i in random.integers(0, len(words), 64)]), seed + 1000, 1_000_000)
+
+
+def _word_held_out() -> list[Lesson]:
+    words = _words()[1]
+    return [lesson(words[i : i + 250]) for i in range(0, 1000, 250)]
+
+
+def _errors(model: nn.Module) -> float:
+    assert isinstance(model, G2P)
+    return phoneme_errors(model, spellings(DATA))
+
+
+G2P_GRU = RealModel(
+    name="g2p-gru",
+    load=lambda: G2P(DATA).eval(),
+    calibration=_word_calibration,
+    training=_word_training,
+    held_out=_word_held_out,
+    evaluate=_errors,
+    metric="phoneme errors, %",
+    lower_is_better=True,
+    sample=lambda size: lesson(_words()[0][:size]),
+    batches=(1, 64),
+    rows=8,
+    minutes=5.0,
+    narrow=lambda width: G2P(DATA, width).eval(),
+    width=256,
+    forward=lambda model, batch: model.teach(batch),
+)

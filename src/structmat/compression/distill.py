@@ -1,0 +1,165 @@
+"""How to recover, and what a recovery did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from structmat.errors import StructureError
+
+
+class Rates(StrEnum):
+    """How the learning rates of a structured layer's tensors follow from that of a dense layer."""
+
+    LAYER = "one a layer"
+    """:func:`structmat.learn.groups.recovery_groups`: right for factors that were fitted."""
+
+    STAGE = "one a stage"
+    """:func:`structmat.learn.groups.parameter_groups`: right for fresh ones."""
+
+    EQUAL = "equal"
+    """That of a dense layer for every tensor."""
+
+
+@dataclass(frozen=True)
+class Distill:
+    """How to recover: distillation from the original model, after an optional layer-wise reconstruction.
+
+    Args:
+        steps: of the optimizer, one batch each; None if only ``minutes`` limits.
+        minutes: stop after this time (resumed runs add up). The schedule follows whichever limit is nearer.
+        learning_rate: for a dense layer; structured tensors get multiples.
+        rates: which multiples.
+        temperature: of the softmax of both models (Hinton, Vinyals, Dean 2015); only for outputs that are logits.
+        own_loss: weight of the task's own loss (the user's, the output's ``.loss``, or cross-entropy to the labels of a
+            batch) that is added to the distance from the original.
+        layerwise: steps before, in which each structured layer learns to put out what the original layer does, on
+            inputs of the compressed model. No gradient passes from layer to layer.
+        blockwise: steps after these, in which each block learns to put out what the original block does, on inputs of
+            the compressed model. No gradient passes from block to block.
+        blocks: globs of the blocks' names; without them, the innermost elements of lists and sequences of modules that
+            hold several layers, and layers that are in none by themselves.
+        hidden: weight of the error of the blocks' outputs (a share of their mean square, the mean over blocks) that is
+            added to the distance from the original while distilling.
+        closed_form: solve the last factor and the bias of each layer by least squares before all steps, see
+            :func:`structmat.compression.reconstruct.reconstruct`; kept if the ``held_out`` batches say so.
+        anneal: share of the distillation in which what the structures lost is added back, from all of it down to
+            nothing: the model begins as the original and becomes the compressed one.
+        normalise: batch normalisation uses and learns the statistics of the batches, as in training, rather than those
+            that it has.
+        statistics: estimate the statistics of batch normalisations again at the end, where that brings the outputs
+            nearer; not with ``normalise``.
+        warmup: share of the steps in which the learning rate rises; then it falls along a cosine to zero.
+        clip: largest norm of the gradient.
+        weight_decay: for matrices that are not structured; structured tensors never decay.
+        data: batches to train on, if others than those of calibration.
+        held_out: batches to be judged by: the state that is nearest to the original on them is kept, so that recovery
+            never ends farther from the original than it began; where a look finds the model farther away than at the
+            start, the best state is taken up again with a third of the learning rate. Without them the last state is
+            kept.
+        windows: let the structure move while distilling: the windows of GBLR layers are learned at the numbers that
+            these layers hold together (see :class:`structmat.learn.windows.WindowLearner`), then made compact again.
+            Needs ``steps``; without ``held_out`` and without a folder, whose states know contents only.
+        patience: stop after so many looks at ``held_out`` in which nothing was nearer than before; None for never.
+        check_every: steps between two looks at ``held_out``, and between two entries of the curve of losses.
+        save_every: seconds between two checkpoints, where there is a folder.
+    """
+
+    steps: int | None = 300
+    minutes: float | None = None
+    learning_rate: float = 1e-3
+    rates: Rates = Rates.LAYER
+    temperature: float = 1.0
+    own_loss: float = 0.0
+    layerwise: int = 0
+    blockwise: int = 0
+    blocks: Sequence[str] = ()
+    hidden: float = 0.0
+    closed_form: bool = False
+    anneal: float = 0.0
+    normalise: bool = False
+    statistics: bool = True
+    warmup: float = 0.05
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    windows: bool = False
+    data: Iterable[Any] | None = field(default=None, repr=False, compare=False)
+    held_out: Iterable[Any] | None = field(default=None, repr=False, compare=False)
+    patience: int | None = None
+    check_every: int = 25
+    save_every: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise StructureError("Distill(steps=None, minutes=None) would never end. Give one of the two.")
+        before = self.layerwise or self.blockwise or self.closed_form or self.anneal
+        if self.windows and (self.steps is None or self.held_out is not None or before):
+            raise StructureError(
+                "Distill(windows=True) takes a number of steps, no held_out batches and no layerwise, blockwise, "
+                "closed_form or anneal phase. Leave these out."
+            )
+        if self.anneal and self.closed_form:
+            raise StructureError(
+                "Distill(anneal=..., closed_form=True): what annealing adds back belongs to the factors as they were "
+                "fitted. Choose one."
+            )
+        if self.patience is not None and self.held_out is None:
+            raise StructureError("Distill(patience=...) counts looks at held_out batches. Give held_out=....")
+        if isinstance(self.blocks, str):
+            raise StructureError(f"Distill(blocks={self.blocks!r}) is a sequence of patterns. Pass [{self.blocks!r}].")
+        rules = {
+            "steps": self.steps is None or (_is_whole(self.steps) and self.steps >= 1),
+            "minutes": self.minutes is None or self.minutes > 0,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "temperature": 0 < self.temperature < math.inf,
+            "own_loss": 0 <= self.own_loss < math.inf,
+            "layerwise": _is_whole(self.layerwise) and self.layerwise >= 0,
+            "blockwise": _is_whole(self.blockwise) and self.blockwise >= 0,
+            "hidden": 0 <= self.hidden < math.inf,
+            "anneal": 0 <= self.anneal < 1,
+            "rates": isinstance(self.rates, Rates),
+            "patience": self.patience is None or (_is_whole(self.patience) and self.patience >= 1),
+            "warmup": 0 <= self.warmup < 1,
+            "clip": self.clip > 0,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "check_every": _is_whole(self.check_every) and self.check_every >= 1,
+            "save_every": self.save_every >= 0,
+        }
+        for name, is_legal in rules.items():
+            if not is_legal:
+                raise StructureError(f"Distill({name}={getattr(self, name)!r}) is out of range; see its documentation.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What recovery did.
+
+    Args:
+        objective: the distance from the original that was made small.
+        steps: of distillation, and before it ``layerwise_steps`` and ``blockwise_steps``.
+        seconds: of all runs together.
+        losses: (step, mean training loss since the entry before).
+        held_out: (step, distance from the original on the held-out batches); empty without them.
+        kept_step: whose state the model has now.
+        closed_form: what solving last factors again did, if it was asked for: layers that changed, whether they were
+            kept, and the distances on the held-out batches where there are such.
+        statistics: what estimating batch statistics again did, if anything was to estimate.
+    """
+
+    objective: str
+    steps: int
+    layerwise_steps: int
+    seconds: float
+    losses: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+    kept_step: int
+    blockwise_steps: int = 0
+    closed_form: Mapping[str, Any] | None = None
+    statistics: Mapping[str, Any] | None = None

@@ -1,0 +1,100 @@
+"""Compression in steps: a little, recovery, then more of what was recovered, down to the last budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from structmat.compression.budget import Budget, Latency
+from structmat.compression.compress import Result, compress
+from structmat.compression.distill import Distill
+from structmat.compression.recover import recover as recover_
+from structmat.compression.replace import to_dense
+from structmat.errors import BudgetError, DataError
+
+if TYPE_CHECKING:
+    from structmat.compression.compress import Evaluate
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compress_gradually(
+    model: Model,
+    budgets: Sequence[Budget],
+    recover: Distill,
+    *,
+    evaluate: Evaluate | None = None,
+    seed: int = 0,
+    folder: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Result[Model]:
+    """Compress to each budget in turn, every time the dense form of what the one before left after recovery.
+
+    The matrices that the last structures are fitted to are then nearly of such structures. Every recovery imitates the
+    model that was given, not the step before.
+
+    Args:
+        model: not modified.
+        budgets: of all compressible layers, one after the other smaller, such as
+            ``[Parameters(0.5), Parameters(0.25)]``.
+        recover: how each step recovers; its ``steps`` and ``minutes`` are those of all steps together, in equal parts.
+        evaluate: of the last model, before and after its recovery.
+        seed: of every random choice.
+        folder: where finished work is kept; a call that was interrupted goes on from there.
+        options: of :func:`structmat.compression.compress.compress`, among them ``calibration``.
+
+    Returns:
+        The last model, with the plan and the report of its step.
+
+    Raises:
+        BudgetError: there is no budget.
+        DataError: neither ``calibration`` nor ``recover.data`` is given.
+    """
+    if not budgets:
+        raise BudgetError("compress_gradually takes one budget for each step; got none.")
+    shares = [b.amount for b in budgets if not isinstance(b, Latency) and isinstance(b.amount, float)]
+    if len(shares) == len(budgets) and any(a < b for a, b in zip(shares, shares[1:], strict=False)):
+        raise BudgetError(f"Budgets get smaller from step to step; got the shares {shares}. Sort them.")
+    data = recover.data if recover.data is not None else options.get("calibration")
+    if data is None:
+        raise DataError("Recovery needs data. Pass calibration=..., or Distill(data=...).")
+    settings = dataclasses.replace(
+        recover,
+        steps=None if recover.steps is None else max(1, recover.steps // len(budgets)),
+        minutes=None if recover.minutes is None else recover.minutes / len(budgets),
+    )
+    current, found = model, None
+    for number, budget in enumerate(budgets):
+        last = number == len(budgets) - 1
+        own = None if folder is None else Path(folder) / f"step-{number}"
+        result = compress(
+            current, budget=budget, seed=seed, folder=own, evaluate=evaluate if last else None, **options
+        )
+        found = recover_(
+            result.model,
+            model,
+            data,
+            settings,
+            forward=options.get("forward"),
+            loss=options.get("loss"),
+            seed=seed,
+            folder=None if own is None else own / "recovery",
+            show=bool(options.get("progress", False)),
+        )
+        if not last:
+            current = to_dense(result.model)
+            continue
+        report = dataclasses.replace(result.report, recovery=dataclasses.asdict(found))
+        if evaluate is not None:
+            value = evaluate(result.model)
+            named = dict(value) if isinstance(value, dict) else {"quality": float(value)}  # type: ignore[arg-type]
+            report = dataclasses.replace(report, quality={**report.quality, "recovered": named})
+        if own is not None:
+            report.write(own / "report.json")
+        return dataclasses.replace(result, report=report)
+    raise AssertionError("the last step returns")
