@@ -279,7 +279,7 @@ def run(blocks: Sequence[KroneckerBlock], way: Fused, x: Tensor) -> Tensor | Non
         tensor = holder._parameters.get(name)
         if tensor is None:  # a buffer, or one that is computed, by a parametrization for instance
             tensor = getattr(holder, name)
-        if tensor.dtype is not dtype or not tensor.is_cpu:
+        if tensor.dtype is not dtype or tensor.device.type != "cpu":
             return None
         tensors.append(tensor)
     if torch.compiler.is_compiling():
