@@ -4,6 +4,9 @@
 #pragma once
 
 #include <type_traits>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "gradients.h"
 #include "kernels.h"
@@ -87,10 +90,28 @@ inline V<Real> all(Real value) {
   return V<Real>{} + value;
 }
 
+// x between two bounds; NaN stays NaN. These instructions give their second argument where one is NaN; written as
+// comparisons and choices, loops take two more.
 template <class Real>
 inline V<Real> limited(V<Real> x, Real least, Real most) {
-  x = x > most ? all<Real>(most) : x;  // written so that a NaN stays one
-  return x < least ? all<Real>(least) : x;
+  const V<Real> low = all<Real>(least), high = all<Real>(most);
+  [[maybe_unused]] constexpr bool single = sizeof(Real) == 4;
+#if defined(__AVX512F__)
+  constexpr __mmask16 every = 0xffff;  // without a mask the compiler warns of its own headers
+  if constexpr (single)
+    return V<Real>(_mm512_maskz_max_ps(every, __m512(low), _mm512_maskz_min_ps(every, __m512(high), __m512(x))));
+  else
+    return V<Real>(_mm512_maskz_max_pd(0xff, __m512d(low), _mm512_maskz_min_pd(0xff, __m512d(high), __m512d(x))));
+#elif defined(__AVX__)
+  if constexpr (single) return V<Real>(_mm256_max_ps(__m256(low), _mm256_min_ps(__m256(high), __m256(x))));
+  else return V<Real>(_mm256_max_pd(__m256d(low), _mm256_min_pd(__m256d(high), __m256d(x))));
+#elif defined(__SSE2__)
+  if constexpr (single) return V<Real>(_mm_max_ps(__m128(low), _mm_min_ps(__m128(high), __m128(x))));
+  else return V<Real>(_mm_max_pd(__m128d(low), _mm_min_pd(__m128d(high), __m128d(x))));
+#else
+  x = x > high ? high : x;
+  return x < low ? low : x;
+#endif
 }
 
 // exp(x) = scale + scale * rest, where scale is a power of two, exactly: what is small beside 1 is not lost in `rest`. With
@@ -264,11 +285,49 @@ class SpreadSums {
   V<Real> held_ = {};
 };
 
+// The gradient of one row's argument, and the sum of its columns, lane by lane.
+template <class Real, Activate::Kind kind, bool adds>
+inline V<Real> row_back(const Real* x, const Real* gy, Real* gx, Real shift, int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  V<Real> sum = {};
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < columns; p += n) {
+    V<Real> back = at(gy + p);
+    if constexpr (kind != Activate::identity) back *= Function<Real, kind>::derivative(at(x + p) + shift, Real(0));
+    sum += back;
+    if (gx) put(gx + p, adds ? at(gx + p) + back : back);
+  }
+  return sum;
+}
+
+// The same of all rows where each has a number of its own: registers full of sums at once.
+template <class Real, Activate::Kind kind, bool adds>
+void activate_back_rows(int64_t rows, const Real* bias, const Real* x, const Real* gy, Real* gx, Real* sums,
+                        int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t i = 0; i < rows; i += n) {
+    const int64_t count = rows - i < n ? rows - i : n;
+    V<Real> sum[n];
+    for (int l = 0; l < n; ++l) {
+      sum[l] = V<Real>{};
+      if (l >= count) continue;
+      const int64_t first = (i + l) * columns;
+      const Real* given = kind == Activate::identity ? nullptr : x + first;
+      const Real shift = by_value(kind) ? Real(0) : bias[i + l];
+      sum[l] = row_back<Real, kind, adds>(given, gy + first, gx ? gx + first : nullptr, shift, columns);
+    }
+    const V<Real> total = sum_lanes<Real>(sum);
+    for (int l = 0; l < count; ++l) sums[i + l] += total[l];
+  }
+}
+
 template <class Real, Activate::Kind kind, bool adds>
 void activate_back_as(const Activate& s, const Real* bias, const Real* slope, const Real* x, const Real* gy, Real* gx,
                       Real* bias_sums, Real* slope_sums, int64_t columns) {
   constexpr int n = Vector<Real>::lanes;
   constexpr bool from_value = by_value(kind);
+  if (kind != Activate::rectifier && bias && bias_sums && s.bias.inner == 1 && s.bias.count == s.rows)
+    return activate_back_rows<Real, kind, adds>(s.rows, bias, x, gy, gx, bias_sums, columns);
   Walk shifts(s.bias), slopes(s.slope);
   SpreadSums<Real> onto_bias(s.bias, bias_sums), onto_slope(s.slope, slope_sums);
   for (int64_t i = 0; i < s.rows; ++i) {

@@ -106,12 +106,12 @@ def test_kronecker_8_projection_is_optimal(m: int, n: int, p: int, q: int, terms
     found = sm.project(matrix, structure)
     values = torch.linalg.svdvals(rearrange(matrix, structure.pairs))
     tail = float(values[terms:].square().sum() / values.square().sum())
-    assert found.error**2 == pytest.approx(tail, rel=1e-9, abs=1e-14)
+    assert found.error**2 == pytest.approx(tail, rel=1e-10, abs=1e-14)
     assert found.certificate is Certificate.OPTIMAL
     assert found.lower_bound == pytest.approx(found.error, abs=1e-9)
     # Idempotent; terms orthogonal in both factors; balanced; no perturbation is better.
     again = sm.project(found.matrix.to_dense(), structure)
-    assert again.error < 1e-7
+    assert again.error < 1e-12
     factors = [f.flatten(1) for f in factor_matrices(structure, found.matrix.tensors)]
     for factor in factors:
         gram = factor @ factor.T
@@ -153,7 +153,7 @@ def test_kronecker_10_weighted_closed_form_for_a_separable_moment() -> None:
     closed = target.error(restore(a.T @ b, pairs))
     assert bound == pytest.approx(closed, rel=1e-6)  # the bound is tight here
     start = nearest_terms(matrix, pairs, terms)[:2]
-    assert weighted_descent(target, pairs, *start, 500)[2] == pytest.approx(closed, rel=1e-5)
+    assert weighted_descent(target, pairs, *start, 2000)[2] == pytest.approx(closed, rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [None, 5])

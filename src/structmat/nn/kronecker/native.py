@@ -272,14 +272,14 @@ def run(blocks: Sequence[KroneckerBlock], way: Fused, x: Tensor) -> Tensor | Non
         return None
     if any(watched(block) for block in blocks):
         return None
-    tensors = []
+    tensors, dtype = [], x.dtype
     chains = [block.chains for block in blocks]
     for number, place, name in way.places:
         holder = chains[number][place] if place >= 0 else _holder(blocks[number], place)
         tensor = holder._parameters.get(name)
         if tensor is None:  # a buffer, or one that is computed, by a parametrization for instance
             tensor = getattr(holder, name)
-        if tensor.dtype is not x.dtype or tensor.device.type != "cpu":
+        if tensor.dtype is not dtype or tensor.device.type != "cpu":
             return None
         tensors.append(tensor)
     if torch.compiler.is_compiling():
