@@ -145,7 +145,8 @@ def _refine(tensor: Tensor, error: float, start: CP, steps: int) -> tuple[float,
 
 
 def _split(step: Tensor, factors: list[Tensor]) -> tuple[Tensor, ...]:
-    return step.split([f.numel() for f in factors])
+    parts: tuple[Tensor, ...] = step.split([f.numel() for f in factors])
+    return parts
 
 
 def _written_out(factors: list[Tensor]) -> Tensor:

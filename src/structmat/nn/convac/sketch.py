@@ -65,7 +65,7 @@ def sketched_rank(
     ]
 
     def leaf(mode: int) -> Floats:
-        return drawn[mode][:, None] if mode in inside else drawn[mode][None]
+        return np.asarray(drawn[mode][:, None] if mode in inside else drawn[mode][None])
 
     root = fold(tree, leaf, lambda l, j, p, x: x @ matrices[l][j, p].T, _multiply)
     row = network.output_matrix()[output].detach().double().cpu().numpy()
