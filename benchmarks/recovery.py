@@ -139,9 +139,7 @@ def tables(done: dict[str, dict[str, Any]]) -> list[str]:
             if any(cell.name == f"{model} {way}" for cell in CELLS):
                 cell = found[0] if found else None
                 rows.append(
-                    (way, "not run", "—")
-                    if cell is None
-                    else (way, f"{cell['held_out']:.5f}", f"{cell['test']:.2f}")
+                    (way, "not run", "—") if cell is None else (way, f"{cell['held_out']:.5f}", f"{cell['test']:.2f}")
                 )
         head = ("way", "distance on held-out data", "test accuracy, %")
         lines += [f"## {model} at {SHARE:.0%}, {steps} steps", "", *markdown(head, rows), ""]
