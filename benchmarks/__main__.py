@@ -4,6 +4,7 @@ from __future__ import annotations
 
 STUDIES = {
     "circuits": "a circuit of a million gates, and the kaleidoscope compiler, on the clock",
+    "recovery": "what each way to recover a compressed model is worth",
     "compress_real": "trained models compressed at several budgets, beside baselines",
     "convac_depth": "what depth buys: shallow approximations of deep networks, ranks against minimum cuts",
     "convac_geometry": "square against mirror pooling on generated blobs",

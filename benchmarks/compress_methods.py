@@ -258,6 +258,10 @@ def numbers(model: nn.Module) -> int:
     return sum(site.numbers for site in scan(model).sites)
 
 
+FEWEST_UNITS = 4
+"""Of a narrower network."""
+
+
 def narrow_width(real: RealModel, budget: float) -> int:
     """The largest width at which the same kind of network has at most this share of the original's numbers."""
     most = budget * numbers(real.load())
@@ -265,7 +269,7 @@ def narrow_width(real: RealModel, budget: float) -> int:
     random = torch.random.get_rng_state()
     while high - low > 1:
         middle = (low + high) // 2
-        fits = middle >= 8 and numbers(real.narrow(middle)) <= most
-        low, high = (middle, high) if fits or middle < 8 else (low, middle)
+        fits = middle < FEWEST_UNITS or numbers(real.narrow(middle)) <= most
+        low, high = (middle, high) if fits else (low, middle)
     torch.random.set_rng_state(random)
     return low

@@ -103,7 +103,7 @@ def _model(count: int) -> RealModel:
         batches=(1, 64),
         rows=1024,
         minutes=5.0,
-        narrow=lambda width: ResNet(count, width - width % 2).eval(),  # the shortcuts pad both sides alike
+        narrow=lambda width: ResNet(count, width).eval(),
         width=16,
         convolutional=True,
     )

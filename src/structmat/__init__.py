@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from structmat.compression.compress import Result as Result
     from structmat.compression.compress import compress as compress
     from structmat.compression.compress import compress_ as compress_
+    from structmat.compression.distill import Distill as Distill
     from structmat.compression.inspection import inspect as inspect
     from structmat.compression.plan import Plan as Plan
-    from structmat.compression.recover import Distill as Distill
     from structmat.compression.replace import freeze as freeze
     from structmat.compression.replace import to_dense as to_dense
     from structmat.compression.report import Report as Report
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Distill": "structmat.compression.recover",
+    "Distill": "structmat.compression.distill",
     "Flops": "structmat.compression.budget",
     "Latency": "structmat.compression.budget",
     "Memory": "structmat.compression.budget",

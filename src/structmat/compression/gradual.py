@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from structmat.compression.budget import Budget, Latency
 from structmat.compression.compress import Result, compress
-from structmat.compression.distill import Distill
+from structmat.compression.distill import Distill, Recovery
 from structmat.compression.recover import recover as recover_
 from structmat.compression.replace import to_dense
 from structmat.errors import BudgetError, DataError
@@ -58,7 +59,7 @@ def compress_gradually(
     if not budgets:
         raise BudgetError("compress_gradually takes one budget for each step; got none.")
     shares = [b.amount for b in budgets if not isinstance(b, Latency) and isinstance(b.amount, float)]
-    if len(shares) == len(budgets) and any(a < b for a, b in zip(shares, shares[1:], strict=False)):
+    if len(shares) == len(budgets) and any(a < b for a, b in itertools.pairwise(shares)):
         raise BudgetError(f"Budgets get smaller from step to step; got the shares {shares}. Sort them.")
     data = recover.data if recover.data is not None else options.get("calibration")
     if data is None:
@@ -68,14 +69,11 @@ def compress_gradually(
         steps=None if recover.steps is None else max(1, recover.steps // len(budgets)),
         minutes=None if recover.minutes is None else recover.minutes / len(budgets),
     )
-    current, found = model, None
-    for number, budget in enumerate(budgets):
-        last = number == len(budgets) - 1
+
+    def step(current: Model, number: int, judge: Evaluate | None) -> tuple[Result[Model], Recovery]:
         own = None if folder is None else Path(folder) / f"step-{number}"
-        result = compress(
-            current, budget=budget, seed=seed, folder=own, evaluate=evaluate if last else None, **options
-        )
-        found = recover_(
+        result = compress(current, budget=budgets[number], seed=seed, folder=own, evaluate=judge, **options)
+        done = recover_(
             result.model,
             model,
             data,
@@ -86,15 +84,17 @@ def compress_gradually(
             folder=None if own is None else own / "recovery",
             show=bool(options.get("progress", False)),
         )
-        if not last:
-            current = to_dense(result.model)
-            continue
-        report = dataclasses.replace(result.report, recovery=dataclasses.asdict(found))
-        if evaluate is not None:
-            value = evaluate(result.model)
-            named = dict(value) if isinstance(value, dict) else {"quality": float(value)}  # type: ignore[arg-type]
-            report = dataclasses.replace(report, quality={**report.quality, "recovered": named})
-        if own is not None:
-            report.write(own / "report.json")
-        return dataclasses.replace(result, report=report)
-    raise AssertionError("the last step returns")
+        return result, done
+
+    current = model
+    for number in range(len(budgets) - 1):
+        current = to_dense(step(current, number, None)[0].model)
+    result, done = step(current, len(budgets) - 1, evaluate)
+    report = dataclasses.replace(result.report, recovery=dataclasses.asdict(done))
+    if evaluate is not None:
+        value = evaluate(result.model)
+        named = {"quality": float(value)} if not isinstance(value, Mapping) else dict(value)
+        report = dataclasses.replace(report, quality={**report.quality, "recovered": named})
+    if folder is not None:
+        report.write(Path(folder) / "report.json")
+    return dataclasses.replace(result, report=report)
