@@ -10,7 +10,7 @@ from torch import nn
 from structmat.compression.allocate import Allocation, Limit, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration
-from structmat.compression.candidates import Candidate, Choice, Kind, LayerScreen, Screening, kinds_of
+from structmat.compression.candidates import Candidate, Kind, LayerScreen, Screening
 from structmat.compression.contest import Outcomes
 from structmat.compression.scan import Site
 from structmat.compression.score import Correction, Measurement
@@ -32,12 +32,12 @@ def fill(
     allocation: Allocation,
     budget: Budget,
     *,
+    kinds: Mapping[str, Sequence[Kind]],
     limits: Sequence[Limit] = (),
     calibration: Calibration | None = None,
     measured: Mapping[str, Sequence[Measurement]] | None = None,
     outcomes: Outcomes | None = None,
     factors: Mapping[str, float] | None = None,
-    structures: Sequence[Choice] | None = None,
     fixed: Mapping[str, Structure] | None = None,
     floor: float = 0.0,
     seed: int = 0,
@@ -51,11 +51,11 @@ def fill(
     Args:
         model, sites, screening, allocation, calibration: from the steps before.
         budget: in whose unit the candidates' costs are.
+        kinds: what each layer may try, by the sites' names; what was given as a single structure stays it.
         limits: that the allocation keeps; none for the budget alone.
         measured: what :func:`structmat.compression.score.score` measured.
         outcomes: what :func:`structmat.compression.contest.contest` fitted: the same gains are expected here.
         factors: by which the losses of each layer's candidates were multiplied; 1 by default.
-        structures: as for :func:`structmat.compression.screen.screen`; what was given as a single structure stays it.
         fixed, floor: as for :func:`structmat.compression.allocate.allocate`.
         seed: of fits with random starts.
 
@@ -70,7 +70,7 @@ def fill(
         for site in sites:
             chosen, left = allocation.chosen[site.name], allocation.left(site.name)
             name = chosen.form or type(chosen.structure).__name__
-            kind = next((kind for kind in kinds_of(structures, site) if kind.name == name), None)
+            kind = next((kind for kind in kinds[site.name] if kind.name == name), None)
             if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or kind is None:
                 continue
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
