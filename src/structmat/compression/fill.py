@@ -14,7 +14,7 @@ from structmat.compression.candidates import Candidate, Kind, LayerScreen, Scree
 from structmat.compression.contest import Outcomes
 from structmat.compression.scan import Site
 from structmat.compression.score import Correction, Measurement
-from structmat.compression.screen import SWEEPS, layer_worker
+from structmat.compression.screen import SWEEPS, LayerWorker, layer_worker
 from structmat.structure import Structure
 from structmat.structures.dense import Dense
 
@@ -62,6 +62,7 @@ def fill(
     Returns:
         The screening with the new candidates, and the allocation.
     """
+    workers: dict[str, LayerWorker] = {}  # a layer's decompositions serve all rounds
     for _ in range(ROUNDS):
         spent = sum(c.cost for c in allocation.chosen.values())
         if all(allocation.left(site.name) <= ENOUGH * spent for site in sites):
@@ -77,7 +78,9 @@ def fill(
             gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if o.after.variant == chosen.variant]
             gain = gains[0] if gains else 1.0
             layer, factor = screening[site.name], (factors or {}).get(site.name, 1.0)
-            found = _larger(model, site, chosen, kind, left, layer, budget, calibration, pairs, gain, factor, seed)
+            if site.name not in workers:
+                workers[site.name] = layer_worker(model, site, budget, calibration, sweeps=SWEEPS, seed=seed)
+            found = _larger(workers[site.name], site, chosen, kind, left, layer, pairs, gain, factor)
             ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
             grown[site.name] = replace(layer, candidates=tuple(ordered))
         if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
@@ -88,21 +91,17 @@ def fill(
 
 
 def _larger(
-    model: nn.Module,
+    worker: LayerWorker,
     site: Site,
     chosen: Candidate,
     kind: Kind,
     left: float,
     layer: LayerScreen,
-    budget: Budget,
-    calibration: Calibration | None,
     pairs: Sequence[tuple[float, float]],
     gain: float,
     factor: float,
-    seed: int,
 ) -> list[Candidate]:
     """New candidates of the chosen family whose cost is at most the chosen one's and what is left."""
-    worker = layer_worker(model, site, budget, calibration, sweeps=SWEEPS, seed=seed)
     worker.seen |= {c.structure for c in layer.candidates}
     curve = Correction(pairs)
     numbers_a_unit = chosen.parameters / chosen.cost if chosen.cost > 0 else 0.0
