@@ -107,7 +107,8 @@ def _first(tensor: Tensor, axis: int) -> Tensor:
         vector = torch.linalg.eigh(unfolded @ unfolded.mH)[1][:, -1:]
         return vector.T
     vector = unfolded @ torch.linalg.eigh(unfolded.mH @ unfolded)[1][:, -1:]
-    return (vector / torch.linalg.norm(vector).clamp(min=1e-300)).T
+    vector = (vector / torch.linalg.norm(vector).clamp(min=1e-300)).T
+    return vector
 
 
 def random(tensor: Tensor, terms: int, generator: torch.Generator) -> Factors:
