@@ -151,7 +151,11 @@ def test_large_unknown_layers_are_reported() -> None:
     model = nn.Sequential(nn.Conv3d(8, 8, 3), nn.Flatten(), nn.Linear(48, 8), nn.LayerNorm(8))
     (skipped,) = scan(model).skipped
     assert (skipped.name, skipped.kind, skipped.parameters) == ("0", "Conv3d", 8 * 8 * 27 + 8)
-    assert "not known to compress" in skipped.reason
+    assert "Conv3d are not known to compress" in skipped.reason
+    small = nn.Sequential(nn.Conv3d(2, 2, 1), nn.Flatten(), nn.Linear(480, 80))
+    assert "one and two dimensions" in scan(small).skipped[0].reason
+    with pytest.raises(ModelError, match="Conv3d"):
+        scan(nn.Sequential(nn.Conv3d(8, 8, 3)))
 
 
 def test_a_model_of_unknown_layers_is_an_error_that_names_them() -> None:

@@ -275,7 +275,49 @@ def test_memory_is_that_of_a_few_maps(structure: Structure | KernelForm, maps: f
     assert most <= 1.05 * maps * x.numel() * x.element_size() + 8 * layer.kernel.numel()
 
 
-def test_patches_are_written_out_for_a_few_images_at_a_time() -> None:
+KERNELS = "structmat.nn.convolution.layer.KERNEL_ROWS"
+
+
+@pytest.mark.parametrize("structure", [sm.Sparse(density=0.3), sm.Circulant(), sm.SparsePlusLowRank(1, 0.2)], ids=str)
+@pytest.mark.parametrize("which", range(4))
+def test_a_kernel_written_out_is_the_product_with_patches(
+    structure: Structure, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, sizes = (
+        (StructuredConv2d(6, 4, 3, 2, 1, 2, groups=2, structure=structure, order=TAPS_FIRST), (7, 6)),
+        (StructuredConv1d(4, 6, 3, padding=1, padding_mode="reflect", structure=structure), (9,)),
+        (StructuredConvTranspose2d(6, 4, 3, 2, 1, 1, groups=2, structure=structure), (5, 4)),
+        (StructuredConvTranspose1d(4, 6, 4, 3, bias=False, structure=structure), (5,)),
+    )[which]
+    layer.double()
+    assert not layer.is_lowered
+    x = torch.randn(3, layer.in_channels, *sizes, dtype=torch.float64)
+    found = []
+    for rows in (0, 10**9):
+        monkeypatch.setattr(KERNELS, rows)
+        y = layer(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+    for written, patches in zip(*found, strict=True):
+        torch.testing.assert_close(written, patches)
+    torch.testing.assert_close(found[0][0], layer.to_conv()(x))
+
+
+def test_large_calls_of_sparse_convolutions_write_the_kernel_and_no_patches() -> None:
+    layer = StructuredConv2d(16, 16, 3, padding=1, structure=sm.Sparse(density=0.05))
+    x = torch.randn(16, 16, 32, 32)
+    size = x.numel() * x.element_size()
+    assert "From 64 places a call on" in layer.explain()
+    with torch.no_grad():
+        assert peak(lambda: layer(x)) <= 1.1 * size, "the outcome alone"
+        small = peak(lambda: layer(x[:1, :, :7, :7]))
+    assert small >= 9 * 16 * 49 * x.element_size(), "49 places: patches"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert "From" not in StructuredConv2d(16, 16, 3, structure=sm.LowRank(2)).explain()
+
+
+def test_patches_are_written_out_for_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KERNELS, 10**9)
     layer = StructuredConv2d(16, 16, 3, padding=1, structure=sm.Sparse(density=0.05))
     assert not layer.is_lowered
     x = torch.randn(64, 16, 32, 32, requires_grad=True)

@@ -134,10 +134,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_header(data: dict[str, Any]) -> Header:
-    if data["version"] == 1:
-        data = {**data, "split": {}}
-    if set(data) != _FIELDS:
-        missing, unknown = sorted(_FIELDS - set(data)), sorted(set(data) - _FIELDS)
+    fields = _FIELDS - {"split"} if data["version"] == 1 else _FIELDS
+    if set(data) != fields:
+        missing, unknown = sorted(fields - set(data)), sorted(set(data) - fields)
         raise FormatError(f"fields missing: {missing}, unknown: {unknown}.")
     kind = data["kind"]
     if kind not in ("model", "matrix"):
@@ -148,7 +147,7 @@ def _parse_header(data: dict[str, Any]) -> Header:
     layers = {str(name): _parse_layer(name, entry, kind) for name, entry in data["layers"].items()}
     if kind == "matrix" and set(layers) != {""}:
         raise FormatError(f"a matrix has one layer named ''; got {some(list(layers))}.")
-    split, shared, computed = data["split"], data["shared"], data["computed"]
+    split, shared, computed = data.get("split", {}), data["shared"], data["computed"]
     if not all(isinstance(kind, str) for kind in split.values()):
         raise FormatError("'split' holds the kinds of modules by their names.")
     if not all(isinstance(owner, str) for owner in shared.values()) or not all(isinstance(n, str) for n in computed):

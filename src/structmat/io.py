@@ -578,9 +578,9 @@ class StoredSize:
             "copies": site.copies,
             "more": dict(layer_named(site.kind).longest_saved()),
         }
-        for own in (site.name, *site.aliases):
+        for own in (site.name, *site.aliases, *site.tied):
             total += len(json.dumps({"layers": {own: entry}}, indent=1).encode())
-        for alias in site.aliases:
+        for alias in (*site.aliases, *site.tied):
             total += sum(len(f'\n  "{alias}.{t}": "{site.name}.{t}",'.encode()) for t in declared)
         return total
 

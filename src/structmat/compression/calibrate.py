@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from structmat.compression.layers import Layer, Load
+from structmat.compression.layers import Layer, Load, layer_named
 from structmat.compression.progress import Progress
 from structmat.compression.running import (
     GIVEN,
@@ -30,8 +30,9 @@ from structmat.compression.running import (
     samples_in,
     to_device,
 )
-from structmat.compression.scan import Site, adapter_of
+from structmat.compression.scan import Site, adapter_of, site_of
 from structmat.compression.split import split_apart
+from structmat.compression.tables import LARGE_TABLE, looked_up, multiplied, together
 from structmat.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,12 @@ class Moments:
         second_moment: (in, in) float64, the mean of ``x x^T`` over the rows that the matrix multiplies; of a layer with
             several matrices (copies, in, in).
         gradient_moment: (out, out) float64, the mean of ``g g^T`` over output rows, ``g`` the gradient of the summed
-            loss in the layer's output, or (copies, out, out); None where no gradient arrives.
+            loss in the layer's output, or (copies, out, out); its mean eigenvalue alone, without axes, where the matrix
+            would be too large; None where no gradient arrives.
         rows: that each matrix multiplied in all.
         calls: how often the layer was called.
         sizes: of the last input, where costs depend on them.
+        lookups: rows of the matrix that were taken; see :mod:`structmat.compression.tables`.
     """
 
     second_moment: Tensor
@@ -59,6 +62,7 @@ class Moments:
     rows: int
     calls: int
     sizes: tuple[int, ...] = ()
+    lookups: int = 0
 
     def inputs(self, copy: int) -> Tensor:
         """The second moment of what one of the matrices multiplies."""
@@ -67,7 +71,7 @@ class Moments:
     def gradients(self, copy: int) -> Tensor | None:
         """That of the gradients in its outputs."""
         found = self.gradient_moment
-        return found if found is None or found.dim() == 2 else found[copy]
+        return found if found is None or found.dim() in (0, 2) else found[copy]
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class Calibration:
     def load(self, name: str) -> Load:
         """What a layer does for one sample; one row for a layer that was never called."""
         found = self.moments.get(name)
-        return Load() if found is None else Load(found.rows / self.samples, found.sizes)
+        if found is None:
+            return Load()
+        return Load(found.rows / self.samples, found.sizes, found.lookups / self.samples)
 
 
 def calibrate(
@@ -177,7 +183,7 @@ def _calibrated(
             "The calibration data is empty: not one batch came. "
             "Pass at least one batch; a generator that has been read once is empty."
         )
-    if gradients and not any(record.gradient is not None for record in watch.records.values()):
+    if gradients and not any(r.gradient is not None or r.has_gradient for r in watch.records.values()):
         logger.warning("No gradient reached any layer: the model's output does not depend on them differentiably.")
     mean_loss = sum(losses) / len(losses) if losses else None
     return Calibration(watch.moments(), mean_loss, batches, samples, terms, kind)
@@ -190,6 +196,15 @@ class _Record:
     rows: int = 0
     calls: int = 0
     sizes: tuple[int, ...] = ()
+    counts: Tensor = field(default_factory=lambda: torch.zeros(0))
+    has_gradient: bool = False
+
+    def counted(self, parts: Iterable[Tensor], size: int) -> None:
+        """How often each row of a table was taken."""
+        for positions in parts:
+            more = torch.bincount(positions.flatten(), minlength=size).double().cpu()
+            self.counts = self.counts + more if self.counts.numel() else more
+            self.rows += positions.numel()
 
 
 @dataclass
@@ -207,8 +222,15 @@ class _Watch:
     """Hooks on the sites' modules while a model runs."""
 
     def __init__(self, sites: Sequence[Site], model: nn.Module) -> None:
-        self.sites = {site.name: site for site in sites}
-        self.modules = {site.name: model.get_submodule(site.name) for site in sites}
+        self.tables = {site.name: site for site in sites if layer_named(site.kind).looks_up}
+        heads = [
+            site_of(name, model.get_submodule(name))
+            for site in self.tables.values()
+            for name in _distinct(model, site.tied)
+        ]
+        self.sites = {site.name: site for site in (*sites, *heads)}
+        self.heads = {site.name for site in heads}
+        self.modules = {name: model.get_submodule(name) for name in self.sites}
         self.records: dict[str, _Record] = {}
         self._handles: list[RemovableHandle] = []
         self._last = _Shared()
@@ -238,7 +260,9 @@ class _Watch:
             if record is None:
                 size = site.shape[1]
                 record = self.records[name] = _Record(torch.zeros(site.copies, size, size, dtype=torch.float64))
-            if x.numel():
+            if name in self.tables:
+                record.counted(adapter.rows(module, x.detach()), site.shape[0])
+            elif x.numel():
                 product, rows = self._product(site, adapter, x)
                 record.inputs += product
                 record.rows += rows
@@ -266,16 +290,28 @@ class _Watch:
         return product, rows
 
     def _gradient(self, name: str, adapter: Layer, gradient: Tensor) -> None:
-        site = self.sites[name]
+        site, record = self.sites[name], self.records[name]
+        if name in self.tables or (name in self.heads and site.shape[0] > LARGE_TABLE):
+            rows = adapter.output_rows(self.modules[name], gradient.detach())
+            product = gram([rows], 1, site.shape[1])[0] if name in self.tables else rows.double().square().sum().cpu()
+            _check_finite(product, name, "gradients in the outputs")
+            if name in self.tables:
+                record.inputs += product
+                record.has_gradient = True
+            else:
+                record.gradient = product if record.gradient is None else record.gradient + product
+            return
         product, _ = gram([adapter.output_rows(self.modules[name], gradient.detach())], site.copies, site.shape[0])
         _check_finite(product, name, "gradients in the outputs")
-        record = self.records[name]
         record.gradient = product if record.gradient is None else record.gradient.add_(product)
 
     def moments(self) -> dict[str, Moments]:
         found: dict[str, Moments] = {}
         for name, record in self.records.items():
-            if record.rows == 0:
+            if record.rows == 0 or name in self.heads:
+                continue
+            if name in self.tables:
+                found[name] = self._table(name, record)
                 continue
             inputs = (record.inputs[0] if len(record.inputs) == 1 else record.inputs) / record.rows
             for other in found.values():  # layers that read the same input share one tensor
@@ -287,6 +323,24 @@ class _Watch:
                 gradient = gradient[0]
             found[name] = Moments(inputs, gradient, record.rows, record.calls, record.sizes)
         return found
+
+    def _table(self, name: str, record: _Record) -> Moments:
+        """Of an embedding and the heads that are tied to it."""
+        site = self.tables[name]
+        uses = [looked_up(record.inputs[0] if record.has_gradient else None, record.counts, site.shape)]
+        for head in self.heads & set(site.tied):
+            own = self.records.get(head)
+            if own is not None and own.rows:
+                outer = own.gradient[0] if own.gradient is not None and own.gradient.dim() else own.gradient
+                uses.append(multiplied(own.inputs[0], outer, own.rows, site.shape))
+        rows = sum(use.rows for use in uses[1:]) or record.rows
+        second, gradient = together(uses, rows)
+        return Moments(second, gradient, rows, record.calls, (), record.rows)
+
+
+def _distinct(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """One name of each module."""
+    return list({id(model.get_submodule(name)): name for name in reversed(names)}.values())
 
 
 def gram(parts: Iterable[Tensor], copies: int, size: int) -> tuple[Tensor, int]:
@@ -333,6 +387,7 @@ def to_tensors(seen: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "rows": moments.rows,
                 "calls": moments.calls,
                 "sizes": list(moments.sizes),
+                "lookups": moments.lookups,
             }
         )
     return {**facts(seen), "layers": layers}, tensors
@@ -347,6 +402,7 @@ def from_tensors(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cali
             layer["rows"],
             layer["calls"],
             tuple(layer["sizes"]),
+            layer.get("lookups", 0),
         )
         for i, layer in enumerate(data["layers"])
     }

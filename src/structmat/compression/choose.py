@@ -11,7 +11,7 @@ from torch import nn
 from structmat.compression.allocate import Allocation, Limit, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration
-from structmat.compression.candidates import Choice, Screening, with_losses
+from structmat.compression.candidates import Kind, Screening, with_losses
 from structmat.compression.contest import Outcome, contest
 from structmat.compression.fill import fill
 from structmat.compression.scan import Site
@@ -31,7 +31,8 @@ class Chooser:
         measured: what :func:`structmat.compression.score.score` measured.
         unit: in which candidates' costs are stated.
         seen: calibration.
-        structures, fixed, floor, sweeps, seed: as for :func:`structmat.compress`.
+        kinds: what each layer may try, by the sites' names.
+        fixed, floor, sweeps, seed: as for :func:`structmat.compress`.
         work, key: where finished work is kept, and the digest of what all of it depends on.
         progress: show progress bars.
         outcomes: of contests so far.
@@ -45,7 +46,7 @@ class Chooser:
     measured: Mapping[str, tuple[Measurement, ...]]
     unit: Budget
     seen: Calibration | None
-    structures: Sequence[Choice] | None
+    kinds: Mapping[str, Sequence[Kind]]
     fixed: Mapping[str, Structure]
     floor: float
     sweeps: int
@@ -106,7 +107,7 @@ class Chooser:
             measured=self.measured,
             outcomes=self.outcomes,
             factors=self.factors,
-            structures=self.structures,
+            kinds=self.kinds,
             fixed=self.fixed,
             floor=self.floor,
             seed=self.seed,

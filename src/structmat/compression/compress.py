@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
 from torch import nn
 
-from structmat.compression import statistics
 from structmat.compression.again import Round, choose_again
 from structmat.compression.allocate import Allocation
-from structmat.compression.budget import Parameters
+from structmat.compression.asked import asked_of, check_given, goals_of
+from structmat.compression.budget import Budget
 from structmat.compression.build import Builder
-from structmat.compression.calibrate import Calibration, calibrate, facts, from_tensors, to_tensors
-from structmat.compression.candidates import Choice
+from structmat.compression.calibrate import facts
+from structmat.compression.candidates import Choice, Screening, kinds_of
 from structmat.compression.choose import Chooser
-from structmat.compression.decide import budget_facts, decide, frontier_of, plan_of, with_result
+from structmat.compression.decide import Decision, budget_facts, decide, frontier_of, plan_of, with_result
+from structmat.compression.evaluate import Evaluate, kept_quality, quality_of
 from structmat.compression.figures import (
     Clock,
     Timer,
@@ -33,30 +32,27 @@ from structmat.compression.figures import (
     total_flops,
 )
 from structmat.compression.frontier import Point, write_plans
-from structmat.compression.goals import Goal, Goals, read_goals
+from structmat.compression.goals import Goal, Goals
+from structmat.compression.make import Maker
 from structmat.compression.plan import Plan
-from structmat.compression.replace import Replaced, replace_layers
 from structmat.compression.report import Report, Totals, environment
 from structmat.compression.report_html import write_html
-from structmat.compression.running import Forward, Loss, check_loader
-from structmat.compression.scan import Scan, Site, Skipped, adapter_of, is_meta, matching, scan
+from structmat.compression.running import Forward, Loss
+from structmat.compression.scan import Site, adapter_of
 from structmat.compression.score import Measurement, score
 from structmat.compression.screen import check_weight, screen
-from structmat.compression.split import Splits, split_, split_apart, whole_again_
-from structmat.compression.workfolder import WorkFolder, digest, fingerprint, form_and_start
-from structmat.errors import BudgetError, DataError, ModelError, StructureError
+from structmat.compression.split import split_, split_apart, whole_again_
+from structmat.compression.untouched import left_as_it_was
+from structmat.compression.watched import as_called, calibrated, called
+from structmat.compression.workfolder import WorkFolder, digest, fingerprint
 from structmat.projection.project import DEFAULT_SWEEPS
-from structmat.structure import Structure, count_stored, resolve
-from structmat.structures.dense import Dense
+from structmat.structure import Structure
 
 if TYPE_CHECKING:
     from structmat.compression.recover import Distill
 
-logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
-"""A user's measure of quality: a number, or several by name."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +98,8 @@ def compress_(
 ) -> Result[Model]:
     """Compress a trained model in place, choosing a structure for each layer under one global budget.
 
-    The steps, each callable alone: scan, calibrate, screen, score, allocate, contest, replace, recover, evaluate,
-    report.
+    If it fails or is interrupted, the model is left as it was. The steps, each callable alone: scan, calibrate, screen,
+    score, allocate, contest, replace, recover, evaluate, report.
 
     Args:
         model: any module with ``nn.Linear`` layers, convolutions, recurrent nets or attention.
@@ -145,49 +141,158 @@ def compress_(
         DataError: weights, activations or gradients are NaN or infinite, or there is no calibration data in the loader.
         ModelError: there is nothing to compress, or a pattern matches nothing.
     """
-    goals = _goals(budget, plan, overrides, evaluate, recover, frontier, rounds, calibration)
-    _check(model, calibration, overrides, floor)
-    if original is model:
-        raise ModelError("The original is the model that is compressed in place. Pass a copy of it, or nothing.")
     from structmat import __version__
 
-    clock, follows = Clock(), plan is not None
+    goals = goals_of(budget, plan, overrides, evaluate, recover, frontier, rounds, calibration)
+    check_given(model, original, calibration, overrides, floor)
     work = WorkFolder(
         folder, remember=bool(frontier) or rounds > 0 or (goals is not None and goals.quality is not None)
     )
-    overrides = {"*": Dense(), **plan.layers} if plan is not None else overrides or {}
-    with clock("scan"):
-        asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
-        if plan is not None:  # a wrong name is found out below, and called one of the plan
-            present = dict(model.named_modules())
-            asked = [name for name in asked if name in present]
-        found = scan(model, include, exclude, [p for p in asked if _is_exact(p)])
-        if plan is not None:
-            _check_plan(plan, found)
-        fixed = _fixed(found, overrides, model)
-        if plan is not None:
-            numbers = {s.name: max(s.copies * count_stored(fixed[s.name], s.shape), s.numbers) for s in found.sites}
-            goals = read_goals(Parameters(sum(numbers.values())))
-            measure = False
-        assert goals is not None, "either a budget or a plan is given"
-        base = digest(__version__, fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
-    sequential = sequential and calibration is not None
-    if original is None and (recover is not None or calibration is not None):
-        original = copy.deepcopy(model)
-    with clock("evaluate"):
-        quality = {"before": _quality(evaluate, model, work, "before", base)} if evaluate else {}
-    splits = whole_again_(model, split_(model), [site.name for site in found.sites])
-    for site in found.sites:
-        module = model.get_submodule(site.name)
-        check_weight(site, adapter_of(module).matrices(module))
-    with clock("calibrate"):
-        seen, key = _calibrated(model, found, calibration, forward, loss, seed, work, base, progress)
-        sites, skipped = _called(found, seen)
+    clock = Clock()
+    with left_as_it_was(model) as kept:
+        with clock("scan"):
+            asked = asked_of(model, goals, plan, overrides or {}, include, exclude)
+            found, goals = asked.found, asked.goals
+            base = digest(__version__, fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
+        if original is None and (recover is not None or calibration is not None):
+            original = copy.deepcopy(model)
+        kept.twin = original
+        before = _Before(stored_numbers(model), bytes_of(model))
+        with clock("evaluate"):
+            quality = {"before": kept_quality(evaluate, model, work, "before", base)} if evaluate else {}
+        splits = whole_again_(model, split_(model), [site.name for site in found.sites])
+        for site in found.sites:
+            module = model.get_submodule(site.name)
+            check_weight(site, adapter_of(module).matrices(module))
+        with clock("calibrate"):
+            seen, key = calibrated(
+                model,
+                found,
+                calibration,
+                forward=forward,
+                loss=loss,
+                seed=seed,
+                work=work,
+                base=base,
+                progress=progress,
+            )
+            sites, skipped = called(found, seen)
+        maker = Maker(
+            original,
+            calibration,
+            forward,
+            loss,
+            seen,
+            recover,
+            sequential and calibration is not None,
+            sweeps,
+            seed,
+            work,
+            key,
+            progress,
+        )
+        builder = Builder(model, splits, maker, evaluate)
+        chooser = _chooser(
+            model, sites, goals.unit, asked.fixed, structures, maker, floor, measure and plan is None, clock
+        )
+        chosen = decide(chooser, goals, builder, quality.get("before", {}), clock)
+        screening, allocation, again = _again(chosen, builder, goals, rounds, clock)
+        final = _plan(allocation, sites, goals, seed, folder)
+        with clock("frontier"):
+            points = () if plan is not None else frontier_of(chosen, builder, frontier)
+        with clock("replace"):
+            fitted = maker.fit_(model, final, splits)
+        if evaluate and (not chosen.quality or recover is not None):
+            own = digest(key, final.to_json(), maker.sequential, sweeps)
+            with clock("evaluate"):
+                quality["after"] = kept_quality(evaluate, model, work, "after", own)
+        recovery = None
+        if chosen.built is not None:  # exactly the model that was accepted, even if recovery is not repeatable
+            model.load_state_dict(chosen.built.model.state_dict())
+            recovery = chosen.built.recovery
+        elif recover is not None and (goals.quality is None or final.changed):
+            with clock("recover"):
+                recovery = maker.recover_(model, _recovery_name(builder, final, goals))
+            if recover.windows:
+                allocation = as_they_are(allocation, model, sites, goals.unit, seen)
+                final = _plan(allocation, sites, goals, seed, folder)
+            if evaluate:
+                with clock("evaluate"):
+                    quality["recovered"] = quality_of(evaluate, model)
+        if chosen.quality and (recover is None or chosen.built is not None):
+            quality["after" if recover is None else "recovered"] = dict(chosen.quality)
+        if plan is None:
+            points = with_result(points, chosen, allocation, chosen.quality or quality.get("after"))
+        with clock("time"):
+            timer = Timer(sites, calibration, forward, seen)
+            timings = timer.compare(original, model, final)
+        report = Report(
+            model=type(model).__name__,
+            budget=budget_facts(goals, allocation, chosen.judge),
+            parameters=Totals(
+                sum(s.numbers for s in sites),
+                sum(c.parameters for c in allocation.chosen.values()),
+            ),
+            model_parameters=Totals(before.numbers, stored_numbers(model)),
+            model_bytes=Totals(before.bytes, bytes_of(model)),
+            flops=total_flops(sites, allocation, seen),
+            quality=quality,
+            timings=timings,
+            layers=tuple(
+                layer_report(site, allocation, screening, chooser.measured, fitted.layers, asked.fixed, timer)
+                for site in as_called(sites, seen)
+            ),
+            skipped=tuple(dataclasses.asdict(s) for s in skipped),
+            predicted_loss=allocation.loss,
+            loss_bound=allocation.bound,
+            exact=allocation.exact,
+            calibration=None if seen is None else facts(seen),
+            recovery=recovery,
+            seconds=clock.seconds,
+            environment=environment(),
+            seed=seed,
+            frontier=tuple(point.to_json() for point in points),
+            tried=tuple(tried.to_json() for tried in chosen.tried),
+            again=tuple(dataclasses.asdict(r) for r in again),
+            statistics=fitted.statistics,
+        )
+        if folder is not None:
+            report.write(Path(folder) / "report.json")
+            write_html(report, Path(folder) / "report.html")
+            if points:
+                write_plans(points, Path(folder) / "frontier")
+        return Result(model, final, report, points)
+
+
+# ---------------------------------------------------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class _Before:
+    """Sizes of the model before anything changed."""
+
+    numbers: int
+    bytes: int
+
+
+def _chooser(
+    model: nn.Module,
+    sites: Sequence[Site],
+    unit: Budget,
+    fixed: Mapping[str, Structure],
+    structures: Sequence[Choice] | None,
+    maker: Maker,
+    floor: float,
+    measure: bool,
+    clock: Clock,
+) -> Chooser:
+    """All that choices are made from: every layer screened, and single layers measured where there is data."""
+    seen, seed, work, key, progress = maker.seen, maker.seed, maker.work, maker.key, maker.progress
     with clock("screen"):
         screening = screen(
             model,
             sites,
-            goals.unit,
+            unit,
             calibration=seen,
             structures=structures,
             overrides=fixed,
@@ -197,171 +302,49 @@ def compress_(
             progress=progress,
         )
     measured: Mapping[str, tuple[Measurement, ...]] = {}
-    if seen is not None and measure:
-        assert calibration is not None
+    if seen is not None and maker.loader is not None and measure:
         with clock("score"):
             _, measured = score(
                 model,
                 sites,
                 screening,
                 seen,
-                calibration,
-                forward=forward,
-                loss=loss,
+                maker.loader,
+                forward=maker.forward,
+                loss=maker.loss,
                 seed=seed,
                 folder=work,
                 key=key,
                 progress=progress,
             )
-    chooser = Chooser(
-        model,
-        sites,
-        screening,
-        measured,
-        goals.unit,
-        seen,
-        structures,
-        fixed,
-        floor,
-        sweeps,
-        seed,
-        work,
-        key,
-        progress,
+    kinds = {site.name: kinds_of(structures, site) for site in sites}
+    return Chooser(
+        model, sites, screening, measured, unit, seen, kinds, fixed, floor, maker.sweeps, seed, work, key, progress
     )
 
-    def fit(
-        target: nn.Module, wanted: Plan, taken_apart: Splits
-    ) -> tuple[tuple[Replaced, ...], Mapping[str, Any] | None]:
-        """Put the structures of a plan into a model, and estimate batch statistics again."""
-        done = replace_layers(
-            target,
-            wanted,
-            calibration=seen,
-            original=original if sequential else None,
-            loader=calibration,
-            forward=forward,
-            sweeps=sweeps,
-            seed=seed,
-            folder=work,
-            key=key,
-            progress=progress,
+
+def _again(
+    chosen: Decision, builder: Builder, goals: Goals, rounds: int, clock: Clock
+) -> tuple[Screening, Allocation, tuple[Round, ...]]:
+    """The choice, made again from what layers lose in the compressed model if that is asked for."""
+    maker, sites, seed = builder.maker, chosen.chooser.sites, builder.maker.seed
+    if not rounds or goals.quality is not None:
+        return chosen.screening, chosen.allocation, ()
+    original, loader = maker.original, maker.loader
+    assert original is not None and loader is not None, "rounds= without data was refused"  # noqa: PT018
+    with clock("again"), split_apart(original):
+        return choose_again(
+            chosen.chooser,
+            chosen.limits,
+            chosen.screening,
+            chosen.allocation,
+            lambda wanted: builder.model(plan_of(wanted.chosen, sites, goals, seed)),
+            original,
+            loader,
+            rounds,
+            forward=maker.forward,
+            loss=maker.loss,
         )
-        whole_again_(target, taken_apart, wanted.changed)
-        if original is None or calibration is None:
-            return done, None
-        own = digest(key, wanted.to_json()["layers"], sequential, sweeps)
-        return done, _statistics(target, original, calibration, forward, work, own)
-
-    builder = Builder(
-        model,
-        lambda copied, wanted: fit(copied, wanted, copy.deepcopy(splits)),
-        None
-        if recover is None
-        else lambda copied, name: _recovered(
-            copied,
-            original if original is not None else model,
-            calibration,
-            recover,
-            forward,
-            loss,
-            seed,
-            None if folder is None else Path(folder) / f"recovery-{name}",
-            progress,
-        ),
-        None if evaluate is None else lambda copied: _numbers(evaluate, copied),
-        work,
-        digest(key, sequential, sweeps, _name(evaluate), None if recover is None else dataclasses.asdict(recover)),
-    )
-    chosen = decide(chooser, goals, builder, quality.get("before", {}), clock)
-    screening, allocation = chosen.screening, chosen.allocation
-    again: tuple[Round, ...] = ()
-    if rounds and goals.quality is None:
-        assert original is not None and calibration is not None  # noqa: PT018
-        with clock("again"), split_apart(original):
-            screening, allocation, again = choose_again(
-                chosen.chooser,
-                chosen.limits,
-                screening,
-                allocation,
-                lambda wanted: builder.model(plan_of(wanted.chosen, sites, goals, seed)),
-                original,
-                calibration,
-                rounds,
-                forward=forward,
-                loss=loss,
-            )
-    plan = _plan(allocation, sites, goals, seed, folder)
-    with clock("frontier"):
-        points = () if follows else frontier_of(chosen, builder, frontier)
-    parameters_before, bytes_before = stored_numbers(model), bytes_of(model)
-    with clock("replace"):
-        replaced, fresh = fit(model, plan, splits)
-    built = chosen.built
-    if evaluate and (not chosen.quality or recover is not None):
-        with clock("evaluate"):
-            quality["after"] = _quality(evaluate, model, work, "after", digest(key, plan.to_json(), sequential, sweeps))
-    recovery = None
-    if built is not None:  # exactly the model that was accepted, even if recovery is not repeatable
-        model.load_state_dict(built.model.state_dict())
-        recovery = built.recovery
-    elif recover is not None and (goals.quality is None or plan.changed):
-        assert original is not None
-        with clock("recover"):
-            where = None if folder is None else Path(folder) / _recovery_name(builder, plan, goals)
-            recovery = _recovered(model, original, calibration, recover, forward, loss, seed, where, progress)
-        if recover.windows:
-            allocation = as_they_are(allocation, model, sites, goals.unit, seen)
-            plan = _plan(allocation, sites, goals, seed, folder)
-        if evaluate:
-            with clock("evaluate"):
-                quality["recovered"] = _numbers(evaluate, model)
-    if chosen.quality and (recover is None or built is not None):
-        quality["after" if recover is None else "recovered"] = dict(chosen.quality)
-    own = chosen.quality or quality.get("after")
-    points = () if follows else with_result(points, chosen, allocation, own)
-    with clock("time"):
-        timer = Timer(sites, calibration, forward, seen)
-        timings = timer.compare(original, model, plan)
-    report = Report(
-        model=type(model).__name__,
-        budget=budget_facts(goals, allocation, chosen.judge),
-        parameters=Totals(
-            sum(s.numbers for s in sites),
-            sum(c.parameters for c in allocation.chosen.values()),
-        ),
-        model_parameters=Totals(parameters_before, stored_numbers(model)),
-        model_bytes=Totals(bytes_before, bytes_of(model)),
-        flops=total_flops(sites, allocation, seen),
-        quality=quality,
-        timings=timings,
-        layers=tuple(
-            layer_report(site, allocation, screening, measured, replaced, fixed, timer)
-            for site in _as_called(sites, seen)
-        ),
-        skipped=tuple(dataclasses.asdict(s) for s in skipped),
-        predicted_loss=allocation.loss,
-        loss_bound=allocation.bound,
-        exact=allocation.exact,
-        calibration=None if seen is None else facts(seen),
-        recovery=recovery,
-        seconds=clock.seconds,
-        environment=environment(),
-        seed=seed,
-        frontier=tuple(point.to_json() for point in points),
-        tried=tuple(tried.to_json() for tried in chosen.tried),
-        again=tuple(dataclasses.asdict(r) for r in again),
-        statistics=fresh,
-    )
-    if folder is not None:
-        report.write(Path(folder) / "report.json")
-        write_html(report, Path(folder) / "report.html")
-        if points:
-            write_plans(points, Path(folder) / "frontier")
-    return Result(model, plan, report, points)
-
-
-# ---------------------------------------------------------------------------------------------------------- steps
 
 
 def _plan(
@@ -374,211 +357,6 @@ def _plan(
     return plan
 
 
-def _as_called(sites: Sequence[Site], seen: Calibration | None) -> list[Site]:
-    """The sites in the order of their first calls."""
-    order = {} if seen is None else {name: number for number, name in enumerate(seen.moments)}
-    return sorted(sites, key=lambda site: order.get(site.name, len(order)))
-
-
 def _recovery_name(builder: Builder, plan: Plan, goals: Goals) -> str:
     """The folder of the recovery's checkpoints."""
     return "recovery" if goals.quality is None else f"recovery-{builder.key(plan)[:12]}"
-
-
-def _goals(
-    budget: Goal | None,
-    plan: Plan | None,
-    overrides: Mapping[str, Structure] | None,
-    evaluate: Evaluate | None,
-    recover: Distill | None,
-    frontier: Sequence[float],
-    rounds: int,
-    calibration: Iterable[Any] | None,
-) -> Goals | None:
-    """What is asked for, checked; None where a plan says it."""
-    if (budget is None) == (plan is None):
-        raise BudgetError("A model is compressed under a budget or by a plan. Give budget= or plan=, and not both.")
-    if plan is not None and overrides:
-        raise BudgetError("A plan says what every layer becomes; leave out overrides, or edit the plan.")
-    for share in frontier:
-        given: object = share
-        if not isinstance(given, float) or not 0 < share <= 1:
-            raise BudgetError(f"frontier={tuple(frontier)!r}: each is a share above 0 and up to 1, as a float.")
-    if frontier and evaluate is None:
-        raise BudgetError("The models of frontier= are measured by evaluate=, which is missing.")
-    if rounds < 0:
-        raise BudgetError(f"rounds={rounds!r} is a number of repetitions, 0 or more.")
-    if rounds and calibration is None:
-        raise DataError("rounds= measures layers in the compressed model, on calibration data. Pass calibration=....")
-    goals = None if budget is None else read_goals(budget)
-    if goals is not None and goals.quality is not None:
-        if evaluate is None:
-            raise BudgetError("Quality is what evaluate= measures, which is missing. Pass evaluate=....")
-        if recover is not None and recover.windows:
-            raise BudgetError(
-                "Quality and Distill(windows=True) can't be had together: the size would move. Choose one."
-            )
-    return goals
-
-
-def _check_plan(plan: Plan, found: Scan) -> None:
-    """Raise :class:`~structmat.errors.ModelError` if a layer of a plan is missing or has another shape."""
-    shapes = {site.name: site.shape for site in found.sites}
-    for name, shape in plan.shapes.items():
-        if name not in shapes:
-            raise ModelError(f"The plan names the layer {name}, which is none that can be compressed in this model.")
-        if shapes[name] != shape:
-            raise ModelError(f"The plan's layer {name} has the shape {shape}; the model's has {shapes[name]}.")
-
-
-def _check(
-    model: nn.Module,
-    calibration: Iterable[Any] | None,
-    overrides: Mapping[str, Structure] | None,
-    floor: float,
-) -> None:
-    if is_meta(model):
-        raise ModelError("The model is on the meta device: its weights have no values. Load them first.")
-    if calibration is not None:
-        check_loader(calibration)
-    for pattern, structure in (overrides or {}).items():
-        if not isinstance(structure, Structure):
-            raise StructureError(f"overrides[{pattern!r}] is a structure such as LowRank(rank=64); got {structure!r}.")
-    if not 0.0 <= floor < 1.0:
-        raise BudgetError(f"floor={floor!r} is a share of each layer's dense cost, at least 0 and below 1.")
-
-
-def _is_exact(pattern: str) -> bool:
-    return not any(c in pattern for c in "*?[")
-
-
-def _fixed(found: Scan, overrides: Mapping[str, Structure], model: nn.Module) -> dict[str, Structure]:
-    """The structures of overridden sites, resolved."""
-    fixed: dict[str, Structure] = {}
-    shapes = {site.name: site.shape for site in found.sites}
-    for pattern, structure in overrides.items():
-        names = matching(pattern, found.sites)
-        if not names and not isinstance(structure, Dense):
-            raise ModelError(
-                f"The pattern {pattern!r} in overrides matches none of the {len(found.sites)} layers that are "
-                f"compressed, such as {found.sites[0].name}. Name a kept layer exactly, without wildcards."
-            )
-        fixed |= {name: resolve(structure, shapes[name]) for name in names}
-    return fixed
-
-
-def _calibrated(
-    model: nn.Module,
-    found: Scan,
-    loader: Iterable[Any] | None,
-    forward: Forward | None,
-    loss: Loss | None,
-    seed: int,
-    work: WorkFolder,
-    base: str,
-    progress: bool,
-) -> tuple[Calibration | None, str]:
-    """What calibration saw, now or when the folder was begun, and a digest of that and all before it."""
-    if loader is None:
-        return None, base
-    key, start = digest(base, _name(forward), _name(loss)), ""
-    if work.path is not None:
-        form, start = form_and_start(loader)
-        key = digest(key, form)
-    kept = work.load("calibration", key)
-    if kept is not None:
-        if kept[0]["start"] != start:
-            logger.warning(
-                "The calibration data starts with another batch than that of the moments in %s, which are used. Data "
-                "that is shuffled anew does so; for other data, use another folder.",
-                work.path,
-            )
-        return from_tensors(kept[0]["seen"], kept[1]), digest(key, kept[0]["start"])
-    seen = calibrate(model, found.sites, loader, forward=forward, loss=loss, seed=seed, progress=progress)
-    numbers, tensors = to_tensors(seen)
-    work.store("calibration", key, {"seen": numbers, "start": start}, tensors)
-    return seen, digest(key, start)
-
-
-def _name(function: Callable[..., Any] | None) -> str | None:
-    """What tells a user's functions apart between processes."""
-    return None if function is None else str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def _called(found: Scan, seen: Calibration | None) -> tuple[tuple[Site, ...], tuple[Skipped, ...]]:
-    """The sites that take part: those that calibration saw."""
-    if seen is None:
-        return found.sites, found.skipped
-    sites = tuple(site for site in found.sites if site.name in seen.moments)
-    idle = tuple(
-        Skipped(site.name, site.kind, site.shape, site.numbers, "never called on calibration data")
-        for site in found.sites
-        if site.name not in seen.moments
-    )
-    if not sites:
-        raise ModelError(
-            f"None of the {len(found.sites)} layers was called on the calibration data. "
-            f"Pass forward=... that runs the part of the model which holds them."
-        )
-    return sites, found.skipped + idle
-
-
-def _statistics(
-    model: nn.Module, original: nn.Module, loader: Iterable[Any], forward: Forward | None, work: WorkFolder, key: str
-) -> dict[str, Any] | None:
-    """Statistics of batch normalisations, estimated again now or when the folder was begun."""
-    piece = f"statistics/{key[:12]}"
-    kept = work.load(piece, key)
-    if kept is not None:
-        statistics.write_(model, kept[1])
-        return kept[0]
-    found = statistics.reestimate(model, original, loader, forward=forward)
-    if found is None:
-        return None
-    work.store(piece, key, dataclasses.asdict(found), statistics.tensors_of(model))
-    return dataclasses.asdict(found)
-
-
-def _recovered(
-    model: nn.Module,
-    original: nn.Module,
-    data: Iterable[Any] | None,
-    settings: Distill,
-    forward: Forward | None,
-    loss: Loss | None,
-    seed: int,
-    where: Path | None,
-    progress: bool,
-) -> dict[str, Any]:
-    from structmat.compression.recover import recover
-
-    if data is None and settings.data is None:
-        raise DataError("Recovery needs data. Pass calibration=..., or Distill(data=...).")
-    outcome = recover(
-        model, original, data or (), settings, forward=forward, loss=loss, seed=seed, folder=where, show=progress
-    )
-    return dataclasses.asdict(outcome)
-
-
-def _quality(evaluate: Evaluate, model: nn.Module, work: WorkFolder, moment: str, key: str) -> dict[str, float]:
-    """The quality, or what was kept of it: evaluations can take long."""
-    key = digest(key, _name(evaluate))
-    kept = work.load(f"quality-{moment}", key)
-    if kept is not None:
-        return dict(kept[0])
-    found = _numbers(evaluate, model)
-    work.store(f"quality-{moment}", key, found)
-    return found
-
-
-def _numbers(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
-    with torch.no_grad():
-        value = evaluate(model)
-    named: Mapping[str, Any] = value if isinstance(value, Mapping) else {"quality": value}
-    found = {}
-    for name, number in named.items():
-        try:
-            found[str(name)] = float(number)
-        except (TypeError, ValueError, RuntimeError):
-            raise DataError(f"evaluate(model) returns a number or a dict of numbers; {name} is {number!r}.") from None
-    return found

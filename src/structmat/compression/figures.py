@@ -194,15 +194,14 @@ def bytes_of(model: nn.Module) -> int:
 
 def _fixed_tensors(model: nn.Module) -> list[tuple[Tensor, ParameterSpec, int]]:
     """Supports and permutations of structured layers, each once."""
-    found = []
+    found: dict[int, tuple[Tensor, ParameterSpec, int]] = {}
     for layer in {id(m): m for m in model.modules()}.values():
         adapter = structured_layer_of(layer)
         if adapter is None:
             continue
         held = adapter.content(layer)
-        found += [
-            (getattr(layer, name), spec, held.copies)
-            for name, spec in specs(held.structure, held.shape).items()
-            if not spec.learned
-        ]
-    return found
+        for name, spec in specs(held.structure, held.shape).items():
+            if not spec.learned:
+                tensor = getattr(layer, name)
+                found[id(tensor)] = tensor, spec, held.copies
+    return list(found.values())

@@ -10,11 +10,11 @@ from torch import nn
 from structmat.compression.allocate import Allocation, Limit, allocate
 from structmat.compression.budget import Budget
 from structmat.compression.calibrate import Calibration
-from structmat.compression.candidates import Candidate, Choice, Kind, LayerScreen, Screening, kinds_of
+from structmat.compression.candidates import Candidate, Kind, LayerScreen, Screening
 from structmat.compression.contest import Outcomes
 from structmat.compression.scan import Site
 from structmat.compression.score import Correction, Measurement
-from structmat.compression.screen import SWEEPS, layer_worker
+from structmat.compression.screen import SWEEPS, LayerWorker, layer_worker
 from structmat.structure import Structure
 from structmat.structures.dense import Dense
 
@@ -32,12 +32,12 @@ def fill(
     allocation: Allocation,
     budget: Budget,
     *,
+    kinds: Mapping[str, Sequence[Kind]],
     limits: Sequence[Limit] = (),
     calibration: Calibration | None = None,
     measured: Mapping[str, Sequence[Measurement]] | None = None,
     outcomes: Outcomes | None = None,
     factors: Mapping[str, float] | None = None,
-    structures: Sequence[Choice] | None = None,
     fixed: Mapping[str, Structure] | None = None,
     floor: float = 0.0,
     seed: int = 0,
@@ -51,17 +51,18 @@ def fill(
     Args:
         model, sites, screening, allocation, calibration: from the steps before.
         budget: in whose unit the candidates' costs are.
+        kinds: what each layer may try, by the sites' names; what was given as a single structure stays it.
         limits: that the allocation keeps; none for the budget alone.
         measured: what :func:`structmat.compression.score.score` measured.
         outcomes: what :func:`structmat.compression.contest.contest` fitted: the same gains are expected here.
         factors: by which the losses of each layer's candidates were multiplied; 1 by default.
-        structures: as for :func:`structmat.compression.screen.screen`; what was given as a single structure stays it.
         fixed, floor: as for :func:`structmat.compression.allocate.allocate`.
         seed: of fits with random starts.
 
     Returns:
         The screening with the new candidates, and the allocation.
     """
+    workers: dict[str, LayerWorker] = {}  # a layer's decompositions serve all rounds
     for _ in range(ROUNDS):
         spent = sum(c.cost for c in allocation.chosen.values())
         if all(allocation.left(site.name) <= ENOUGH * spent for site in sites):
@@ -70,14 +71,16 @@ def fill(
         for site in sites:
             chosen, left = allocation.chosen[site.name], allocation.left(site.name)
             name = chosen.form or type(chosen.structure).__name__
-            kind = next((kind for kind in kinds_of(structures, site) if kind.name == name), None)
+            kind = next((kind for kind in kinds[site.name] if kind.name == name), None)
             if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or kind is None:
                 continue
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
             gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if o.after.variant == chosen.variant]
             gain = gains[0] if gains else 1.0
             layer, factor = screening[site.name], (factors or {}).get(site.name, 1.0)
-            found = _larger(model, site, chosen, kind, left, layer, budget, calibration, pairs, gain, factor, seed)
+            if site.name not in workers:
+                workers[site.name] = layer_worker(model, site, budget, calibration, sweeps=SWEEPS, seed=seed)
+            found = _larger(workers[site.name], site, chosen, kind, left, layer, pairs, gain, factor)
             ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
             grown[site.name] = replace(layer, candidates=tuple(ordered))
         if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
@@ -88,21 +91,17 @@ def fill(
 
 
 def _larger(
-    model: nn.Module,
+    worker: LayerWorker,
     site: Site,
     chosen: Candidate,
     kind: Kind,
     left: float,
     layer: LayerScreen,
-    budget: Budget,
-    calibration: Calibration | None,
     pairs: Sequence[tuple[float, float]],
     gain: float,
     factor: float,
-    seed: int,
 ) -> list[Candidate]:
     """New candidates of the chosen family whose cost is at most the chosen one's and what is left."""
-    worker = layer_worker(model, site, budget, calibration, sweeps=SWEEPS, seed=seed)
     worker.seen |= {c.structure for c in layer.candidates}
     curve = Correction(pairs)
     numbers_a_unit = chosen.parameters / chosen.cost if chosen.cost > 0 else 0.0

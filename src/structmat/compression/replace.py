@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from structmat.compression.budget import flops
 from structmat.compression.calibrate import Calibration
-from structmat.compression.layers import layer_of, splitters, structured_layer_of
+from structmat.compression.layers import layer_named, layer_of, splitters, structured_layer_of
 from structmat.compression.plan import Plan
 from structmat.compression.progress import Progress
 from structmat.compression.running import Forward
-from structmat.compression.scan import Site, adapter_of, parent_and_child, site_of
+from structmat.compression.scan import Site, adapter_of, parent_and_child, site_of, tied_heads
 from structmat.compression.screen import layer_targets, norm_name, weakest
 from structmat.compression.sequential import Prefix, corrected, prefix_moments
 from structmat.compression.split import split_, split_apart, whole_again_
@@ -27,7 +27,7 @@ from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import ModelError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.project import DEFAULT_SWEEPS, project_target
-from structmat.structure import Structure, count_stored
+from structmat.structure import Structure, count_stored, specs
 from structmat.structure import to_json as structure_to_json
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -130,7 +130,8 @@ def _replaced(
         for name in bar.track(order, "replace"):
             site, structure = sites[name], plan.layers[name]
             seen = moments.get(name)
-            follows = original is not None and not _feeds_back(model, name)
+            looks_up = layer_named(site.kind).looks_up
+            follows = original is not None and not _feeds_back(model, name) and not looks_up
             before = [(n, structure_to_json(plan.layers[n])) for n in done] if follows else []
             if seen is not None and follows:
                 before = behind.setdefault(id(seen.second_moment), before)
@@ -177,7 +178,11 @@ def _replaced(
                 facts = {k: v for k, v in done[name].__dict__.items() if k not in ("name", "structure")}
                 tensors = {f"{copy}.{n}": t for copy, m in enumerate(matrices) for n, t in m.tensors.items()}
                 folder.store(piece, own, facts, tensors)
-            put(model, site, _structured(module, matrices))
+            layer = _structured(module, matrices)
+            put(model, site, layer)
+            for head in site.tied:
+                parent, child = parent_and_child(model, head)
+                setattr(parent, child, _tied(layer, model.get_submodule(head), site))
     return tuple(done[name] for name in plan.changed)
 
 
@@ -215,7 +220,7 @@ def _site(model: nn.Module, name: str, plan: Plan) -> Site:
     if adapter is None or not name:
         raise ModelError(f"The plan names a layer {name!r}, which is a {type(module).__name__} and can't be replaced.")
     aliases = [n for n, m in model.named_modules(remove_duplicate=False) if m is module and n != name]
-    site = site_of(name, module, tuple(aliases))
+    site = site_of(name, module, tuple(aliases), tied_heads(model, module) if adapter.looks_up else ())
     if site.shape != plan.shapes[name]:
         raise ModelError(f"{name} has shape {site.shape} in the model and {plan.shapes[name]} in the plan.")
     return site
@@ -223,13 +228,24 @@ def _site(model: nn.Module, name: str, plan: Plan) -> Site:
 
 def _structured(module: nn.Module, matrices: Sequence[StructuredMatrix]) -> nn.Module:
     """The layer that takes a module's place: its bias, dtype, device, mode and ``requires_grad``."""
-    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, module.bias)
+    weight, bias = cast(Tensor, module.weight), cast(Tensor | None, getattr(module, "bias", None))
     moved = [matrix.to(dtype=weight.dtype, device=weight.device) for matrix in matrices]
     layer = adapter_of(module).build(module, moved)
     for name, parameter in layer.named_parameters():
         source = bias if name == "bias" and bias is not None else weight
         parameter.requires_grad_(source.requires_grad)
     return layer.train(module.training)
+
+
+def _tied(layer: nn.Module, head: nn.Module, site: Site) -> nn.Module:
+    """The layer that takes the place of a head which held the weight of a site's embedding."""
+    if structured_layer_of(head) is not None:
+        return head  # under another of its names it was replaced
+    made = layer_named(site.kind).tied(layer, head)
+    bias = cast(nn.Parameter | None, head.bias)
+    if bias is not None:
+        made.get_parameter("bias").requires_grad_(bias.requires_grad)
+    return made.train(head.training)
 
 
 def put(model: nn.Module, site: Site, layer: nn.Module) -> None:
@@ -260,14 +276,25 @@ def to_dense(model: Model) -> Model:
     def dense(module: nn.Module) -> nn.Module | None:
         for splitter in splitters():
             if splitter.is_split(module):
-                return splitter.join(_copied(module, dense_layer))
+                return splitter.join(_copied(module, _converted(module, dense_layer)))
         return dense_layer(module)
 
     def dense_layer(module: nn.Module) -> nn.Module | None:
         adapter = structured_layer_of(module)
         return None if adapter is None else adapter.to_dense(module)
 
-    return _copied(model, dense)
+    found = _converted(model, dense)
+    tables: dict[tuple[int, ...], nn.Module] = {}
+    for module in model.modules():  # heads that held the tensors of an embedding hold its weight
+        adapter, made = structured_layer_of(module), found.get(id(module))
+        if adapter is None or made is None:
+            continue
+        own = tuple(
+            id(getattr(module, n)) for n in specs(adapter.content(module).structure, adapter.content(module).shape)
+        )
+        if tables.setdefault(own, made) is not made and any(p is not None for p in module.parameters()):
+            made.register_parameter("weight", tables[own].get_parameter("weight"))
+    return _copied(model, found)
 
 
 def freeze(model: Model, rows: int | None = None) -> Model:
@@ -282,7 +309,7 @@ def freeze(model: Model, rows: int | None = None) -> Model:
         rows: of a layer's typical input, all leading axes together: tokens, for a language model. Many by default; 1
             for a model that answers one request at a time.
     """
-    return _copied(model, lambda module: _frozen(module, rows)).eval()
+    return _copied(model, _converted(model, lambda module: _frozen(module, rows))).eval()
 
 
 def _frozen(module: nn.Module, rows: int | None) -> nn.Module | None:
@@ -327,10 +354,10 @@ def _converted(model: nn.Module, convert: Callable[[nn.Module], nn.Module | None
     return found
 
 
-def _copied(model: Model, convert: Callable[[nn.Module], nn.Module | None]) -> Model:
-    """A copy with converted modules, one that stands in two places converted once."""
+def _copied(model: Model, converted: dict[int, nn.Module]) -> Model:
+    """A copy with converted modules (by identity) in the places of theirs."""
     # What the memo holds is not copied but taken from there.
-    return copy.deepcopy(model, cast(dict[int, Any], _converted(model, convert)))
+    return copy.deepcopy(model, cast(dict[int, Any], converted))
 
 
 def selected(sites: Sequence[Site], names: Iterable[str]) -> list[Site]:

@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from structmat.compression.layers import Layer, layer_of, structured_layer_of
+from structmat.compression.layers.embedding import Table
 from structmat.compression.split import split_apart
 from structmat.errors import ModelError
 from structmat.structure import Shape
@@ -39,6 +40,7 @@ class Site:
         aliases: other names of the same module.
         copies: how many matrices there are, all of which get one structure, each with tensors of its own.
         detail: what its cost depends on beside these, as its adapter says.
+        tied: names of output heads that hold the weight of an embedding, and are replaced together with it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Site:
     aliases: tuple[str, ...] = ()
     copies: int = 1
     detail: Hashable = None
+    tied: tuple[str, ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -119,16 +122,26 @@ def _scan(model: nn.Module, include: Sequence[str], exclude: Sequence[str], aske
     heads = _heads(model)
     sites: list[Site] = []
     skipped: list[Skipped] = []
+    tables = {
+        id(modules[name].weight): name
+        for name, adapter in adapters.items()
+        if adapter.looks_up
+        and (any(n in include for n in (name, *aliases[name])) or _matches((name, *aliases[name]), asked))
+        and not _matches((name, *aliases[name]), exclude)
+    }
     for name, module in layers.items():
         names = (name, *aliases[name])
         wanted = any(n in include for n in names) or _matches(names, asked)
+        table = tables.get(id(module.weight), name)
         reason = None
-        if _matches(names, exclude):
+        if table != name:
+            reason = f"its weight is that of {table}, with which it gets a structure"
+        elif _matches(names, exclude):
             reason = "excluded by name"
         elif include and not _matches(names, include) and not wanted:
             reason = "not among the included names"
         else:
-            forbidden = _forbidden(name, module, modules, adapters[name])
+            forbidden = _forbidden(name, module, modules, adapters[name], owners)
             if forbidden and wanted:
                 raise ModelError(f"{name} was asked for but can't be replaced: {forbidden}. Leave it out.")
             reason = forbidden or (
@@ -136,7 +149,8 @@ def _scan(model: nn.Module, include: Sequence[str], exclude: Sequence[str], aske
             )
         weight = cast(Tensor, module.weight)
         if reason is None:
-            sites.append(site_of(name, module, tuple(aliases[name])))
+            heads_ = tied_heads(model, module) if adapters[name].looks_up else ()
+            sites.append(site_of(name, module, tuple(aliases[name]), heads_))
         else:
             shape_ = () if is_lazy(weight) else tuple(weight.shape)
             skipped.append(Skipped(name, type(module).__name__, shape_, _own_parameters(module), reason))
@@ -163,13 +177,25 @@ def adapter_of(module: nn.Module) -> Layer:
     return found
 
 
-def site_of(name: str, module: nn.Module, aliases: tuple[str, ...] = ()) -> Site:
+def site_of(name: str, module: nn.Module, aliases: tuple[str, ...] = (), tied: tuple[str, ...] = ()) -> Site:
     """What there is to say of a module. Raises :class:`~structmat.errors.ModelError`, as :func:`adapter_of`."""
     adapter = adapter_of(module)
     copies, shape = adapter.shape(module)
     dtype = str(cast(Tensor, module.weight).dtype).removeprefix("torch.")
     kind = adapter.kind(module) or ""
-    return Site(name, kind, shape, module.bias is not None, dtype, aliases, copies, adapter.detail(module))
+    bias, detail = getattr(module, "bias", None) is not None, adapter.detail(module)
+    if tied:
+        detail = Table(len(tied))
+    return Site(name, kind, shape, bias, dtype, aliases, copies, detail, tied)
+
+
+def tied_heads(model: nn.Module, embedding: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers whose weight is that of an embedding."""
+    return tuple(
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear) and module.weight is embedding.weight
+    )
 
 
 def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -181,7 +207,9 @@ def parent_and_child(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 # ------------------------------------------------------------------------------------------------------- reasons
 
 
-def _forbidden(name: str, module: nn.Module, modules: dict[str, nn.Module], adapter: Layer) -> str | None:
+def _forbidden(
+    name: str, module: nn.Module, modules: dict[str, nn.Module], adapter: Layer, owners: dict[int, list[str]]
+) -> str | None:
     """Why a layer can't be replaced even if asked for, or None."""
     if is_lazy(cast(Tensor, module.weight)):
         return "its weight has no shape yet; run the model once"
@@ -192,6 +220,14 @@ def _forbidden(name: str, module: nn.Module, modules: dict[str, nn.Module], adap
         return "it is the model itself; wrap it in nn.Sequential"
     if not cast(Tensor, module.weight).is_floating_point():
         return f"its weight has dtype {module.weight.dtype}, which is not real floating point"
+    if adapter.looks_up:
+        _, _, child = name.rpartition(".")
+        if parent is not None and child in _weights_read_by(cast(Hashable, type(parent))):
+            return f"{type(parent).__name__} reads its weight; let a head be an nn.Linear with the same weight"
+        for owner in owners.get(id(module.weight), []):
+            other, _, key = owner.rpartition(".")
+            if modules[other] is not module and not (type(modules[other]) is nn.Linear and key == "weight"):
+                return f"its weight is shared with {owner}, which is not that of an nn.Linear"
     return adapter.refusal(module)
 
 
@@ -205,6 +241,8 @@ def _doubt(
     adapter: Layer,
 ) -> str | None:
     """Why a layer is kept unless asked for, or None."""
+    if adapter.looks_up:
+        return adapter.doubt(module)
     if len(names) > 1:
         return f"the module is shared, its other names are {', '.join(names[1:])}"
     if parametrize.is_parametrized(module) or "weight" not in module._parameters:
@@ -284,10 +322,18 @@ def _others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
         kind = type(module).__name__
         largest = max(module.parameters(recurse=False), key=_numel, default=torch.empty(0))
         shape = () if is_lazy(largest) else tuple(largest.shape)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            yield Skipped(name, kind, shape, size, "an embedding: rows of a table, not a linear map")
+        if isinstance(module, nn.EmbeddingBag):
+            yield Skipped(name, kind, shape, size, "an embedding of bags, whose rows are summed as they are read")
         elif (adapter := structured_layer_of(module)) is not None:
             yield Skipped(name, kind, shape, size, f"already structured: {adapter.content(module).structure}")
+        elif isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            yield Skipped(
+                name,
+                kind,
+                shape,
+                size,
+                f"layers of type {kind} are not known to compress; those of one and two dimensions are",
+            )
         elif len(shape) >= 2 and size >= LARGE_SHARE * total:
             yield Skipped(name, kind, shape, size, f"layers of type {kind} are not known to compress")
 

@@ -196,7 +196,7 @@ def layer_targets(
         if moments is not None:  # sums of squares: positive semidefinite by their making
             second = damped(moments.inputs(copy), INPUT_DAMPING)
             gradients = moments.gradients(copy)
-            if gradients is not None and _energy(gradients) > 0:
+            if gradients is not None and gradients.dim() and _energy(gradients) > 0:
                 outputs = damped(gradients, OUTPUT_DAMPING)
         found.append(Target(weight, second, site.shape, sweeps, seed, outputs))
     return tuple(found)
@@ -218,7 +218,9 @@ def check_weight(site: Site, weight: Tensor) -> None:
 
 def _energy(gradients: Tensor | None) -> float:
     """The mean square of a gradient's entry."""
-    return 0.0 if gradients is None else float(gradients.diagonal().mean())
+    if gradients is None:
+        return 0.0
+    return float(gradients.diagonal().mean() if gradients.dim() else gradients)
 
 
 def norm_name(target: Target) -> str:
@@ -245,6 +247,12 @@ class Judge:
         self.inputs = None if target.second_moment is None else target.second_moment.float()
         self.outputs = None if target.output_moment is None or gradients is None else gradients.float()
         self.damping = OUTPUT_DAMPING * _energy(gradients)
+        self.level = None if gradients is None or gradients.dim() else float(gradients)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether losses are predicted, and not only relative errors."""
+        return self.outputs is not None or self.level is not None
 
     def __call__(self, dense: Tensor) -> tuple[float, float]:
         """The relative error in the target's norm and the predicted loss of a candidate written out (out, in)."""
@@ -258,7 +266,8 @@ class Judge:
         if self.outputs is None:
             error = max(0.0, float((difference * right).sum(dtype=torch.float64))) ** 0.5 * size
             relative = error / self.norm if self.norm > 0 else 0.0
-            return relative, 0.0 if is_exact else relative**2
+            loss = relative**2 if self.level is None else 0.5 * self.terms * self.level * error**2
+            return relative, 0.0 if is_exact else loss
         form = max(0.0, float(((self.outputs @ difference) * right).sum(dtype=torch.float64)))
         plain = max(0.0, float((difference * right).sum(dtype=torch.float64)))
         error = (form + self.damping * plain) ** 0.5 * size
@@ -381,6 +390,12 @@ class LayerWorker:
                 raise StructureError(f"{site.name} can't become {structure}: {self.linear}. Give it a family.")
             self.refused[f"{self.linear}: {type(structure).__name__}"] += 1
             return None
+        declined = layer_named(site.kind).declines(site, structure)
+        if declined is not None:
+            if forced:
+                raise StructureError(f"{structure} is none for {site.name}, a layer of kind {site.kind}: {declined}.")
+            self.refused[declined] += 1
+            return None
         cost = cost_of(self.budget, site, structure, self.load)
         if cost >= self.dense_cost and not forced:
             self.refused[f"not cheaper than the dense layer in {self.budget.unit}"] += 1
@@ -406,7 +421,7 @@ class LayerWorker:
         ]
         error = math.hypot(*(own * judge.norm for (own, _), judge in zip(judged, self.judges, strict=True)))
         error = error / self.norm if self.norm > 0 else 0.0
-        weighed = any(judge.outputs is not None for judge in self.judges)
+        weighed = any(judge.weighs for judge in self.judges)
         is_exact = all(loss == 0.0 for _, loss in judged)
         bound = math.hypot(*(found.lower_bound for found in fits))
         return replace(

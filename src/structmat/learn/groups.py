@@ -15,6 +15,7 @@ from structmat.nn.convolution import (
     StructuredConvTranspose1d,
     StructuredConvTranspose2d,
 )
+from structmat.nn.embedding import StructuredEmbedding
 from structmat.nn.kronecker import KroneckerBlock, rate_multipliers
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.windows import WindowedLinear
@@ -125,6 +126,9 @@ def _grouped(
                 if isinstance(module, StructuredLinear)
                 else module.learning_rate_multipliers()
             )
+            roles |= _roles(module, factors, lr, weight_decay, scaled, decays)
+        elif isinstance(module, StructuredEmbedding):
+            factors = learning_rate_multipliers(module.structure, (module.num_embeddings, module.embedding_dim))
             roles |= _roles(module, factors, lr, weight_decay, scaled, decays)
         elif isinstance(module, _CONVOLUTIONS):
             factors = learning_rate_multipliers(module.structure, module.unfolded_shape)

@@ -12,6 +12,7 @@ from structmat.nn.convolution import (
     StructuredConvTranspose2d,
     Tucker,
 )
+from structmat.nn.embedding import StructuredEmbedding
 from structmat.nn.kronecker import KroneckerBlock, KroneckerNetwork
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.matrices import FusedLinear, MatrixConv2d
@@ -33,6 +34,7 @@ __all__ = [
     "StructuredConv2d",
     "StructuredConvTranspose1d",
     "StructuredConvTranspose2d",
+    "StructuredEmbedding",
     "StructuredGRU",
     "StructuredLSTM",
     "StructuredLinear",

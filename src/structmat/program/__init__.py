@@ -15,6 +15,7 @@ from structmat.program.fuse import (
     merge,
     merged_pattern,
 )
+from structmat.program.lookup import LookupCost, lookup_cost, take_rows
 from structmat.program.pairs import Pairs, on_pairs, unsigned
 from structmat.program.reference import affine, apply, form
 from structmat.program.simplify import simplify
@@ -56,6 +57,7 @@ __all__ = [
     "Generated",
     "Hadamard",
     "Interpolation",
+    "LookupCost",
     "Pad",
     "Pairs",
     "Permute",
@@ -77,6 +79,7 @@ __all__ = [
     "derive",
     "form",
     "fuse",
+    "lookup_cost",
     "merge",
     "merged_pattern",
     "on_pairs",
@@ -84,6 +87,7 @@ __all__ = [
     "simplify",
     "stages",
     "table",
+    "take_rows",
     "tensor_sizes",
     "transpose",
     "unsigned",

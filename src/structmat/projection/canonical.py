@@ -67,20 +67,48 @@ def leading(tensor: Tensor, axis: int, count: int) -> Tensor:
     return u[:, :count].T
 
 
-def greedy(tensor: Tensor, terms: int) -> Factors:
-    """Rank-one terms one after the other, each from the leading singular vectors and a few power steps."""
-    found: list[Factors] = []
-    rest = tensor
-    for _ in range(terms):
-        factors = [leading(rest, axis, 1) for axis in range(rest.dim())]
+class Deflation:
+    """Rank-one terms one after the other, each from the leading singular vectors and a few power steps. A longer sum
+    goes on from a shorter one, so that one deflation serves all numbers of terms.
+
+    Args:
+        tensor: to be approximated.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._rest, self._found = tensor, list[Factors]()
+
+    def terms(self, count: int) -> Factors:
+        """The first terms, (count, size) for each axis."""
+        while len(self._found) < count:
+            self._more()
+        return [torch.cat([term[axis] for term in self._found[:count]]) for axis in range(self._rest.dim())]
+
+    def _more(self) -> None:
+        rest = self._rest
+        factors = [_first(rest, axis) for axis in range(rest.dim())]
         for _ in range(_POWER_STEPS):
             for axis in range(rest.dim()):
                 vector = _contracted(rest, factors, axis)
                 factors[axis] = vector / torch.linalg.norm(vector).clamp(min=1e-300)
         factors[0] = _contracted(rest, factors, 0)
-        found.append(factors)
-        rest = rest - compose(factors)
-    return [torch.cat([term[axis] for term in found]) for axis in range(tensor.dim())]
+        self._found.append(factors)
+        self._rest = rest - compose(factors)
+
+
+def _first(tensor: Tensor, axis: int) -> Tensor:
+    """The leading left singular vector of an unfolding, (1, size), from the smaller of its Gram matrices: a start of
+    power steps need not be more exact."""
+    unfolded = tensor.movedim(axis, 0).flatten(1)
+    size = float(unfolded.abs().max())
+    unfolded = unfolded / size if size > 0 else unfolded
+    vector: Tensor
+    if unfolded.shape[0] <= unfolded.shape[1]:
+        vector = torch.linalg.eigh(unfolded @ unfolded.mH)[1][:, -1:]
+        return vector.T
+    vector = unfolded @ torch.linalg.eigh(unfolded.mH @ unfolded)[1][:, -1:]
+    vector = (vector / torch.linalg.norm(vector).clamp(min=1e-300)).T
+    return vector
 
 
 def random(tensor: Tensor, terms: int, generator: torch.Generator) -> Factors:
@@ -101,13 +129,22 @@ def spanned(tensor: Tensor, terms: int, generator: torch.Generator) -> Factors:
     return result
 
 
-def decompose(tensor: Tensor, terms: int, sweeps: int, generator: torch.Generator) -> Factors:
+def decompose(
+    tensor: Tensor, terms: int, sweeps: int, generator: torch.Generator, deflation: Deflation | None = None
+) -> Factors:
     """A sum of ``terms`` outer products near the tensor: the best of several starts after alternating least squares.
 
     Starts: greedy deflation, leading singular subspaces, and random ones. A best sum need not exist for two terms or
     more (degenerate sequences); the ridge keeps factors bounded. With 0 sweeps it is the greedy start.
+
+    Args:
+        tensor: to be approximated.
+        terms: of the sum.
+        sweeps: of each start, half of them at first.
+        generator: of the random starts.
+        deflation: of the tensor, if there is one.
     """
-    first = greedy(tensor, terms)
+    first = (deflation or Deflation(tensor)).terms(terms)
     if sweeps == 0:
         return first
     starts = [first, spanned(tensor, terms, generator), *(random(tensor, terms, generator) for _ in range(3))]

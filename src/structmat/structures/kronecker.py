@@ -178,7 +178,8 @@ class Kronecker(Structure):
     def _project_many(self, target: Target) -> Fit:
         terms, pairs = whole(self.terms), self.pairs
         tensor = rearrange(target.weight, pairs)
-        factors = canonical.decompose(tensor, terms, target.sweeps, target.generator())
+        deflation = target.weight_fact(("deflation", pairs), lambda: canonical.Deflation(tensor))
+        factors = canonical.decompose(tensor, terms, target.sweeps, target.generator(), deflation)
         if target.second_moment is not None or target.is_padded:
             factors = canonical.descend(tensor, factors, _norm(target, pairs), target.sweeps)
         bound = unfolding_bound(target, pairs, terms)

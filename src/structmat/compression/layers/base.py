@@ -46,10 +46,12 @@ class Load:
     Args:
         rows: that each of its matrices multiplies.
         sizes: of its input, where the cost depends on these: height and width.
+        lookups: rows of its matrix that are taken.
     """
 
     rows: float = 1.0
     sizes: tuple[int, ...] = ()
+    lookups: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class Layer(ABC):
     kinds: ClassVar[tuple[str, ...]]
     """All that :meth:`kind` may say."""
 
+    looks_up: ClassVar[bool] = False
+    """Whether rows of the matrix are taken instead of it being multiplied by. Then inputs are positions, and
+    :meth:`rows` yields these, (copies, rows)."""
+
     form_names: ClassVar[tuple[str, ...]] = ()
     """All names that :meth:`forms` may have."""
 
@@ -92,6 +98,10 @@ class Layer(ABC):
 
     def doubt(self, module: nn.Module) -> str | None:
         """Why a dense module is kept unless asked for, or None."""
+        return None
+
+    def declines(self, site: Described, structure: Structure) -> str | None:
+        """Why a structure is none for this kind of module, or None."""
         return None
 
     @abstractmethod
@@ -129,6 +139,11 @@ class Layer(ABC):
     @abstractmethod
     def build(self, module: nn.Module, matrices: Sequence[StructuredMatrix]) -> nn.Module:
         """The structured module that takes the place of a dense one, with its bias, on its device."""
+
+    def tied(self, layer: nn.Module, head: nn.Module) -> nn.Module:
+        """What takes the place of a dense linear layer that held the weight of the module whose place ``layer`` took;
+        asked of kinds that look up only."""
+        raise NotImplementedError(f"{type(self).__name__} has no tied layers")
 
     @abstractmethod
     def empty(self, module: nn.Module, structure: Structure, dtype: torch.dtype, **more: Any) -> nn.Module:

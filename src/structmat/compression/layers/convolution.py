@@ -26,7 +26,6 @@ from structmat.nn.convolution import (
     StructuredConvTranspose1d,
     StructuredConvTranspose2d,
     Tucker,
-    dense_convolution,
 )
 from structmat.program import build, cost
 from structmat.structure import Shape, Structure, count_stored, largest_fitting, resolve
@@ -161,7 +160,7 @@ class ConvolutionLayer(Layer):
 
     def to_dense(self, module: nn.Module) -> nn.Module:
         layer = _structured(module)
-        conv = dense_convolution(layer)
+        conv = layer.to_conv()
         required = [p.requires_grad for n, p in layer.named_parameters() if n != "bias"]
         conv.get_parameter("weight").requires_grad_(any(required))
         if layer.bias is not None:

@@ -1,13 +1,12 @@
 """Convolutions with structured kernels: where they read, how a program becomes steps on maps, and the layers."""
 
 from structmat.nn.convolution.forms import CP, KernelForm, KroneckerKernel, Separable, Tucker
+from structmat.nn.convolution.frozen import FrozenConvolution
 from structmat.nn.convolution.layer import (
-    FrozenConvolution,
     StructuredConv1d,
     StructuredConv2d,
     StructuredConvTranspose1d,
     StructuredConvTranspose2d,
-    dense_convolution,
 )
 
 __all__ = [
@@ -21,5 +20,4 @@ __all__ = [
     "StructuredConvTranspose1d",
     "StructuredConvTranspose2d",
     "Tucker",
-    "dense_convolution",
 ]

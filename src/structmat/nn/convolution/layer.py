@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, ClassVar, Self, final
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +13,35 @@ from torch import Tensor, nn
 from structmat.errors import ShapeError, StructureError
 from structmat.matrix import StructuredMatrix, draw
 from structmat.nn.convolution.forms import KernelForm
+from structmat.nn.convolution.frozen import FrozenConvolution
 from structmat.nn.convolution.geometry import PADDING_MODES, Geometry, as_padding, as_sizes, places
 from structmat.nn.convolution.plan import Axis, Plan, is_lowered, lower, unfolded
 from structmat.nn.convolution.run import PATCH_NUMBERS, Run, multiply_adds, run_simple, simple
 from structmat.nn.convolution.text import lines
-from structmat.program import Program, build, table
+from structmat.program import Program, build, cost, table
 from structmat.projection.project import DEFAULT_SWEEPS, project
 from structmat.structure import Shape, Structure, resolve, specs
+
+KERNEL_ROWS = 4
+"""A kernel whose product would need patches is written out for a call of so many places for each output channel: for
+fewer, patches take less than the kernel (measured on the CPU from 16 to 256 channels, 3 x 3)."""
+
+KERNEL_MACS = 32
+"""And only if multiplying by it takes at most so many times the multiply-adds of its structure."""
 
 Order = tuple[int, ...]
 """A permutation of the axes (channels, *kernel), as of ``torch.permute``: how the unfolded index runs over them."""
 
 
-class _StructuredConv(nn.Module):
+Conv = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
+DenseConv = TypeVar("DenseConv", bound=Conv)
+
+
+class StructuredConvolution(nn.Module, Generic[DenseConv]):
     """What the four layers share; see :class:`StructuredConv2d`."""
+
+    dense_class: ClassVar[type[Conv]]
+    """The layer of PyTorch with this interface."""
 
     dims: ClassVar[int]
     is_transposed: ClassVar[bool] = False
@@ -75,6 +89,8 @@ class _StructuredConv(nn.Module):
         self.structure = resolve(structure, shape)
         self._shape = shape
         self._plan = _plan(self.structure, shape, geometry.kernel, self.axis_order)
+        wide = shape[0] * shape[1] > KERNEL_MACS * cost(build(self.structure, shape)).macs
+        self._may_write = not wide and not is_lowered(self._plan)
         self._simple = simple(self._plan, geometry.after_padding, groups)
         declared = specs(self.structure, shape)
         self._names = tuple(declared)
@@ -118,6 +134,8 @@ class _StructuredConv(nn.Module):
             return run_simple(
                 self._simple, {name: getattr(self, name) for name in self._names}, geometry.padded(x), self.bias
             )
+        if self._writes_kernel(x, geometry):
+            return self._by_kernel(x, geometry)
         tensors = self._stacked()
         bias: Tensor | None = self.bias
         kind = x.device.type
@@ -126,6 +144,22 @@ class _StructuredConv(nn.Module):
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
         return Run(geometry.after_padding, self.groups, tensors)(self._plan, geometry.padded(x), bias)
+
+    def _writes_kernel(self, x: Tensor, geometry: Geometry) -> bool:
+        """Whether patches would have to be written out, and writing the kernel out takes less."""
+        if not self._may_write or torch.compiler.is_compiling():  # compilers do not trace how a matrix is written out
+            return False
+        return len(x) * places(geometry.out_sizes(x.shape[2:])) >= KERNEL_ROWS * self._shape[0]
+
+    def _by_kernel(self, x: Tensor, geometry: Geometry) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            kernel = _kernel([matrix.to_dense() for matrix in self.matrices], self).flatten(0, 1)
+        bias: Tensor | None = self.bias
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            x, kernel, bias = x.to(dtype), kernel.to(dtype), None if bias is None else bias.to(dtype)
+        return geometry.after_padding.convolve(geometry.padded(x), kernel, bias, self.groups, range(self.dims))
 
     def _stacked(self) -> dict[str, Tensor]:
         """The tensors with a leading axis of groups."""
@@ -214,22 +248,61 @@ class _StructuredConv(nn.Module):
         """Places of the output for an input of these sizes."""
         return self._geometry.out_sizes(sizes)
 
-    def _fitted(self, conv: nn.Module, second_moment: Tensor | None, sweeps: int, seed: int) -> Self:
-        """Itself, with the projection of a dense layer's kernel."""
-        weight, bias = conv.get_parameter("weight"), dict(conv.named_parameters()).get("bias")
-        found = [
-            project(matrix, self.structure, second_moment=moment, sweeps=sweeps, seed=seed).matrix
-            for matrix, moment in zip(_unfolded(weight, self), _moments(second_moment, self), strict=True)
-        ]
-        return self.load(found, bias).train(conv.training)
+    @classmethod
+    def from_conv(
+        cls,
+        conv: DenseConv,
+        structure: Structure | KernelForm,
+        second_moment: Tensor | None = None,
+        *,
+        order: Sequence[int] | None = None,
+        sweeps: int = DEFAULT_SWEEPS,
+        seed: int = 0,
+    ) -> Self:
+        """The layer whose kernel is the projection of a dense layer's, group by group; see :func:`project`.
 
-    def _copied(self, linear: nn.Module) -> None:
-        """Kernel and bias into a dense layer."""
+        Args:
+            conv: the dense layer.
+            structure: the family or the form of the kernel.
+            second_moment: (n, n) of the patches that the kernel meets, ``E[x x^T]``, in the order (channels, *kernel)
+                of ``F.unfold`` whatever ``order`` is; (groups, n, n) if there are several groups.
+            order: of the unfolded index.
+            sweeps, seed: of the fit.
+        """
+        made = cls.like(conv, structure, order=order)
+        found = [
+            project(matrix, made.structure, second_moment=moment, sweeps=sweeps, seed=seed).matrix
+            for matrix, moment in zip(_unfolded(conv.weight, made), _moments(second_moment, made), strict=True)
+        ]
+        return made.load(found, conv.bias).train(conv.training)
+
+    @classmethod
+    def like(
+        cls,
+        conv: DenseConv,
+        structure: Structure | KernelForm,
+        *,
+        order: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer without values, on the meta device, of the geometry of a dense one."""
+        return cls(
+            **_options(conv),
+            device="meta",
+            dtype=conv.weight.dtype if dtype is None else dtype,
+            structure=structure,
+            order=order,
+        )
+
+    def to_conv(self) -> DenseConv:
+        """The dense layer with the same kernel and bias."""
+        kernel = self.kernel
+        made = self.dense_class(**_options(self), device=kernel.device, dtype=kernel.dtype)
         with torch.no_grad():
-            linear.get_parameter("weight").copy_(self.kernel)
-            if self.bias is not None:
-                linear.get_parameter("bias").copy_(self.bias)
-        linear.train(self.training)
+            made.weight.copy_(kernel)
+            if made.bias is not None and self.bias is not None:
+                made.bias.copy_(self.bias)
+        return cast(DenseConv, made.train(self.training))
 
     def freeze(self, rows: int | None = None) -> FrozenConvolution:
         """The layer for deployment, in evaluation mode: nothing is left to train, and where multiplying by the dense
@@ -243,7 +316,8 @@ class _StructuredConv(nn.Module):
     # --------------------------------------------------------------------------------------------------------- text
 
     def macs(self, *sizes: int) -> int:
-        """Multiply-adds for one input of these sizes (height, width), as it runs."""
+        """Multiply-adds for one input of these sizes (height, width), as it runs or, where patches would have to be
+        written out, would run on them."""
         self._geometry.check(as_sizes(sizes, self.dims, "sizes", 1))
         own = self._geometry
         wide = [n + sum(p) if own.pads_first else n for n, p in zip(sizes, own.padding, strict=True)]
@@ -262,6 +336,10 @@ class _StructuredConv(nn.Module):
     def explain(self, *sizes: int) -> str:
         """What runs: the program of the unfolded kernel, the steps on maps, and with sizes the multiply-adds."""
         text = [table(self.program), "", *lines(self._plan, self._geometry, self.groups)]
+        if self._may_write:
+            text.append(
+                f"From {KERNEL_ROWS * self._shape[0]} places a call on: a convolution by the kernel, written out anew"
+            )
         if sizes:
             own, dense = self.macs(*sizes), self.dense_macs(*sizes)
             size = " x ".join(map(str, sizes))
@@ -290,43 +368,6 @@ class _StructuredConv(nn.Module):
         return f"{text}, structure={self.structure}, {share:.1%} of dense"
 
 
-class FrozenConvolution(nn.Module):
-    """A convolution with fixed tensors: what ``freeze`` of a structured one returns. Called like that one.
-
-    Args:
-        layer: the structured convolution, which is copied.
-    """
-
-    def __init__(self, layer: _StructuredConv) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
-        self.layer = copy.deepcopy(layer).requires_grad_(False)
-        self.dense: nn.Module | None = None
-        sizes = [size * 4 for size in layer.kernel_size]
-        self.hold_dense(not layer.is_lowered or layer.macs(*sizes) >= layer.dense_macs(*sizes))
-        self.eval()
-
-    def hold_dense(self, hold: bool = True) -> None:
-        """Multiply by the dense kernel, or no longer."""
-        self.dense = dense_convolution(self.layer).requires_grad_(False) if hold else None
-
-    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
-        """As of the layer that was frozen."""
-        y: Tensor = (self.layer if self.dense is None else self.dense)(x, *more, **named)
-        return y
-
-    def extra_repr(self) -> str:
-        return "dense kernel" if self.dense is not None else ""
-
-
-def dense_convolution(layer: nn.Module) -> nn.Module:
-    """The dense layer with the same kernel and bias, whatever the number of axes."""
-    assert isinstance(
-        layer, StructuredConv1d | StructuredConv2d | StructuredConvTranspose1d | StructuredConvTranspose2d
-    )
-    return layer.to_conv()
-
-
 @lru_cache(maxsize=1024)
 def _plan(structure: Structure, shape: Shape, kernel: tuple[int, ...], order: Order) -> Plan:
     taps = 1
@@ -340,30 +381,36 @@ def _plan(structure: Structure, shape: Shape, kernel: tuple[int, ...], order: Or
     return plan if is_lowered(plan) else unfolded(program, axes, len(kernel))
 
 
-def _sizes(layer: _StructuredConv) -> list[int]:
+def _sizes(layer: StructuredConvolution[Any]) -> list[int]:
     """(channels of a group, *kernel)."""
     return [layer.in_channels // layer.groups, *layer.kernel_size]
 
 
-def _folded(dense: Sequence[Tensor], layer: _StructuredConv) -> Tensor:
-    """Unfolded kernels of the groups as a weight of the dense layer."""
+def _kernel(dense: Sequence[Tensor], layer: StructuredConvolution[Any]) -> Tensor:
+    """Unfolded kernels of the groups as (groups, outputs, inputs, *kernel)."""
     sizes, order = _sizes(layer), layer.axis_order
     axes = [0, 1, *(2 + order.index(axis) for axis in range(len(order)))]
-    kernel = torch.stack(list(dense)).unflatten(2, [sizes[axis] for axis in order]).permute(axes)
+    kernel: Tensor = torch.stack(list(dense)).unflatten(2, [sizes[axis] for axis in order]).permute(axes)
+    return kernel
+
+
+def _folded(dense: Sequence[Tensor], layer: StructuredConvolution[Any]) -> Tensor:
+    """Unfolded kernels of the groups as a weight of the dense layer."""
+    kernel = _kernel(dense, layer)
     if layer.is_transposed:  # (groups, in, out, ..)
         kernel = kernel.transpose(1, 2)
     result: Tensor = kernel.flatten(0, 1).contiguous()
     return result
 
 
-def _unfolded(weight: Tensor, layer: _StructuredConv) -> list[Tensor]:
+def _unfolded(weight: Tensor, layer: StructuredConvolution[Any]) -> list[Tensor]:
     """The weight of a dense layer as one matrix a group."""
     kernel = weight.detach().unflatten(0, (layer.groups, -1))
     kernel = kernel.transpose(1, 2) if layer.is_transposed else kernel
     return list(kernel.permute(0, 1, *(2 + axis for axis in layer.axis_order)).flatten(2))
 
 
-def _moments(moment: Tensor | None, layer: _StructuredConv) -> list[Tensor | None]:
+def _moments(moment: Tensor | None, layer: StructuredConvolution[Any]) -> list[Tensor | None]:
     """The second moment of the patches of each group, in the order of the unfolded index."""
     if moment is None:
         return [None] * layer.groups
@@ -376,7 +423,19 @@ def _moments(moment: Tensor | None, layer: _StructuredConv) -> list[Tensor | Non
     return [m[number][:, number] for m in moment.reshape(layer.groups, size, size)]
 
 
-class _Forwards(_StructuredConv):
+Straight = TypeVar("Straight", bound=nn.Conv1d | nn.Conv2d)
+Turned = TypeVar("Turned", bound=nn.ConvTranspose1d | nn.ConvTranspose2d)
+
+
+def _options(conv: Conv | StructuredConvolution[Any]) -> dict[str, Any]:
+    """The arguments that dense and structured layers share."""
+    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    if isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d) or getattr(conv, "is_transposed", False):
+        names.append("output_padding")
+    return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}
+
+
+class _Forwards(StructuredConvolution[Straight]):
     """What the layers of one and two dimensions share."""
 
     def __init__(
@@ -410,34 +469,8 @@ class _Forwards(_StructuredConv):
         """(batch, in_channels, *sizes) to (batch, out_channels, *places), or without the batch."""
         return self._run(x, self._geometry)
 
-    @classmethod
-    def like(
-        cls,
-        conv: nn.Conv1d | nn.Conv2d,
-        structure: Structure | KernelForm,
-        *,
-        order: Sequence[int] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A layer without values, on the meta device, of the geometry of a dense one."""
-        return cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            "meta",
-            conv.weight.dtype if dtype is None else dtype,
-            structure=structure,
-            order=order,
-        )
 
-
-class _Transposed(_StructuredConv):
+class _Transposed(StructuredConvolution[Turned]):
     """What the transposed layers of one and two dimensions share."""
 
     is_transposed = True
@@ -496,44 +529,18 @@ class _Transposed(_StructuredConv):
             raise ShapeError(f"output_size={tuple(output_size)}: from this input it is between {least} and {most}.")
         return self._run(x, replace(self._geometry, output_padding=extra))
 
-    @classmethod
-    def like(
-        cls,
-        conv: nn.ConvTranspose1d | nn.ConvTranspose2d,
-        structure: Structure | KernelForm,
-        *,
-        order: Sequence[int] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """A layer without values, on the meta device, of the geometry of a dense one."""
-        return cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,  # type: ignore[arg-type]
-            conv.output_padding,
-            conv.groups,
-            conv.bias is not None,
-            conv.dilation,
-            conv.padding_mode,
-            "meta",
-            conv.weight.dtype if dtype is None else dtype,
-            structure=structure,
-            order=order,
-        )
-
 
 @final
-class StructuredConv2d(_Forwards):
+class StructuredConv2d(_Forwards[nn.Conv2d]):
     """``nn.Conv2d`` whose kernel, unfolded, is a member of ``structure``: a matrix of shape
     (out_channels / groups, in_channels / groups * height * width) for each group.
 
     It runs as convolutions and products on channels, without patches being written out, where the structure's first
     stages allow it (:mod:`structmat.nn.convolution.plan` says which): dense, low rank, block diagonal and Monarch
     matrices whose blocks are of whole channels, Kronecker sums and tensor trains whose factors hold whole axes of the
-    kernel, and the forms :class:`Separable`, :class:`Tucker`, :class:`CP` and :class:`KroneckerKernel`. Other families
-    multiply patches, written out for a few images at a time. :meth:`explain` says what runs, :meth:`macs` counts it.
+    kernel, and the forms :class:`Separable`, :class:`Tucker`, :class:`CP` and :class:`KroneckerKernel`. Of other
+    families a large call writes the kernel out and is a dense convolution by it; a small one multiplies patches,
+    written out for a few images at a time. :meth:`explain` says what runs, :meth:`macs` counts what the structure asks.
 
     The tensors are ordinary parameters and buffers under the structure's own names, with a leading axis of groups if
     there are several.
@@ -553,92 +560,19 @@ class StructuredConv2d(_Forwards):
     """
 
     dims = 2
-
-    @classmethod
-    def from_conv(
-        cls,
-        conv: nn.Conv2d,
-        structure: Structure | KernelForm,
-        second_moment: Tensor | None = None,
-        *,
-        order: Sequence[int] | None = None,
-        sweeps: int = DEFAULT_SWEEPS,
-        seed: int = 0,
-    ) -> Self:
-        """The layer whose kernel is the projection of a dense layer's, group by group; see :func:`project`.
-
-        Args:
-            conv: the dense layer.
-            structure: the family or the form of the kernel.
-            second_moment: (n, n) of the patches that the kernel meets, ``E[x x^T]``, in the order (channels, *kernel)
-                of ``F.unfold`` whatever ``order`` is; (groups, n, n) if there are several groups.
-            order: of the unfolded index.
-            sweeps, seed: of the fit.
-        """
-        return cls.like(conv, structure, order=order)._fitted(conv, second_moment, sweeps, seed)
-
-    def to_conv(self) -> nn.Conv2d:
-        """The dense layer with the same kernel and bias."""
-        kernel = self.kernel
-        made = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,  # type: ignore[arg-type]
-            kernel.device,
-            kernel.dtype,
-        )
-        self._copied(made)
-        return made
+    dense_class = nn.Conv2d
 
 
 @final
-class StructuredConv1d(_Forwards):
+class StructuredConv1d(_Forwards[nn.Conv1d]):
     """:class:`StructuredConv2d` as ``nn.Conv1d``."""
 
     dims = 1
-
-    @classmethod
-    def from_conv(
-        cls,
-        conv: nn.Conv1d,
-        structure: Structure | KernelForm,
-        second_moment: Tensor | None = None,
-        *,
-        order: Sequence[int] | None = None,
-        sweeps: int = DEFAULT_SWEEPS,
-        seed: int = 0,
-    ) -> Self:
-        """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
-        return cls.like(conv, structure, order=order)._fitted(conv, second_moment, sweeps, seed)
-
-    def to_conv(self) -> nn.Conv1d:
-        """The dense layer with the same kernel and bias."""
-        kernel = self.kernel
-        made = nn.Conv1d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.dilation,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,  # type: ignore[arg-type]
-            kernel.device,
-            kernel.dtype,
-        )
-        self._copied(made)
-        return made
+    dense_class = nn.Conv1d
 
 
 @final
-class StructuredConvTranspose2d(_Transposed):
+class StructuredConvTranspose2d(_Transposed[nn.ConvTranspose2d]):
     """:class:`StructuredConv2d` as ``nn.ConvTranspose2d``.
 
     The kernel is unfolded as that of the convolution that reads at each place of the output the inputs that reach it:
@@ -646,43 +580,11 @@ class StructuredConvTranspose2d(_Transposed):
     """
 
     dims = 2
-
-    @classmethod
-    def from_conv(
-        cls,
-        conv: nn.ConvTranspose2d,
-        structure: Structure | KernelForm,
-        second_moment: Tensor | None = None,
-        *,
-        order: Sequence[int] | None = None,
-        sweeps: int = DEFAULT_SWEEPS,
-        seed: int = 0,
-    ) -> Self:
-        """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
-        return cls.like(conv, structure, order=order)._fitted(conv, second_moment, sweeps, seed)
-
-    def to_conv(self) -> nn.ConvTranspose2d:
-        """The dense layer with the same kernel and bias."""
-        kernel = self.kernel
-        made = nn.ConvTranspose2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.output_padding,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.dilation,  # type: ignore[arg-type]
-            device=kernel.device,
-            dtype=kernel.dtype,
-        )
-        self._copied(made)
-        return made
+    dense_class = nn.ConvTranspose2d
 
 
 @final
-class StructuredConvTranspose1d(_Transposed):
+class StructuredConvTranspose1d(_Transposed[nn.ConvTranspose1d]):
     """:class:`StructuredConv2d` as ``nn.ConvTranspose1d``.
 
     The kernel is unfolded as that of the convolution that reads at each place of the output the inputs that reach it:
@@ -690,36 +592,4 @@ class StructuredConvTranspose1d(_Transposed):
     """
 
     dims = 1
-
-    @classmethod
-    def from_conv(
-        cls,
-        conv: nn.ConvTranspose1d,
-        structure: Structure | KernelForm,
-        second_moment: Tensor | None = None,
-        *,
-        order: Sequence[int] | None = None,
-        sweeps: int = DEFAULT_SWEEPS,
-        seed: int = 0,
-    ) -> Self:
-        """The layer whose kernel is the projection of a dense layer's; see :meth:`StructuredConv2d.from_conv`."""
-        return cls.like(conv, structure, order=order)._fitted(conv, second_moment, sweeps, seed)
-
-    def to_conv(self) -> nn.ConvTranspose1d:
-        """The dense layer with the same kernel and bias."""
-        kernel = self.kernel
-        made = nn.ConvTranspose1d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,  # type: ignore[arg-type]
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.output_padding,  # type: ignore[arg-type]
-            self.groups,
-            self.bias is not None,
-            self.dilation,  # type: ignore[arg-type]
-            device=kernel.device,
-            dtype=kernel.dtype,
-        )
-        self._copied(made)
-        return made
+    dense_class = nn.ConvTranspose1d

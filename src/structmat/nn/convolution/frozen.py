@@ -1,0 +1,40 @@
+"""The form of convolutions for deployment."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from structmat.nn.convolution.layer import StructuredConvolution
+
+
+class FrozenConvolution(nn.Module):
+    """A convolution with fixed tensors: what ``freeze`` of a structured one returns. Called like that one.
+
+    Args:
+        layer: the structured convolution, which is copied.
+    """
+
+    def __init__(self, layer: StructuredConvolution[Any]) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.layer = copy.deepcopy(layer).requires_grad_(False)
+        self.dense: nn.Module | None = None
+        sizes = [size * 4 for size in layer.kernel_size]
+        self.hold_dense(not layer.is_lowered or layer.macs(*sizes) >= layer.dense_macs(*sizes))
+        self.eval()
+
+    def hold_dense(self, hold: bool = True) -> None:
+        """Multiply by the dense kernel, or no longer."""
+        self.dense = self.layer.to_conv().requires_grad_(False) if hold else None
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        """As of the layer that was frozen."""
+        y: Tensor = (self.layer if self.dense is None else self.dense)(x, *more, **named)
+        return y
+
+    def extra_repr(self) -> str:
+        return "dense kernel" if self.dense is not None else ""
