@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from structmat.compression.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from structmat.compression.layers import structured_layer_of
+from structmat.compression.moving import MovingWindows
 from structmat.compression.progress import Progress
 from structmat.compression.running import (
     Forward,
@@ -34,7 +35,7 @@ from structmat.compression.running import (
 from structmat.compression.split import split_apart
 from structmat.errors import DataError, StructureError
 from structmat.learn.groups import recovery_groups
-from structmat.learn.windows import WindowLearner, hardened, softened
+from structmat.nn.windows import WindowedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,10 @@ class Distill:
             never ends farther from the original than it began; where a look finds the model farther away than at the
             start, the best state is taken up again with a third of the learning rate. Without them the last state is
             kept.
-        windows: let the structure move while distilling: the windows of GBLR layers are learned at the numbers that
-            these layers hold together (see :class:`structmat.learn.windows.WindowLearner`), then made compact again.
-            Needs ``steps``; without ``held_out`` and without a folder, whose states know contents only.
+        windows: let the structure move while distilling: the windows of GBLR layers are learned, each layer at the
+            numbers that it holds (see :class:`structmat.learn.windows.WindowLearner`), then made compact again. The
+            state that ``held_out`` judges and keeps has its windows in whole numbers already. Needs ``steps``; windows
+            stand still in the layerwise phase.
         check_every: steps between two looks at ``held_out``, and between two entries of the curve of losses.
         save_every: seconds between two checkpoints, where there is a folder.
     """
@@ -91,11 +93,8 @@ class Distill:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise StructureError("Distill(steps=None, minutes=None) would never end. Give one of the two.")
-        if self.windows and (self.steps is None or self.held_out is not None or self.layerwise):
-            raise StructureError(
-                "Distill(windows=True) takes a number of steps, no held_out batches and no layerwise phase. "
-                "Leave these out."
-            )
+        if self.windows and self.steps is None:
+            raise StructureError("Distill(windows=True, steps=None): windows need a number of steps. Give one.")
         rules = {
             "steps": self.steps is None or (_is_whole(self.steps) and self.steps >= 1),
             "minutes": self.minutes is None or self.minutes > 0,
@@ -175,11 +174,11 @@ def recover(
     """
     settings = settings or Distill()
     check_loader(data if settings.data is None else settings.data)
-    if settings.windows and folder is not None:
-        raise StructureError("Distill(windows=True) keeps no checkpoints. Leave the folder out.")
-    learner = _learner(model, settings, seed) if settings.windows else None
-    run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed)
-    run.learner = learner
+    moving = None
+    if settings.windows:
+        assert settings.steps is not None
+        moving = MovingWindows(model, settings.steps, seed)
+    run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed, moving)
     # Layer by layer the original's matrices must be layers of their own too.
     layers = [name for name, _ in model.named_modules()]
     apart = split_apart(original, layers) if settings.layerwise else contextlib.nullcontext()
@@ -191,25 +190,9 @@ def recover(
         Progress(show) as progress,
     ):
         done = run.go(Path(folder) if folder is not None else None, progress)
-    if learner is not None:
-        learner.harden()
+    if moving is not None:
+        moving.harden()
     return done
-
-
-def _learner(model: nn.Module, settings: Distill, seed: int) -> WindowLearner:
-    """The GBLR layers with windows that move, at the numbers that they hold now."""
-    compact = hardened(model)
-    if not compact:
-        raise StructureError("Distill(windows=True) needs GBLR layers, and the model has none. Plan some, or leave it.")
-    held = sum(layer.matrix.num_parameters for layer in compact.values())
-    dense = sum(layer.in_features * layer.out_features for layer in compact.values())
-    for name in compact:
-        softened(model, name)
-    assert settings.steps is not None
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return WindowLearner(
-        model, min(1.0, held / dense), settings.steps, exclude=linears, floor=0.0, rate=2e-3, snapshots=0, seed=seed
-    )
 
 
 def distance(student: Outcome, teacher: Outcome, temperature: float, weights: Tensor | None) -> Tensor:
@@ -237,7 +220,9 @@ class _Run:
         forward: Forward | None,
         loss: Loss | None,
         seed: int,
+        moving: MovingWindows | None,
     ) -> None:
+        self.moving = moving
         self.model, self.original, self.data, self.settings = model, original, data, settings
         self.forward, self.loss, self.seed = forward, loss, seed
         self.device = device_of(model)
@@ -260,7 +245,6 @@ class _Run:
         self.best: dict[str, Tensor] | None = None
         self.caution = 1.0  # factor of all learning rates
         self.done = False
-        self.learner: WindowLearner | None = None
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -325,6 +309,8 @@ class _Run:
         self._write(self.best)
         self.optimizer.state.clear()
         self.caution *= _STEP_BACK
+        if self.moving is not None:
+            self.moving.slow_down(self.caution)
 
     def _share(self) -> float:
         """How much of the phase is over, 0 to 1."""
@@ -348,7 +334,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.names.values():
             parameter.grad = None
-        leaves = [] if self.learner is None else self.learner.leaves()
+        moves = self.moving is not None and self.step >= self.settings.layerwise
+        leaves = self.moving.leaves() if self.moving is not None and moves else []
         torch.autograd.backward(value, inputs=[*self.names.values(), *leaves])
         for name, parameter in self.names.items():
             if self.masters[name] is not parameter and parameter.grad is not None:
@@ -356,8 +343,8 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.masters.values(), self.settings.clip)
         self.optimizer.step()
         self._publish()
-        if self.learner is not None:
-            self.learner.step()
+        if self.moving is not None and moves:
+            self.moving.step()
         self.recent.append(float(value.detach()))
 
     def _publish(self) -> None:
@@ -392,7 +379,11 @@ class _Run:
 
     def _layerwise(self, batch: Any) -> Tensor:
         """The mean over structured layers of the squared error of their outputs, relative to the original layer's."""
-        names = [n for n, m in self.model.named_modules() if structured_layer_of(m) is not None]
+        names = [
+            n
+            for n, m in self.model.named_modules()
+            if structured_layer_of(m) is not None or isinstance(m, WindowedLinear)
+        ]
         wanted: dict[str, list[Tensor]] = {name: [] for name in names}
         errors: list[Tensor] = []
         handles = []
@@ -430,21 +421,25 @@ class _Run:
         """Measure the distance on the held-out batches; keep the state if it is the best."""
         assert self.settings.held_out is not None
         total, count = 0.0, 0
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if self.moving is None else self.moving.as_deployed():
             for batch in self.settings.held_out:
                 total += float(self._distance(to_device(batch, self.device), own=False))
                 count += 1
-        if not count:
-            raise DataError("held_out has no batches. Leave it out, or give some.")
-        mean = total / count
-        if mean < min((value for _, value in self.checks), default=math.inf):
-            self.best = {name: master.detach().clone() for name, master in self.masters.items()}
+            if not count:
+                raise DataError("held_out has no batches. Leave it out, or give some.")
+            mean = total / count
+            if mean < min((value for _, value in self.checks), default=math.inf):
+                self.best = {name: master.detach().clone() for name, master in self.masters.items()}
+                if self.moving is not None:
+                    self.best |= self.moving.places()
         self.checks.append((self.step, mean))
 
     def _write(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(state[name])
+        if self.moving is not None and any(name.endswith(".widths") for name in state):
+            self.moving.place(state)
         self._publish()
 
     # -------------------------------------------------------------------------------------------------- checkpoints
@@ -466,6 +461,8 @@ class _Run:
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         if self.best is not None:
             tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        if self.moving is not None:
+            tensors |= {f"moving.{name}": value for name, value in self.moving.tensors().items()}
         tensors["random"] = torch.random.get_rng_state()
         facts = {
             "step": self.step,
@@ -476,6 +473,7 @@ class _Run:
             "checks": self.checks,
             "caution": self.caution,
             "done": self.done,
+            "moving": None if self.moving is None else self.moving.facts(),
         }
         write_checkpoint(folder, Checkpoint(self._identity(), facts, tensors))
 
@@ -494,13 +492,19 @@ class _Run:
             if state:
                 self.optimizer.state[master] = state
         if any(key.startswith("best.") for key in tensors):
-            self.best = {name: tensors[f"best.{name}"].to(self.device) for name in self.masters}
+            self.best = {
+                n.removeprefix("best."): t.to(self.device) for n, t in tensors.items() if n.startswith("best.")
+            }
         torch.random.set_rng_state(tensors["random"])
         self.step, self.seconds, self.objective = facts["step"], facts["seconds"], facts["objective"]
         self.losses = [(int(s), float(v)) for s, v in facts["losses"]]
         self.checks = [(int(s), float(v)) for s, v in facts["checks"]]
         self.recent, self.done = [float(v) for v in facts["recent"]], bool(facts["done"])
         self.caution = float(facts["caution"])
+        if self.moving is not None:
+            own = {n.removeprefix("moving."): t for n, t in tensors.items() if n.startswith("moving.")}
+            self.moving.load(facts["moving"], own)
+            self.moving.slow_down(self.caution)
         logger.info("recovery goes on from step %d", self.step)
 
 
