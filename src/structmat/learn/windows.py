@@ -128,8 +128,8 @@ class WindowLearner:
         blur: of the edges in the gradient.
         frozen: windows do not move and only shrink, all by the same share: the control experiment.
         spread: by which factor a layer may end above or below its own budget, at the same numbers in all. With 1
-            structure moves within layers only; with infinity it moves freely down to ``floor``. What decides then are
-            gradients that are mostly noise, and short runs are no better for it.
+            structure moves within layers only; with infinity it moves freely down to ``floor``. Short runs measured no
+            better for it.
         snapshots: how many states of the windows are kept in :attr:`history`.
         seed: of all that is drawn.
 
