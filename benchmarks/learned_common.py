@@ -38,8 +38,8 @@ FIXED: Mapping[str, Callable[[float], Structure]] = {
 }
 LEARNED: Mapping[str, dict[str, Any]] = {
     "GBLR frozen": {"frozen": True, "start": "random"},
-    "GBLR equal": {"equal": True, "start": "random"},
-    "GBLR learned": {"start": "random"},
+    "GBLR equal": {"start": "random"},
+    "GBLR learned": {"start": "random", "spread": 2.0},
     "GBLR learned, published start": {"start": "weights"},
 }
 """Windows from scratch. The published start, the split of a dense initialisation under full windows, is one more."""

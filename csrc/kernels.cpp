@@ -379,13 +379,9 @@ void sparse_columns(const Compressed& m, const Real* values, const Real* x, Real
 template <class Real>
 void sparse(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t rows, int64_t columns,
             bool add) {
-  constexpr int n = Vector<Real>::lanes;
-  if (columns % (4 * n) == 0)
-    sparse_columns<Real, 4>(matrix, values, x, y, rows, columns, add);
-  else if (columns % (2 * n) == 0)
-    sparse_columns<Real, 2>(matrix, values, x, y, rows, columns, add);
-  else
-    sparse_columns<Real, 1>(matrix, values, x, y, rows, columns, add);
+  by_registers<Real, 4>(columns, [&](auto vectors) {
+    sparse_columns<Real, decltype(vectors)::value>(matrix, values, x, y, rows, columns, add);
+  });
 }
 
 template <class Real>

@@ -38,6 +38,18 @@ inline void put(Real* p, V<Real> v) {
   *reinterpret_cast<V<Real>*>(p) = v;
 }
 
+// Calls `of` with a constant: how many registers, a power of two up to `most`, divide rows of so many numbers.
+template <class Real, int most, class Of>
+inline void by_registers(int64_t columns, const Of& of) {
+  if constexpr (most > 1) {
+    if (columns % (most * Vector<Real>::lanes) != 0) {
+      by_registers<Real, most / 2>(columns, of);
+      return;
+    }
+  }
+  of(std::integral_constant<int, most>());
+}
+
 // Of two registers seen as a 2 x 2 matrix of groups of s lanes, again and again: its first row and its second, transposed.
 template <class Real>
 struct Exchange {

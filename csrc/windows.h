@@ -119,10 +119,9 @@ void pass_windows(const Run* runs, int64_t count, const Real* contents, Real* ro
 template <class Real, bool reads>
 void pass_any(const Run* runs, int64_t count, const Real* contents, Real* rows, Real* terms, int64_t columns,
               int32_t* room) {
-  if (columns % (2 * Vector<Real>::lanes) == 0)
-    pass_windows<Real, reads, 2>(runs, count, contents, rows, terms, columns, room);
-  else
-    pass_windows<Real, reads, 1>(runs, count, contents, rows, terms, columns, room);
+  by_registers<Real, 2>(columns, [&](auto vectors) {
+    pass_windows<Real, reads, decltype(vectors)::value>(runs, count, contents, rows, terms, columns, room);
+  });
 }
 
 template <class Real>
@@ -137,40 +136,94 @@ void write_windows(const Run* runs, int64_t count, const Real* contents, const R
   pass_any<Real, false>(runs, count, contents, y, const_cast<Real*>(z), columns, room);
 }
 
-// Sums of as many rows as a register has lanes: those that a term covers, each times the term's row.
+// Sums of rows first .. last of one term: each row times the term's.
 template <class Real, int vectors>
-void window_sums_of(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns,
-                    int32_t* room) {
+inline void window_sums_part(const Run& run, int64_t first, int64_t last, const Real* z, const Real* rows, Real* sums,
+                             int64_t columns) {
   constexpr int n = Vector<Real>::lanes;
-  const auto add = [&](const Run& run, int64_t first, int64_t last) {
-    for (int64_t p = 0; p < columns; p += vectors * n) {
-      V<Real> own[vectors];
+  for (int64_t p = 0; p < columns; p += vectors * n) {
+    V<Real> own[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) own[v] = at(z + run.term * columns + p + v * n);
-      const Real* row = rows + first * columns + p;
-      sum_each<Real>(last - first, sums + run.content + (first - run.first), [&](int64_t i) {
-        V<Real> sum = at(row + i * columns) * own[0];
+    for (int v = 0; v < vectors; ++v) own[v] = at(z + run.term * columns + p + v * n);
+    const Real* row = rows + first * columns + p;
+    sum_each<Real>(last - first, sums + run.content + (first - run.first), [&](int64_t i) {
+      V<Real> sum = at(row + i * columns) * own[0];
 #pragma GCC unroll 4
-        for (int v = 1; v < vectors; ++v) sum += at(row + i * columns + v * n) * own[v];
-        return sum;
-      });
-    }
-  };
-  sweep(runs, count, n, room, add, [&](int64_t row, const int32_t* covering, int64_t found) {
-    for (int64_t k = 0; k < found; ++k) add(runs[covering[k]], row, row + n);
-  });
+      for (int v = 1; v < vectors; ++v) sum += at(row + i * columns + v * n) * own[v];
+      return sum;
+    });
+  }
 }
 
+constexpr int sum_registers = 2;                           // of a block of rows, one beside the other
+constexpr int sums_together = registers == 32 ? 8 : 4;     // terms
+constexpr int64_t sum_columns = 64;                        // of a block that is turned at once
+
+// Rows from `rows` on turned: one column after the other, each in `sum_registers` registers.
+template <class Real>
+inline void turn_rows(const Real* rows, int64_t pitch, int64_t count, Real* turned) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t c = 0; c < count; c += n)
+    for (int v = 0; v < sum_registers; ++v) {
+      V<Real> r[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) r[i] = at(rows + (v * n + i) * pitch + c);
+      transpose<Real>(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) put(turned + ((c + i) * sum_registers + v) * n, r[i]);
+    }
+}
+
+// The sums of several terms that cover a block of rows: no sum over lanes, since the rows lie in them.
+template <class Real, int terms>
+inline void window_sums_block(const Run* runs, const int32_t* which, int64_t row, const Real* z, int64_t columns,
+                              const Real* turned, int64_t count, Real* sums) {
+  constexpr int n = Vector<Real>::lanes;
+  const Real* own[terms];
+  V<Real> held[terms][sum_registers] = {};
+#pragma GCC unroll 8
+  for (int t = 0; t < terms; ++t) own[t] = z + runs[which[t]].term * columns;
+  for (int64_t c = 0; c < count; ++c) {
+    V<Real> column[sum_registers];
+#pragma GCC unroll 2
+    for (int v = 0; v < sum_registers; ++v) column[v] = at(turned + (c * sum_registers + v) * n);
+#pragma GCC unroll 8
+    for (int t = 0; t < terms; ++t)
+#pragma GCC unroll 2
+      for (int v = 0; v < sum_registers; ++v) held[t][v] += column[v] * own[t][c];
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < terms; ++t) {
+    const Run& run = runs[which[t]];
+    Real* to = sums + run.content + (row - run.first);
+#pragma GCC unroll 2
+    for (int v = 0; v < sum_registers; ++v) put(to + v * n, at(to + v * n) + held[t][v]);
+  }
+}
+
+// Sums of blocks of rows, each row times that of a term that covers it. Blocks that many terms cover are turned first.
 template <class Real>
 void window_sums(const Run* runs, int64_t count, const Real* z, const Real* rows, Real* sums, int64_t columns,
                  int32_t* room) {
-  constexpr int n = Vector<Real>::lanes;
-  if (columns % (4 * n) == 0)
-    window_sums_of<Real, 4>(runs, count, z, rows, sums, columns, room);
-  else if (columns % (2 * n) == 0)
-    window_sums_of<Real, 2>(runs, count, z, rows, sums, columns, room);
-  else
-    window_sums_of<Real, 1>(runs, count, z, rows, sums, columns, room);
+  constexpr int64_t height = sum_registers * Vector<Real>::lanes;
+  const auto part = [&](const Run& run, int64_t first, int64_t last) {
+    by_registers<Real, 4>(columns, [&](auto vectors) {
+      window_sums_part<Real, decltype(vectors)::value>(run, first, last, z, rows, sums, columns);
+    });
+  };
+  sweep(runs, count, height, room, part, [&](int64_t row, const int32_t* covering, int64_t found) {
+    const int64_t together = found / sums_together * sums_together;
+    if (together > 0) {
+      alignas(register_bytes) Real turned[sum_columns * height];
+      for (int64_t p = 0; p < columns; p += sum_columns) {
+        const int64_t held = std::min(sum_columns, columns - p);
+        turn_rows<Real>(rows + row * columns + p, columns, held, turned);
+        for (int64_t k = 0; k < together; k += sums_together)
+          window_sums_block<Real, sums_together>(runs, covering + k, row, z + p, columns, turned, held, sums);
+      }
+    }
+    for (int64_t k = together; k < found; ++k) part(runs[covering[k]], row, row + height);
+  });
 }
 
 // --------------------------------------------------------------------------------------------------- a few vectors

@@ -60,9 +60,10 @@ class Distill:
             never ends farther from the original than it began; where a look finds the model farther away than at the
             start, the best state is taken up again with a third of the learning rate. Without them the last state is
             kept.
-        windows: let the structure move while distilling: the windows of GBLR layers are learned at the numbers that
-            these layers hold together (see :class:`structmat.learn.windows.WindowLearner`), then made compact again.
-            Needs ``steps``; without ``held_out`` and without a folder, whose states know contents only.
+        windows: let the structure move while distilling: the windows of GBLR layers are learned, each layer at the
+            numbers that it holds (see :class:`structmat.learn.windows.WindowLearner`), then made compact again. The
+            state that ``held_out`` judges and keeps has its windows in whole numbers already. Needs ``steps``, and
+            neither ``closed_form`` nor ``anneal``; windows stand still until distillation begins.
         patience: stop after so many looks at ``held_out`` in which nothing was nearer than before; None for never.
         check_every: steps between two looks at ``held_out``, and between two entries of the curve of losses.
         save_every: seconds between two checkpoints, where there is a folder.
@@ -96,10 +97,11 @@ class Distill:
         if self.steps is None and self.minutes is None:
             raise StructureError("Distill(steps=None, minutes=None) would never end. Give one of the two.")
         before = self.layerwise or self.blockwise or self.closed_form or self.anneal
-        if self.windows and (self.steps is None or self.held_out is not None or before):
+        if self.windows and self.steps is None:
+            raise StructureError("Distill(windows=True, steps=None): windows need a number of steps. Give one.")
+        if self.windows and (self.closed_form or self.anneal):
             raise StructureError(
-                "Distill(windows=True) takes a number of steps, no held_out batches and no layerwise, blockwise, "
-                "closed_form or anneal phase. Leave these out."
+                "Distill(windows=True) moves the windows that closed_form and anneal take for fixed. Leave these out."
             )
         if self.anneal and self.closed_form:
             raise StructureError(

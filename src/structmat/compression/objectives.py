@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from structmat.compression.layers import layer_of, splitters, structured_layer_of
 from structmat.compression.running import Forward, Outcome, call
 from structmat.errors import DataError, ModelError
+from structmat.nn.windows import WindowedLinear
 
 DIVERGENCE, SQUARES = "divergence of the logits", "squared error of the output"
 
@@ -43,8 +44,12 @@ def padding(batch: Any, teacher: Outcome) -> Tensor | None:
 
 
 def structured_names(model: nn.Module) -> list[str]:
-    """The names of all structured layers."""
-    return [name for name, module in model.named_modules() if structured_layer_of(module) is not None]
+    """The names of all structured layers, those whose windows move too."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if structured_layer_of(module) is not None or isinstance(module, WindowedLinear)
+    ]
 
 
 def block_names(model: nn.Module, patterns: Sequence[str] = ()) -> list[str]:

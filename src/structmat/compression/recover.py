@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from structmat.compression.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from structmat.compression.distill import Distill, Rates, Recovery
 from structmat.compression.fading import Fading
+from structmat.compression.moving import MovingWindows
 from structmat.compression.objectives import (
     DIVERGENCE,
     SQUARES,
@@ -42,9 +43,8 @@ from structmat.compression.running import (
 )
 from structmat.compression.split import split_apart
 from structmat.compression.statistics import normalisations, reestimate, tensors_of
-from structmat.errors import DataError, StructureError
+from structmat.errors import DataError
 from structmat.learn.groups import parameter_groups, recovery_groups
-from structmat.learn.windows import WindowLearner, hardened, softened
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +95,11 @@ def recover(
     """
     settings = settings or Distill()
     check_loader(data if settings.data is None else settings.data)
-    if settings.windows and folder is not None:
-        raise StructureError("Distill(windows=True) keeps no checkpoints. Leave the folder out.")
-    learner = _learner(model, settings, seed) if settings.windows else None
-    run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed)
-    run.learner = learner
+    moving = None
+    if settings.windows:
+        assert settings.steps is not None
+        moving = MovingWindows(model, settings.steps, seed)
+    run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed, moving)
     # Where parts are compared, the original's matrices must be layers of their own too.
     layers = [name for name, _ in model.named_modules()]
     compares = settings.layerwise or settings.blockwise or settings.hidden or settings.anneal
@@ -112,25 +112,9 @@ def recover(
         Progress(show) as progress,
     ):
         done = run.go(Path(folder) if folder is not None else None, progress)
-    if learner is not None:
-        learner.harden()
+    if moving is not None:
+        moving.harden()
     return done
-
-
-def _learner(model: nn.Module, settings: Distill, seed: int) -> WindowLearner:
-    """The GBLR layers with windows that move, at the numbers that they hold now."""
-    compact = hardened(model)
-    if not compact:
-        raise StructureError("Distill(windows=True) needs GBLR layers, and the model has none. Plan some, or leave it.")
-    held = sum(layer.matrix.num_parameters for layer in compact.values())
-    dense = sum(layer.in_features * layer.out_features for layer in compact.values())
-    for name in compact:
-        softened(model, name)
-    assert settings.steps is not None
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return WindowLearner(
-        model, min(1.0, held / dense), settings.steps, exclude=linears, floor=0.0, rate=2e-3, snapshots=0, seed=seed
-    )
 
 
 class _Run:
@@ -145,7 +129,9 @@ class _Run:
         forward: Forward | None,
         loss: Loss | None,
         seed: int,
+        moving: MovingWindows | None,
     ) -> None:
+        self.moving = moving
         self.model, self.original, self.data, self.settings = model, original, data, settings
         self.forward, self.loss, self.seed = forward, loss, seed
         self.device = device_of(model)
@@ -175,7 +161,6 @@ class _Run:
         self.best: dict[str, Tensor] | None = None
         self.caution = 1.0  # factor of all learning rates
         self.done = False
-        self.learner: WindowLearner | None = None
         self.closed_form: dict[str, Any] | None = None
         self.statistics: dict[str, Any] | None = None
 
@@ -292,6 +277,8 @@ class _Run:
         self._write(self.best)
         self.optimizer.state.clear()
         self.caution *= _STEP_BACK
+        if self.moving is not None:
+            self.moving.slow_down(self.caution)
 
     def _share(self) -> float:
         """How much of the phase is over, 0 to 1."""
@@ -317,7 +304,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.names.values():
             parameter.grad = None
-        leaves = [] if self.learner is None else self.learner.leaves()
+        moves = self.moving is not None and self.step >= self.before
+        leaves = self.moving.leaves() if self.moving is not None and moves else []
         torch.autograd.backward(value, inputs=[*self.names.values(), *leaves])
         for name, parameter in self.names.items():
             if self.masters[name] is not parameter and parameter.grad is not None:
@@ -325,8 +313,8 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.masters.values(), self.settings.clip)
         self.optimizer.step()
         self._publish()
-        if self.learner is not None:
-            self.learner.step()
+        if self.moving is not None and moves:
+            self.moving.step()
         self.recent.append(float(value.detach()))
 
     def _publish(self) -> None:
@@ -406,24 +394,32 @@ class _Run:
             raise DataError("held_out has no batches. Leave it out, or give some.")
         return total / count
 
+    def _as_deployed(self) -> contextlib.AbstractContextManager[None]:
+        """Windows as they will be when they are compact."""
+        return contextlib.nullcontext() if self.moving is None else self.moving.as_deployed()
+
     def _check(self) -> None:
         """Measure the distance on the held-out batches; keep the state if it is the best."""
-        value = self._held_out()
-        if value < min((other for _, other in self.checks), default=math.inf):
-            self.best = self._state()
+        with self._as_deployed():
+            value = self._held_out()
+            if value < min((other for _, other in self.checks), default=math.inf):
+                self.best = self._state()
         self.checks.append((self.step, value))
 
     # ------------------------------------------------------------------------------------------------------ the state
 
     def _state(self) -> dict[str, Tensor]:
-        """What learns, and the batch statistics."""
+        """What learns, the batch statistics, and where windows are."""
         held = {name: master.detach().clone() for name, master in self.masters.items()}
-        return held | {name: buffer.clone() for name, buffer in self.buffers.items()}
+        held |= {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return held if self.moving is None else held | self.moving.places()
 
     def _write(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in (self.masters | self.buffers).items():
                 tensor.copy_(state[name])
+        if self.moving is not None:
+            self.moving.place(state)
         self._publish()
 
     def _read(self) -> None:
@@ -452,6 +448,8 @@ class _Run:
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         if self.best is not None:
             tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        if self.moving is not None:
+            tensors |= {f"moving.{name}": value for name, value in self.moving.tensors().items()}
         tensors["random"] = torch.random.get_rng_state()
         facts = {
             "step": self.step,
@@ -464,6 +462,7 @@ class _Run:
             "closed_form": self.closed_form,
             "statistics": self.statistics,
             "done": self.done,
+            "moving": None if self.moving is None else self.moving.facts(),
         }
         write_checkpoint(folder, Checkpoint(self._identity(), facts, tensors))
 
@@ -472,7 +471,7 @@ class _Run:
         if found is None:
             return
         facts, tensors = found.facts, found.tensors
-        self._write({name: tensors[f"value.{name}"] for name in self.masters | self.buffers})
+        self._write(_of(tensors, "value."))
         for name, master in self.masters.items():
             state = {
                 key: tensors[f"optimizer.{key}.{name}"].to(master.device if key != "step" else "cpu")
@@ -482,7 +481,7 @@ class _Run:
             if state:
                 self.optimizer.state[master] = state
         if any(key.startswith("best.") for key in tensors):
-            self.best = {name: tensors[f"best.{name}"].to(self.device) for name in self.masters | self.buffers}
+            self.best = {name: tensor.to(self.device) for name, tensor in _of(tensors, "best.").items()}
         torch.random.set_rng_state(tensors["random"])
         self.step, self.seconds, self.objective = facts["step"], facts["seconds"], facts["objective"]
         self.losses = [(int(s), float(v)) for s, v in facts["losses"]]
@@ -490,10 +489,18 @@ class _Run:
         self.recent, self.done = [float(v) for v in facts["recent"]], bool(facts["done"])
         self.caution = float(facts["caution"])
         self.closed_form, self.statistics = facts["closed_form"], facts["statistics"]
+        if self.moving is not None:
+            self.moving.load(facts["moving"], _of(tensors, "moving."))
+            self.moving.slow_down(self.caution)
         logger.info("recovery goes on from step %d", self.step)
 
 
 _NOT_IDENTITY = ("data", "held_out", "save_every")
+
+
+def _of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names have the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _is_wide(parameter: Tensor) -> bool:

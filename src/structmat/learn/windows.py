@@ -7,9 +7,9 @@
         learner.step()          # widths and locations move, the budget shrinks
     learner.harden()            # compact layers, within the budget
 
-Widths and locations take normalised gradient steps without momentum; then a proximal step projects all widths of all
-layers on the budget, exactly: the shift ``mu * price`` of all widths, clipped, is the nearest point within it. So
-widths go from layers where they do little to those where they do much.
+Widths and locations take normalised gradient steps without momentum; then a proximal step projects the widths on the
+budget, exactly: one shift of all widths, clipped, is the nearest point within it. By default every layer keeps the same
+share of its dense numbers and widths compete within it; ``spread`` lets budget move between layers, within bounds.
 Source: Lee and Kim, "Differentiable Learning of Generalized Structured Matrices for Efficient Deep Neural Networks"
 (ICLR 2024), with the projection on the true number of multiply-adds in place of their steering of the mean width.
 """
@@ -39,41 +39,48 @@ def soft_threshold(values: Tensor, amount: float | Tensor) -> Tensor:
 
 
 def project_widths(
-    widths: Sequence[Tensor], prices: Sequence[float], budget: float, floors: Sequence[float] = ()
+    widths: Sequence[Tensor],
+    prices: Sequence[float],
+    budget: float,
+    floors: Sequence[float] = (),
+    weights: Sequence[float] = (),
 ) -> list[Tensor]:
-    """The nearest widths in [0, 1] with ``sum price * width <= budget``, by the Euclidean distance over all tensors.
+    """The nearest widths in [0, 1] with ``sum price * width <= budget``, by a weighted distance over all tensors.
 
-    The solution shifts every width by ``mu * price`` and clips: bisection on ``mu``. With ``floors`` each tensor keeps
-    at least that cost (or what it had): its own shift is then smaller.
+    The solution shifts every width by ``mu * price / weight`` and clips: bisection on ``mu``. With ``floors`` each
+    tensor keeps at least that cost (or what it had): its own shift is then smaller.
 
     Args:
         widths: one tensor a group, any shapes.
         prices: cost of a unit of width in each group.
         budget: of all together.
         floors: a cost for each group, 0 if not given.
+        weights: of each group's squares in the distance, 1 if not given. Weights equal to the prices take the same
+            share of a side from all widths.
 
     Raises:
         BudgetError: the floors exceed the budget.
     """
     floors = list(floors) if floors else [0.0] * len(widths)
+    paces = [price / weight for price, weight in zip(prices, weights or [1.0] * len(widths), strict=True)]
     clipped = [w.detach().clamp(0.0, 1.0) for w in widths]
     lowest = [min(f, price * float(w.sum())) for f, price, w in zip(floors, prices, clipped, strict=True)]
     if sum(lowest) > budget:
         raise BudgetError(f"The floors of the layers hold {sum(lowest):.0f} numbers, the budget is {budget:.0f}.")
 
     def cost(index: int, mu: float) -> float:
-        return prices[index] * float((clipped[index] - mu * prices[index]).clamp(min=0.0).sum())
+        return prices[index] * float((clipped[index] - mu * paces[index]).clamp(min=0.0).sum())
 
     def total(mu: float) -> float:
         return sum(max(cost(i, mu), lowest[i]) for i in range(len(clipped)))
 
     if total(0.0) <= budget:
         return clipped
-    mu = _bisect(total, budget, max(1.0 / p for p in prices))
+    mu = _bisect(total, budget, max(1.0 / p for p in paces))
     found = []
-    for i, (w, price) in enumerate(zip(clipped, prices, strict=True)):
+    for i, (w, pace) in enumerate(zip(clipped, paces, strict=True)):
         own = mu if cost(i, mu) >= lowest[i] else _bisect(lambda s, i=i: cost(i, s), lowest[i], mu, above=True)
-        found.append((w - own * price).clamp(min=0.0))
+        found.append((w - own * pace).clamp(min=0.0))
     return found
 
 
@@ -101,7 +108,7 @@ class WindowLearner:
     Args:
         model: changed in place.
         budget: what the layers' windows may hold in the end, as a share of the dense layers' numbers (which is that of
-            their multiply-adds for one row too).
+            their multiply-adds for one row too): one for all, or one for each layer by its name.
         steps: calls of :meth:`step` in all; the schedules follow it.
         layers: names of the ``nn.Linear`` to replace; all but those in ``exclude`` if None.
         exclude: names to leave dense, such as an output layer.
@@ -120,7 +127,9 @@ class WindowLearner:
             otherwise drop whole layers.
         blur: of the edges in the gradient.
         frozen: windows do not move and only shrink, all by the same share: the control experiment.
-        equal: every layer gets the same share of its own dense numbers: structure does not move between layers.
+        spread: by which factor a layer may end above or below its own budget, at the same numbers in all. With 1
+            structure moves within layers only; with infinity it moves freely down to ``floor``. Short runs measured no
+            better for it.
         snapshots: how many states of the windows are kept in :attr:`history`.
         seed: of all that is drawn.
 
@@ -132,7 +141,7 @@ class WindowLearner:
     def __init__(
         self,
         model: nn.Module,
-        budget: float,
+        budget: float | Mapping[str, float],
         steps: int,
         *,
         layers: Collection[str] | None = None,
@@ -146,30 +155,33 @@ class WindowLearner:
         floor: float = 0.02,
         blur: BlurSchedule | None = None,
         frozen: bool = False,
-        equal: bool = False,
+        spread: float = 1.0,
         snapshots: int = 8,
         seed: int = 0,
     ) -> None:
-        if not floor < budget <= 1:
+        if not all(floor < share <= 1 for share in (budget.values() if isinstance(budget, Mapping) else [budget])):
             raise BudgetError(
                 f"budget={budget!r} is a share of the dense numbers above the floor {floor} and at most 1."
             )
         if start not in ("weights", "random", "projected"):
             raise StructureError(f"start={start!r} is none of 'weights', 'random', 'projected'.")
+        if not spread >= 1:
+            raise BudgetError(f"spread={spread!r} is a factor between shares of layers, at least 1.")
         if steps < 1 or not 0 < anneal <= 1 - settle or settle < 0 or not 0 < terms <= 2 or rate < 0 or snapshots < 0:
             raise StructureError(
                 f"WindowLearner(steps={steps}, anneal={anneal}, terms={terms}, rate={rate}, snapshots={snapshots}): "
                 "steps is at least 1, anneal above 0 and at most 1 - settle, terms in (0, 2], the others not negative."
             )
-        self.model, self.budget, self.steps = model, budget, steps
+        self.model, self.steps = model, steps
         self.rate, self.anneal, self.floor, self.settle = rate, anneal, floor, settle
         self.blur = blur or BlurSchedule()
-        self.frozen, self.equal, self.seed = frozen, equal, seed
+        self.frozen, self.spread, self.seed = frozen, spread, seed
         self.start, self.start_budget, self.share = start, start_budget, terms
         self.step_count = 0
         self.settled = False
-        self.layers = self._replace(layers, exclude)
+        self.layers = self._replace(layers, exclude, budget)
         self.dense = {name: layer.in_features * layer.out_features for name, layer in self.layers.items()}
+        self.budgets = {n: budget[n] if isinstance(budget, Mapping) else budget for n in self.layers}
         self.initial = {name: float(self._costs(layer).sum()) for name, layer in self.layers.items()}
         self._squares = {name: torch.zeros(4, layer.terms) for name, layer in self.layers.items()}
         self._every = max(1, steps // snapshots) if snapshots else 0
@@ -179,7 +191,9 @@ class WindowLearner:
 
     # -------------------------------------------------------------------------------------------------- layers
 
-    def _replace(self, names: Collection[str] | None, exclude: Collection[str]) -> dict[str, WindowedLinear]:
+    def _replace(
+        self, names: Collection[str] | None, exclude: Collection[str], budget: float | Mapping[str, float]
+    ) -> dict[str, WindowedLinear]:
         linears = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
         there = {n: m for n, m in self.model.named_modules() if isinstance(m, WindowedLinear)}
         for name in (*(names or ()), *exclude):
@@ -188,24 +202,28 @@ class WindowLearner:
                     f"{name!r} is no nn.Linear of the model. They are {', '.join(sorted(linears)) or 'none'}."
                 )
         chosen = [n for n in linears if (names is None or n in names) and n not in exclude]
+        for name in chosen + [n for n in there if n not in exclude]:
+            if isinstance(budget, Mapping) and name not in budget:
+                raise BudgetError(
+                    f"budget={dict(budget)!r} has no share for the layer {name!r}. Add it, or exclude it."
+                )
         generator = torch.Generator().manual_seed(self.seed)
         made: dict[str, WindowedLinear] = {n: m for n, m in there.items() if n not in exclude}
         for name in chosen:
             parent, _, child = name.rpartition(".")
-            layer = self._made(linears[name], generator).train(linears[name].training)
+            share = budget[name] if isinstance(budget, Mapping) else budget
+            layer = self._made(linears[name], share, generator).train(linears[name].training)
             setattr(self.model.get_submodule(parent), child, layer)
             made[name] = layer
         if not made:
             raise ModelError("The model has no nn.Linear to replace.")
         return made
 
-    def _made(self, linear: nn.Linear, generator: torch.Generator) -> WindowedLinear:
+    def _made(self, linear: nn.Linear, share: float, generator: torch.Generator) -> WindowedLinear:
         m, n = linear.weight.shape
         terms = max(1, round(self.share * min(m, n)))
         if self.start == "random":
-            width = min(
-                1.0, max(0.5, 1.1 * self.budget * m * n / (terms * (m + n)))
-            )  # what is allowed is there to spend
+            width = min(1.0, max(0.5, 1.1 * share * m * n / (terms * (m + n))))  # what is allowed is there to spend
             layer = WindowedLinear(
                 n, m, linear.bias is not None, terms=terms, width=width, dtype=linear.weight.dtype, generator=generator
             )
@@ -216,7 +234,7 @@ class WindowLearner:
             return layer.to(linear.weight.device)
         budget = None
         if self.start == "projected":
-            budget = (1 + self.budget) / 2 if self.start_budget is None else self.start_budget
+            budget = (1 + share) / 2 if self.start_budget is None else self.start_budget
         return WindowedLinear.from_linear(linear, terms=terms, budget=budget, generator=generator)
 
     @staticmethod
@@ -237,10 +255,15 @@ class WindowLearner:
     @property
     def allowed(self) -> float:
         """Numbers that the windows may hold now: falls from the initial cost to the budget."""
-        wanted = self.budget * sum(self.dense.values())
-        first = sum(self.initial.values())
-        share = min(1.0, self.step_count / (self.anneal * self.steps))
-        return max(wanted, first + (wanted - first) * share) if first > wanted else wanted
+        return sum(self._limit(name) for name in self.layers)
+
+    def _wanted(self, name: str) -> float:
+        return self.budgets[name] * self.dense[name]
+
+    def _limit(self, name: str) -> float:
+        """What is allowed now of one layer, where nothing moves between layers."""
+        wanted, first = self._wanted(name), self.initial[name]
+        return max(wanted, first + (wanted - first) * min(1.0, self.step_count / (self.anneal * self.steps)))
 
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Move windows by the gradients that the last backward passes left, then shrink them to what is allowed now.
@@ -287,56 +310,56 @@ class WindowLearner:
         layer.widths.clamp_(0.0, 1.0)
         layer.locations.remainder_(1.0)
 
-    def _groups(self) -> tuple[list[Tensor], list[float], list[float]]:
-        widths, prices, floors = [], [], []
-        for name, layer in self.layers.items():
-            for side, size in enumerate(layer.sizes):
-                alive = (layer.widths * torch.tensor(layer.sizes)[:, None]).round().gt(0).all(0)
-                widths.append(layer.widths[side].double() * alive)
-                prices.append(float(size))
-                floors.append(self.floor * self.dense[name] * size / sum(layer.sizes))
-        return widths, prices, floors
-
     def _shrink(self) -> None:
         if self.frozen:
             self._scale_all()
             return
-        widths, prices, floors = self._groups()
-        parts: list[list[Tensor]] = []
-        if self.equal:
-            for at, name in enumerate(self.layers):
-                own = slice(2 * at, 2 * at + 2)
-                limit = self.allowed * self.dense[name] / sum(self.dense.values())
-                parts.append(project_widths(widths[own], prices[own], limit, floors[own]))
+        names = list(self.layers)
+        groups = [self._sides(name) for name in names]
+        limits = [self._limit(name) for name in names]
+        if self.spread > 1:
+            # Between layers a width is measured in shares of its side: what no gradient asks for shrinks alike.
+            kept = [max(self.floor * self.dense[n], most / self.spread) for n, most in zip(names, limits, strict=True)]
+            floors = [low * p / sum(prices) for low, (_, prices) in zip(kept, groups, strict=True) for p in prices]
+            capped = [project_widths(w, p, m * self.spread) for (w, p), m in zip(groups, limits, strict=True)]
+            prices = [price for _, own in groups for price in own]
+            everything = project_widths([w for pair in capped for w in pair], prices, sum(limits), floors, prices)
+            found = [everything[i : i + 2] for i in range(0, len(everything), 2)]
         else:
-            everything = project_widths(widths, prices, self.allowed, floors)
-            parts = [everything[i : i + 2] for i in range(0, len(everything), 2)]
-        for layer, found, before in zip(self.layers.values(), parts, _pairs(widths), strict=True):
-            shift = torch.stack(before) - torch.stack(found)
+            found = [project_widths(w, p, most) for (w, p), most in zip(groups, limits, strict=True)]
+        for layer, after, (before, _) in zip(self.layers.values(), found, groups, strict=True):
+            shift = torch.stack(before) - torch.stack(after)
             layer.widths -= shift.to(layer.widths)
             layer.widths.clamp_(0.0, 1.0)
 
+    def _sides(self, name: str) -> tuple[list[Tensor], list[float]]:
+        """Widths of both sides, none of terms that lack one, and the prices of a unit of each."""
+        layer = self.layers[name]
+        alive = (layer.widths * torch.tensor(layer.sizes)[:, None]).round().gt(0).all(0)
+        return [layer.widths[side].double() * alive for side in (0, 1)], [float(size) for size in layer.sizes]
+
     def _scale_all(self) -> None:
         for name, layer in self.layers.items():
-            limit = self.allowed * self.dense[name] / sum(self.dense.values())
-            now = float(self._costs(layer).sum())
+            limit, now = self._limit(name), float(self._costs(layer).sum())
             if now > limit:
                 layer.widths *= limit / now
 
     def _finish(self) -> None:
-        """Meet the budget in whole numbers: as much as it allows. From here on windows stand still."""
+        """Meet the budget in whole numbers. From here on windows stand still."""
         if self.settled:
             return
         self.settled = True
         for layer in self.layers.values():
             layer.movable = False
-        if self.frozen or self.equal:
-            total = sum(self.dense.values())
-            wanted = self.budget * total
+        self.fit()
+
+    def fit(self) -> None:
+        """Bring the windows to whole numbers within the budget, and as many as it allows."""
+        if self.frozen or self.spread == 1:
             for name, layer in self.layers.items():
-                fit_exactly([layer], int(wanted * self.dense[name] / total))
+                fit_exactly([layer], int(self._wanted(name) + 1e-6))
         else:
-            fit_exactly(list(self.layers.values()), int(self.budget * sum(self.dense.values())))
+            fit_exactly(list(self.layers.values()), int(sum(map(self._wanted, self.layers)) + 1e-6))
 
     def _compact(self, optimizer: torch.optim.Optimizer) -> None:
         for name, layer in self.layers.items():
@@ -405,7 +428,7 @@ class WindowLearner:
             "step": self.step_count,
             "settled": self.settled,
             "steps": self.steps,
-            "budget": self.budget,
+            "budgets": dict(self.budgets),
             "initial": dict(self.initial),
             "squares": {n: t.clone() for n, t in self._squares.items()},
             "arcs": {n: layer.arcs.clone() for n, layer in self.layers.items()},
@@ -419,10 +442,11 @@ class WindowLearner:
         Raises:
             ModelError: the checkpoint is of other layers, another budget or another number of steps.
         """
-        if set(state["arcs"]) != set(self.layers) or (state["steps"], state["budget"]) != (self.steps, self.budget):
+        if set(state["arcs"]) != set(self.layers) or (state["steps"], state["budgets"]) != (self.steps, self.budgets):
             raise ModelError(
-                f"The checkpoint is of {len(state['arcs'])} layers, budget {state['budget']}, {state['steps']} steps; "
-                f"this learner has {len(self.layers)} layers, budget {self.budget} and {self.steps} steps."
+                f"The checkpoint is of {len(state['arcs'])} layers, {state['steps']} steps and budgets "
+                f"{state['budgets']}; this learner has {len(self.layers)} layers, {self.steps} steps and budgets "
+                f"{self.budgets}."
             )
         for name, layer in self.layers.items():
             layer.resize_like(state["arcs"][name])
@@ -433,10 +457,6 @@ class WindowLearner:
         self._squares = {n: t.clone() for n, t in state["squares"].items()}
         self.history = [Snapshot(s, c, dict(w)) for s, c, w in state["history"]]
         self._sharpen()
-
-
-def _pairs(values: list[Tensor]) -> list[list[Tensor]]:
-    return [values[i : i + 2] for i in range(0, len(values), 2)]
 
 
 def fit_exactly(layers: Sequence[WindowedLinear], budget: int) -> None:
