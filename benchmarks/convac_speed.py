@@ -84,7 +84,7 @@ def forms(widths: tuple[int, ...]) -> dict[str, tuple[nn.Module, Callable[[], Te
             None, ModeTree.square(16, 16), widths, OUTPUTS, channels=CHANNELS, semiring=semiring, constraint=constraint
         )
         # As for the other forms, the layout of the input is not part of the time.
-        laid = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        laid = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
         net._ordered = True
         found[name] = (net, lambda net=net, laid=laid: net(laid))
     return found

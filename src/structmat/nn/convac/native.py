@@ -1,9 +1,9 @@
 """Levels as one native pass: 1 x 1 convolutions, the products over windows and their rescaling on tiles of the batch.
 
 For each window the results of its convolutions stay in the cache, are multiplied there, and only the pooled state is
-written: forward a level stores windows times fewer numbers than its convolutions have. Backward they are made again from
-the pooled state below; the gradient of a factor is the product of the others, without a division, so that it is exact at
-zeros. Logarithms take one exponential for each number that is read and one logarithm for each that is written.
+written: as many times fewer numbers as a window has locations. Backward they are made again from the pooled state
+below; the gradient of a factor is the product of the others, without a division, so that it is exact at zeros. Logarithms take
+one exponential for each number that is read and one logarithm for each that is written.
 """
 
 from __future__ import annotations
@@ -75,12 +75,16 @@ class Way:
     """How the levels of a network run.
 
     Args:
+        semiring: that it was made for.
         levels: of each level its layer, or why it has none.
         output: the last convolution, or why it has none.
+        lifts: whether the first level can lift plain leaves by itself: no other level reads them.
     """
 
+    semiring: Semiring
     levels: tuple[Layer | str, ...]
     output: Layer | str
+    lifts: bool
 
     @property
     def reason(self) -> str:
@@ -90,7 +94,11 @@ class Way:
 
 def way_of(network: ConvAC) -> Way:
     """The layers of a network."""
-    return Way(tuple(_level(network, level) for level in range(len(network.tree.levels))), _output(network))
+    levels = tuple(_level(network, level) for level in range(len(network.tree.levels)))
+    lifts = not isinstance(levels[0], str) and not isinstance(network.semiring, Plain)
+    return Way(
+        network.semiring, levels, _output(network), lifts and all(-1 not in sources for sources in network._sources[1:])
+    )
 
 
 def _level(network: ConvAC, level: int) -> Layer | str:
@@ -100,7 +108,7 @@ def _level(network: ConvAC, level: int) -> Layer | str:
         return f"the semiring {network.semiring} has no native kernel"
     if network._sources[level] != [level - 1]:
         return f"level {level} reads other levels than the one below"
-    edge_map: EdgeMap = network.layers[level][0]  # type: ignore[index,assignment]
+    edge_map: EdgeMap = network.layers[level][0]  # type: ignore[index]
     if edge_map.weights.structure is not None:
         return f"weights of {edge_map.weights.structure} are not dense"
     windows = network.tree.levels[level]
@@ -142,22 +150,22 @@ def obstacle(x: Tensor) -> str | None:
     return None
 
 
-def takes_plain(layer: Layer | str, values: Tensor) -> bool:
-    """Whether the first level lifts plain values by itself.
+def takes_plain(way: Way, values: Tensor) -> bool:
+    """Whether the first level is to lift these plain values by itself.
 
     Raises:
         DataError: negative values in a semiring that holds none.
     """
-    if isinstance(layer, str) or isinstance(layer.semiring, Plain) or values.numel() == 0:
+    if not way.lifts or values.numel() == 0 or obstacle(values) is not None:
         return False
-    if obstacle(values) is not None:
-        return False
-    if not layer.semiring.allows_negative:
+    if not way.semiring.allows_negative:
         refuse_negative(values)
     return True
 
 
-def run(layer: Layer | str, edge_map: EdgeMap, state: State, *, lifts: bool = False, lowers: bool = False) -> State | None:
+def run(
+    layer: Layer | str, edge_map: EdgeMap, state: State, *, lifts: bool = False, lowers: bool = False
+) -> State | None:
     """The pooled state above one level, or None where that is for others.
 
     Args:

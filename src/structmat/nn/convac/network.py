@@ -184,7 +184,7 @@ class ConvAC(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scores (batch, Y); logarithms of them if the semiring is `Log` or `MaxProduct`."""
         top = self._top(x)
-        made = native.run(self._way.output, self.output, top, lowers=True)
+        made = native.run(self._native().output, self.output, top, lowers=True)
         scores = self.semiring.scores(self._outputs(top)) if made is None else made.value
         return scores.squeeze(1).T
 
@@ -200,7 +200,7 @@ class ConvAC(nn.Module):
     def _top(self, x: Tensor) -> State:
         """The pooled state of the last level."""
         leaves, logarithm = self._leaves(x)
-        if not logarithm and native.takes_plain(self._way.levels[0], leaves):
+        if not logarithm and native.takes_plain(self._native(), leaves):
             return self._climb(State(leaves), lifts=True)
         return self._climb(self.semiring.lift(leaves, logarithm=logarithm))
 
@@ -234,8 +234,8 @@ class ConvAC(nn.Module):
     ) -> State:
         """The pooled state of the last level; ``lifts``: the leaves are plain numbers, for a native first level."""
         states = {-1: leaves}
-        for level, layer in enumerate(self._way.levels):
-            edge_map: EdgeMap = self.layers[level][0]  # type: ignore[index,assignment]
+        for level, layer in enumerate(self._native().levels):
+            edge_map: EdgeMap = self.layers[level][0]  # type: ignore[index]
             made = native.run(layer, edge_map, states[level - 1], lifts=lifts and level == 0)
             if made is None:
                 if lifts and level == 0:
@@ -244,11 +244,17 @@ class ConvAC(nn.Module):
             states[level] = made if visit is None else visit(level, made)
         return states[len(self.tree.levels) - 1]
 
+    def _native(self) -> native.Way:
+        """How levels run natively in the semiring of now."""
+        if self._way.semiring != self.semiring:
+            self._way = native.way_of(self)
+        return self._way
+
     @property
     def fallback(self) -> str:
         """Why a part of the network is not one native pass a level, or an empty string."""
         weight = next(iter(self.layers.parameters()))
-        return self._way.reason or native.obstacle(weight.detach()) or ""
+        return self._native().reason or native.obstacle(weight.detach()) or ""
 
     def convolve(self, level: int, states: dict[int, State]) -> State:
         """The convolutions of a level, window by window, (channels, windows * window, batch)."""
