@@ -20,6 +20,9 @@ constexpr int64_t most_parts = 16;       // sums of the gradients of weights, ea
 constexpr int64_t parts_bytes = 4 << 20;  // of all of them together, unless two take more
 constexpr int64_t tile_bytes = 1 << 20;  // of what a piece of work holds: an L2 cache
 
+constexpr int64_t rows_at_once = 12;     // of a factor, between which memory is asked for
+constexpr int64_t line = 64;             // bytes
+
 // A product of two others, or a factor. The products of a window form a tree, the same as that of the reference: the first
 // half of the factors times the second, and again.
 struct Node {
@@ -248,8 +251,23 @@ class Piece {
       if (s_.semiring == Semiring::scaled)
         for (int64_t b = 0; b < count_; ++b)
           sum_[b] += w_.exponent + (s_.x_scale ? s_.x_scale[child * s_.batch + first_ + b] : 0);
-      k_.contract(stage(), w_.weight + s_.slot[edge] * s_.out * s_.in, read_[k], y, columns_, false);
+      const Real* weight = w_.weight + s_.slot[edge] * s_.out * s_.in;
+      for (int64_t row = 0; row < s_.out; row += rows_at_once) {
+        const int64_t rows = std::min(rows_at_once, s_.out - row);
+        fetch(edge + 1, row, rows);
+        k_.contract({1, rows, s_.in, 1, 0, s_.in, 1, 0}, weight + row * s_.in, read_[k], y + row * columns_, columns_, false);
+      }
     }
+  }
+
+  // Asks for what the next factor is made of, a part with some rows of this one: a window is read once, and in an order
+  // that the processor does not foresee.
+  void fetch(int64_t edge, int64_t row, int64_t rows) const {
+    if (s_.batch != columns_ || edge >= s_.windows * s_.window || s_.child[edge] < 0) return;
+    const int64_t bytes = s_.in * s_.batch * int64_t(sizeof(Real));
+    const char* x = static_cast<const char*>(s_.x) + s_.child[edge] * bytes;
+    for (int64_t at = bytes * row / s_.out / line * line; at < bytes * (row + rows) / s_.out; at += line)
+      __builtin_prefetch(x + at, 0, 2);
   }
 
   // What is multiplied by the weights, in `own` if it is not what was read.
@@ -264,6 +282,9 @@ class Piece {
     }
     Real* factor = factors_ + k * columns_;
     pool_.powers(top_, factor, exponents_, columns_);
+    Integer any = 0;
+    for (int64_t b = 0; b < columns_; ++b) any |= exponents_[b];
+    if (!any) return x;  // numbers near one need no other scale
     pool_.scale_columns(x, factor, own, columns_, s_.in, columns_);
     if (logs)
       for (int64_t b = 0; b < columns_; ++b) shift_[b] += Real(exponents_[b]) * Real(0.69314718055994530942);
