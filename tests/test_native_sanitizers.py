@@ -64,7 +64,7 @@ def activated_cases() -> list[bytes]:
 
 
 def pooled_cases() -> list[bytes]:
-    """Layers of convolutional arithmetic circuits: every semiring, with and without gaps, scales and shared matrices."""
+    """Layers of convolutional arithmetic circuits: every semiring, gaps, scales, matrices shared or not."""
     made = []
     shapes = [(1, 1, 1, 1), (3, 4, 5, 7), (9, 4, 17, 3), (2, 3, 1, 33), (2, 11, 6, 2), (1, 2, 70, 12)]
     options = itertools.product(shapes, range(3), (False, True), (False, True), (torch.float32, torch.float64))

@@ -2,8 +2,8 @@
 
 For each window the results of its convolutions stay in the cache, are multiplied there, and only the pooled state is
 written: as many times fewer numbers as a window has locations. Backward they are made again from the pooled state
-below; the gradient of a factor is the product of the others, without a division, so that it is exact at zeros. Logarithms take
-one exponential for each number that is read and one logarithm for each that is written.
+below; the gradient of a factor is the product of the others, without a division, so that it is exact at zeros.
+Logarithms take one exponential for each number that is read and one logarithm for each that is written.
 """
 
 from __future__ import annotations
