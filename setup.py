@@ -25,6 +25,7 @@ SOURCES = (
     "execute_vectors.cpp",
     "backward_plan.cpp",
     "backward.cpp",
+    "pooled.cpp",
     "cpu.cpp",
     "permission.cpp",
     "kept_plans.cpp",
@@ -41,6 +42,8 @@ INSTRUCTION_SETS = {
 }
 BFLOAT16 = (*AVX512, "-mavx512bf16")
 AMX = (*BFLOAT16, "-mamx-tile", "-mamx-bf16")
+KERNELS = ("kernels.cpp", "pooling.cpp")
+"""What is compiled for every instruction set."""
 PAIRS = {"bfloat16.cpp": (BFLOAT16,), "amx.cpp": (AMX, BFLOAT16)}
 """Kernels for pairs of bfloat16 numbers: the flags for each, the first that the compiler knows, or none."""
 
@@ -74,7 +77,9 @@ class BuildNative(build_ext):
         objects = [self._compile(compiler, source, folder, ("-O3",)) for source in SOURCES]
         for name, flags in instruction_sets().items():
             own = ("-O3", "-ffp-contract=fast", f"-DSTRUCTMAT_ISA={name}", *flags)
-            objects.append(self._compile(compiler, "kernels.cpp", folder, own, name))
+            for source in KERNELS:
+                object_name = name if source == KERNELS[0] else f"{name}_{Path(source).stem}"
+                objects.append(self._compile(compiler, source, folder, own, object_name))
         for source, choices in PAIRS.items():
             known = next((flags for flags in choices if ON_X86 and self._knows(compiler, flags)), ())
             objects.append(self._compile(compiler, source, folder, ("-O3", *known)))

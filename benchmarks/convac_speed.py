@@ -5,13 +5,15 @@
     python -m benchmarks.convac_speed table
 
 256 locations, 32 representation channels, widths (32, 64, 128, 256), windows of 2 x 2, shared filters, batch 128,
-float32. Each figure is the best of several runs, the forms in turns.
+float32. Each figure is the median of several runs, the forms in turns. What a form keeps for its backward pass is
+counted without its parameters and without the input, which is there anyway.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ from structmat.nn.convac import Log, Plain, RootMeanSquare, Scaled, SignedLog
 
 LOCATIONS, BATCH, CHANNELS, OUTPUTS, WINDOW = 256, 128, 32, 10, 4
 WIDTHS = ((32, 64, 128, 256), (16, 32, 64, 128), (64, 128, 256, 512))
-RUNS = 8
+RUNS = 15
+OBVIOUS, BEST = "plain PyTorch, batched products and prod", "plain PyTorch, one product a layer"
 
 
 def _weights(widths: tuple[int, ...]) -> nn.ParameterList:
@@ -57,9 +60,9 @@ def one_product(weights: nn.ParameterList, x: Tensor) -> Tensor:
 
 
 PLAIN: dict[str, tuple[Callable[[nn.ParameterList, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "plain PyTorch, batched products and prod": (batched, lambda x: x.permute(2, 1, 0)),
+    OBVIOUS: (batched, lambda x: x.permute(2, 1, 0)),
     "plain PyTorch, conv2d": (convolved, lambda x: x.unsqueeze(2)),
-    "plain PyTorch, one product a layer": (one_product, lambda x: x.permute(1, 2, 0)),
+    BEST: (one_product, lambda x: x.permute(1, 2, 0)),
 }
 OURS = {
     "ConvAC, plain": Plain(),
@@ -84,31 +87,49 @@ def forms(widths: tuple[int, ...]) -> dict[str, tuple[nn.Module, Callable[[], Te
             None, ModeTree.square(16, 16), widths, OUTPUTS, channels=CHANNELS, semiring=semiring, constraint=constraint
         )
         # As for the other forms, the layout of the input is not part of the time.
-        laid = x.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        laid = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
         net._ordered = True
         found[name] = (net, lambda net=net, laid=laid: net(laid))
     return found
 
 
+def kept(module: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes that a recorded forward pass keeps beside parameters and the input."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    sizes: dict[int, int] = {}
+    leaves = LOCATIONS * CHANNELS * BATCH * 4
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outcome = run()
+    del outcome
+    return sum(sizes.values()) - leaves
+
+
 def milliseconds(widths: tuple[int, ...]) -> dict[str, Any]:
-    """Best of several runs of inference and of a training step (forward and backward)."""
+    """Medians of inference and of a training step (forward and backward), and what is kept between."""
     known = forms(widths)
     # The time that the process had, where that is one thread's: on a shared machine it says more than the clock.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = {name: {"inference": float("inf"), "step": float("inf")} for name in known}
+    found: dict[str, dict[str, list[float]]] = {name: {"inference": [], "step": []} for name in known}
     for _ in range(RUNS + 1):
         for name, (module, run) in known.items():
             with torch.no_grad():
                 start = clock()
                 run()
-                inference = clock() - start
+                found[name]["inference"].append(clock() - start)
             module.zero_grad()
             start = clock()
             run().sum().backward()
-            step = clock() - start
-            for what, seconds in (("inference", inference), ("step", step)):
-                best[name][what] = min(best[name][what], 1e3 * seconds)
-    return {"milliseconds": best, "threads": torch.get_num_threads()}
+            found[name]["step"].append(clock() - start)
+    medians = {n: {what: 1e3 * statistics.median(t[1:]) for what, t in own.items()} for n, own in found.items()}
+    held = {name: kept(module, run) for name, (module, run) in known.items()}
+    return {"milliseconds": medians, "kept": held, "threads": torch.get_num_threads()}
 
 
 def on_threads(threads: int, widths: tuple[int, ...]) -> dict[str, Any]:
@@ -133,16 +154,42 @@ CELLS = [
 
 
 def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
-    lines = ["Milliseconds for a batch of 128: inference / training step (forward and backward)."]
-    rows = []
-    for name in (*PLAIN, *OURS):
-        row = [name]
-        for cell in CELLS:
-            found = of_name(done, CELLS, cell.name)
-            figures = found[0]["milliseconds"][name] if found else None
-            row.append(f"{figures['inference']:.1f} / {figures['step']:.1f}" if figures else NOT_RUN)
-        rows.append(row)
-    return [*lines, "", *markdown(("form", *(cell.name for cell in CELLS)), rows)]
+    head = ("form", *(cell.name for cell in CELLS))
+
+    def table(names: Iterable[str], entry: Callable[[dict[str, Any], str], str]) -> list[str]:
+        rows = []
+        for name in names:
+            found = [of_name(done, CELLS, cell.name) for cell in CELLS]
+            rows.append([name, *(entry(own[0], name) if own else NOT_RUN for own in found)])
+        return markdown(head, rows)
+
+    def times(own: dict[str, Any], name: str) -> str:
+        figures = own["milliseconds"][name]
+        return f"{figures['inference']:.1f} / {figures['step']:.1f}"
+
+    def ratios(own: dict[str, Any], name: str) -> str:
+        all_forms = own["milliseconds"]
+        ours, best, obvious = all_forms[name], all_forms[BEST], all_forms[OBVIOUS]
+        times = {what: best[what] / ours[what] for what in ours}
+        return f"{times['inference']:.2f} / {times['step']:.2f} ({obvious['step'] / ours['step']:.2f})"
+
+    def megabytes(own: dict[str, Any], name: str) -> str:
+        return f"{own['kept'][name] / 1e6:.1f}"
+
+    native = ("ConvAC, plain", "ConvAC, scaled", "ConvAC, log")
+    return [
+        "Milliseconds for a batch of 128: inference / training step (forward and backward).",
+        "",
+        *table((*PLAIN, *OURS), times),
+        "",
+        f'How many times faster than "{BEST}": inference / training step (step against the obvious form).',
+        "",
+        *table(native, ratios),
+        "",
+        "Megabytes kept for the backward pass beside parameters and input.",
+        "",
+        *table((*PLAIN, *OURS), megabytes),
+    ]
 
 
 STUDY = Study("convac_speed", "Speed beside plain PyTorch forms", CELLS, tables)

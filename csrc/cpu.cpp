@@ -3,16 +3,30 @@
 
 namespace structmat {
 
-#define STRUCTMAT_DECLARE(set)      \
-  namespace set {                   \
-  const Kernels<float>* single();   \
-  const Kernels<double>* wide();    \
+#define STRUCTMAT_DECLARE(set)               \
+  namespace set {                            \
+  const Kernels<float>* single();            \
+  const Kernels<double>* wide();             \
+  const PoolKernels<float>* single_pool();   \
+  const PoolKernels<double>* wide_pool();    \
   }
 STRUCTMAT_DECLARE(isa_base)
 #if defined(__x86_64__)
 STRUCTMAT_DECLARE(isa_avx2)
 STRUCTMAT_DECLARE(isa_avx512)
 #endif
+
+namespace {
+
+struct Tables {
+  const Kernels<float>* single;
+  const Kernels<double>* wide;
+  const PoolKernels<float>* single_pool;
+  const PoolKernels<double>* wide_pool;
+};
+#define STRUCTMAT_TABLES(set) Tables{set::single(), set::wide(), set::single_pool(), set::wide_pool()}
+
+}  // namespace
 
 #if defined(__x86_64__)
 namespace {
@@ -33,20 +47,23 @@ const InstructionSet& instruction_set(int number) {
 #if defined(__x86_64__)
   static PairKernels matrices, emulated;
 #endif
+  const auto of = [](const char* name, const Tables& set, const PairKernels* pairs = nullptr, bool emulated = false) {
+    return InstructionSet{name, set.single, set.wide, pairs, emulated, set.single_pool, set.wide_pool};
+  };
   static const InstructionSet all[] = {
-      {"base", isa_base::single(), isa_base::wide()},
+      of("base", STRUCTMAT_TABLES(isa_base)),
 #if defined(__x86_64__)
-      {"avx2", isa_avx2::single(), isa_avx2::wide()},
-      {"avx512", isa_avx512::single(), isa_avx512::wide()},
-      {"avx512_bf16", isa_avx512::single(), isa_avx512::wide(), pair_kernels()},
-      {"amx", isa_avx512::single(), isa_avx512::wide(), with(amx_kernels(), matrices)},
-      {"amx_emulated", isa_avx512::single(), isa_avx512::wide(), with(emulated_amx_kernels(), emulated), true},
+      of("avx2", STRUCTMAT_TABLES(isa_avx2)),
+      of("avx512", STRUCTMAT_TABLES(isa_avx512)),
+      of("avx512_bf16", STRUCTMAT_TABLES(isa_avx512), pair_kernels()),
+      of("amx", STRUCTMAT_TABLES(isa_avx512), with(amx_kernels(), matrices)),
+      of("amx_emulated", STRUCTMAT_TABLES(isa_avx512), with(emulated_amx_kernels(), emulated), true),
 #else
-      {"avx2", isa_base::single(), isa_base::wide()},
-      {"avx512", isa_base::single(), isa_base::wide()},
-      {"avx512_bf16", isa_base::single(), isa_base::wide()},
-      {"amx", isa_base::single(), isa_base::wide()},
-      {"amx_emulated", isa_base::single(), isa_base::wide(), nullptr, true},
+      of("avx2", STRUCTMAT_TABLES(isa_base)),
+      of("avx512", STRUCTMAT_TABLES(isa_base)),
+      of("avx512_bf16", STRUCTMAT_TABLES(isa_base)),
+      of("amx", STRUCTMAT_TABLES(isa_base)),
+      of("amx_emulated", STRUCTMAT_TABLES(isa_base), nullptr, true),
 #endif
   };
   return all[number];

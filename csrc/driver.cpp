@@ -4,16 +4,21 @@
 //
 // A case: length and text of a program; rows, storage, stride of the input; bytes and data of the input; number of
 // tensors, and of each its bytes, its count and its data. All numbers are int64. Cases follow one another to the end.
+// A case whose text is "pool SEMIRING LIFTS LOWERS WINDOWS WINDOW IN OUT COPIES" is a layer of a convolutional arithmetic
+// circuit, in both directions: the stride is its number of locations, its tensors are the weights, the index and the scale
+// (of no numbers for none).
 // Printed are their number, the instruction set, and a digest of what they put out on tiles.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "backward.h"
 #include "execute.h"
+#include "pooled.h"
 
 namespace {
 
@@ -84,6 +89,31 @@ void by_features(const structmat::Plan& plan, const structmat::Batch& batch,
   }
 }
 
+// A layer that pools, and its gradients; the outcome forwards.
+std::vector<char> pooled(const std::string& text, const structmat::Batch& batch, const std::vector<structmat::Array>& tensors,
+                         int64_t size, int repetitions) {
+  structmat::PoolLayer layer{};
+  std::istringstream words(text.substr(5));
+  int semiring;
+  words >> semiring >> layer.lifts >> layer.lowers >> layer.windows >> layer.window >> layer.in >> layer.out >> layer.copies;
+  if (!words || tensors.size() != 3) throw std::runtime_error("a layer is not complete");
+  layer.semiring = structmat::Semiring(semiring), layer.storage = batch.storage;
+  layer.locations = batch.x_stride, layer.batch = batch.rows, layer.x = batch.x, layer.weight = tensors[0].data;
+  layer.child = static_cast<const int64_t*>(tensors[1].data), layer.slot = layer.child + layer.windows * layer.window;
+  layer.x_scale = tensors[2].count ? static_cast<const int64_t*>(tensors[2].data) : nullptr;
+  std::vector<char> z(layer.windows * layer.out * layer.batch * size), grad_x(layer.locations * layer.in * layer.batch * size);
+  std::vector<char> grad_weight(layer.copies * layer.out * layer.in * size), grad = z;
+  std::vector<int64_t> scale(layer.semiring == structmat::Semiring::scaled ? layer.windows * layer.batch : 0);
+  for (int r = 0; r < repetitions; ++r) {
+    structmat::pool_forward(layer, z.data(), scale.data(), structmat::serially);
+    grad = z;
+    structmat::pool_backward(layer, scale.data(), grad.data(), grad_x.data(), grad_weight.data(), structmat::serially);
+    structmat::pool_backward(layer, scale.data(), grad.data(), nullptr, grad_weight.data(), structmat::serially);
+    structmat::pool_backward(layer, scale.data(), grad.data(), grad_x.data(), nullptr, structmat::serially);
+  }
+  return z;
+}
+
 // FNV-1a.
 uint64_t digest(uint64_t before, const std::vector<char>& bytes) {
   for (const char byte : bytes) before = (before ^ static_cast<unsigned char>(byte)) * 0x100000001b3u;
@@ -99,7 +129,6 @@ int run(const char* name, const std::string& way, int repetitions) {
   while (file.read(&length, sizeof length)) {
     std::string text(length, ' ');
     if (!file.read(&text[0], length)) throw std::runtime_error("the file ends too early");
-    const structmat::Plan plan = structmat::make_plan(text);
     structmat::Batch batch;
     batch.rows = file.number();
     batch.storage = structmat::Storage(file.number());
@@ -112,10 +141,17 @@ int run(const char* name, const std::string& way, int repetitions) {
       own = file.bytes();
       tensors.push_back({own.data(), count});
     }
+    const int64_t size = structmat::bytes_of(batch.storage);
+    batch.x = x.data();
+    if (text.compare(0, 5, "pool ") == 0) {
+      digested = digest(digested, pooled(text, batch, tensors, size, repetitions));
+      ++cases;
+      continue;
+    }
+    const structmat::Plan plan = structmat::make_plan(text);
     if (tensors.size() != plan.sizes.size()) throw std::runtime_error("the number of tensors is wrong");
-    const int64_t size = batch.storage == structmat::Storage::f64 ? 8 : batch.storage == structmat::Storage::f32 ? 4 : 2;
     std::vector<char> y(batch.rows * plan.out_features * size);
-    batch.x = x.data(), batch.y = y.data(), batch.y_stride = plan.out_features;
+    batch.y = y.data(), batch.y_stride = plan.out_features;
     for (int r = 0; wanted("tiles") && r < repetitions; ++r)
       structmat::execute(plan, batch, tensors.data(), structmat::serially, 2);
     digested = digest(digested, y);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace structmat {
 
@@ -170,6 +171,24 @@ struct Kernels {
   int64_t lanes;  // numbers in one vector register
 };
 
+// What layers of convolutional arithmetic circuits do on tiles beside products of matrices (pooling.cpp says what each is).
+template <class Real>
+struct PoolKernels {
+  typedef typename std::conditional<sizeof(Real) == 4, int32_t, int64_t>::type Integer;
+  void (*column_tops)(const Real* x, int64_t rows, int64_t columns, bool of_sizes, Real* top);
+  void (*powers)(const Real* top, Real* factor, Integer* exponent, int64_t columns);
+  void (*scale_columns)(const Real* x, const Real* factor, Real* y, int64_t pitch, int64_t rows, int64_t columns);
+  void (*multiply)(const Real* a, const Real* b, Real* y, int64_t count);
+  void (*multiply_back)(const Real* gy, Real* a, Real* b, int64_t count);
+  void (*multiply_four)(const Real* y, int64_t apart, Real* z, int64_t pitch, int64_t rows, int64_t columns, Real* top);
+  void (*multiply_four_back)(const Real* gz, const Real* factor, Real* y, int64_t apart, int64_t rows, int64_t columns);
+  void (*exponentials)(const Real* x, const Real* top, Real* y, int64_t rows, int64_t columns);
+  void (*log_products)(const Real* y, int64_t window, int64_t apart, const Real* shift, Real* z, int64_t pitch,
+                       int64_t rows, int64_t columns);
+  void (*log_back)(const Real* gz, Real* y, int64_t count);
+  void (*keep_positive)(const Real* x, Real* y, int64_t count);
+};
+
 // Tiles of bfloat16 numbers, for processors that multiply pairs of them and sum in float32 (bfloat16.cpp). All that a stage
 // puts out is rounded to bfloat16, as by PyTorch's own products.
 constexpr int64_t pair_columns = 32;      // the columns of a tile are a multiple of this
@@ -228,6 +247,8 @@ struct InstructionSet {
   const Kernels<double>* wide;
   const PairKernels* pairs = nullptr;
   bool emulated = false;  // for tests alone: never chosen but by its own name
+  const PoolKernels<float>* single_pool = nullptr;
+  const PoolKernels<double>* wide_pool = nullptr;
 };
 
 // What this build holds, from the plainest to the widest; `supported` asks the machine.

@@ -12,6 +12,7 @@
 #include "execute.h"
 #include "kept_plans.h"
 #include "pages.h"
+#include "pooled.h"
 
 namespace {
 
@@ -325,6 +326,62 @@ void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List gra
   structmat::execute_backward(*structmat::backward_plan_of(words, wanted), batch, arrays.data(), places.data(), in_parallel);
 }
 
+// Checks that a tensor is contiguous and has these sizes (-1: any), and hands out its data; null if it is empty and may be.
+void* checked(Tensor tensor, int32_t dtype, const std::vector<int64_t>& sizes, bool may_be_empty = false) {
+  const Shape shape(tensor);
+  if (may_be_empty && shape.count == 0) return nullptr;
+  bool fits = shape.dtype == dtype && shape.dim == int64_t(sizes.size()) && shape.is_contiguous();
+  for (int64_t i = 0; fits && i < shape.dim; ++i) fits = sizes[i] < 0 || sizes[i] == shape.sizes[i];
+  if (!fits) throw std::invalid_argument("structmat: a tensor of a layer has another shape or dtype than the layer");
+  return data_of(tensor);
+}
+
+// A layer of a convolutional arithmetic circuit: x (locations, in, batch), its scale (locations, batch) or empty, the
+// weights (copies, out, in), and the index (2, windows, window) of locations and matrices. `kind` is the semiring, plus 4
+// if x holds plain numbers, plus 8 if the outcome is to.
+structmat::PoolLayer layer_of(Tensor x, Tensor x_scale, Tensor weight, Tensor index, int64_t kind) {
+  const Shape in(x), matrices(weight), places(index);
+  if (in.dim != 3 || matrices.dim != 3 || places.dim != 3 || places.sizes[0] != 2 || kind < 0 || kind % 4 > 2 || kind > 15)
+    throw std::invalid_argument("structmat: x, weights and index of a layer have three axes");
+  structmat::PoolLayer layer{};
+  layer.windows = places.sizes[1], layer.window = places.sizes[2];
+  layer.locations = in.sizes[0], layer.in = in.sizes[1], layer.batch = in.sizes[2];
+  layer.copies = matrices.sizes[0], layer.out = matrices.sizes[1];
+  if (layer.windows < 1 || layer.window < 1 || layer.in < 1 || layer.out < 1 || layer.copies < 1)
+    throw std::invalid_argument("structmat: a layer has an axis of size 0");
+  layer.semiring = structmat::Semiring(kind % 4), layer.lifts = kind & 4, layer.lowers = kind & 8;
+  layer.storage = storage_of(in.dtype);
+  if (structmat::bytes_of(layer.storage) < 4) throw std::invalid_argument("structmat: layers are float32 or float64");
+  layer.x = checked(x, in.dtype, {-1, -1, -1});
+  layer.x_scale = static_cast<int64_t*>(checked(x_scale, torch.i64, {layer.locations, layer.batch}, true));
+  layer.weight = checked(weight, in.dtype, {-1, -1, layer.in});
+  layer.child = static_cast<int64_t*>(checked(index, torch.i64, {2, -1, -1}));
+  layer.slot = layer.child + layer.windows * layer.window;
+  return layer;
+}
+
+void pool_layer(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z, Tensor z_scale, int64_t kind) {
+  const structmat::PoolLayer layer = layer_of(x, x_scale, weight, index, kind);
+  void* to = checked(z, Shape(x).dtype, {layer.windows, layer.out, layer.batch});
+  void* scale = nullptr;
+  if (layer.semiring == structmat::Semiring::scaled) scale = checked(z_scale, torch.i64, {layer.windows, layer.batch});
+  structmat::use_large_pages(to, layer.windows * layer.out * layer.batch * structmat::bytes_of(layer.storage));
+  structmat::pool_forward(layer, to, static_cast<int64_t*>(scale), in_parallel);
+}
+
+void pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z_scale, Tensor grad,
+                         Tensor grad_x, Tensor grad_weight, int64_t kind) {
+  const structmat::PoolLayer layer = layer_of(x, x_scale, weight, index, kind);
+  const int32_t dtype = Shape(x).dtype;
+  const void* scale = nullptr;
+  if (layer.semiring == structmat::Semiring::scaled) scale = checked(z_scale, torch.i64, {layer.windows, layer.batch});
+  void* lower = checked(grad_x, dtype, {layer.locations, layer.in, layer.batch}, true);
+  void* weights = checked(grad_weight, dtype, {layer.copies, layer.out, layer.in}, true);
+  if (lower) structmat::use_large_pages(lower, Shape(x).count * structmat::bytes_of(layer.storage));
+  structmat::pool_backward(layer, static_cast<const int64_t*>(scale),
+                           checked(grad, dtype, {layer.windows, layer.out, layer.batch}), lower, weights, in_parallel);
+}
+
 // Takes what the dispatcher hands over, in the order of the schema.
 class Arguments {
  public:
@@ -333,6 +390,11 @@ class Arguments {
     void* handle;
     std::memcpy(&handle, stack_++, sizeof handle);
     return handle;
+  }
+  int64_t number() {
+    int64_t own;
+    std::memcpy(&own, stack_++, sizeof own);
+    return own;
   }
 
  private:
@@ -397,6 +459,21 @@ void multiply_backward_kept_boxed(Value* stack, uint64_t, uint64_t) {
   multiply_backward(x.get(), grad.get(), tensors.get(), grad_x.get(), grads.get(), text.get(), kept.get());
 }
 
+void pool_layer_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next()), x_scale(given.next()), weight(given.next()), index(given.next()), z(given.next()),
+      z_scale(given.next());
+  pool_layer(x.get(), x_scale.get(), weight.get(), index.get(), z.get(), z_scale.get(), given.number());
+}
+
+void pool_layer_backward_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next()), x_scale(given.next()), weight(given.next()), index(given.next()), z_scale(given.next()),
+      grad(given.next()), grad_x(given.next()), grad_weight(given.next());
+  pool_layer_backward(x.get(), x_scale.get(), weight.get(), index.get(), z_scale.get(), grad.get(), grad_x.get(),
+                      grad_weight.get(), given.number());
+}
+
 }  // namespace
 
 extern "C" {
@@ -418,12 +495,20 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
     require(torch.define(library,
                          "multiply_backward_kept(Tensor x, Tensor kept, Tensor grad, Tensor[] tensors, "
                          "Tensor(a!) grad_x, Tensor(b!)[] grads, str program) -> ()"));
+    require(torch.define(library,
+                         "pool_layer(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor(a!) z, "
+                         "Tensor(b!) z_scale, int kind) -> ()"));
+    require(torch.define(library,
+                         "pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z_scale, "
+                         "Tensor grad, Tensor(a!) grad_x, Tensor(b!) grad_weight, int kind) -> ()"));
     require(torch.init_impl("structmat", "CPU", __FILE__, __LINE__, &kernels));
     require(torch.implement(kernels, "multiply", multiply_boxed, version));
     require(torch.implement(kernels, "multiply_into", multiply_into_boxed, version));
     require(torch.implement(kernels, "multiply_backward", multiply_backward_boxed, version));
     require(torch.implement(kernels, "multiply_keeping", multiply_keeping_boxed, version));
     require(torch.implement(kernels, "multiply_backward_kept", multiply_backward_kept_boxed, version));
+    require(torch.implement(kernels, "pool_layer", pool_layer_boxed, version));
+    require(torch.implement(kernels, "pool_layer_backward", pool_layer_backward_boxed, version));
     return nullptr;
   } catch (const std::exception& error) {
     problem = error.what();

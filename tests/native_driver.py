@@ -57,7 +57,8 @@ def build(
     }
     for name, own in setup["instruction_sets"]().items():
         slow = ["-O0"] if name.removeprefix("isa_") in unused else []
-        jobs[name] = ("kernels.cpp", [*own, *slow, f"-DSTRUCTMAT_ISA={name}"])
+        for source in setup["KERNELS"]:
+            jobs[f"{name}_{Path(source).stem}"] = (source, [*own, *slow, f"-DSTRUCTMAT_ISA={name}"])
     for source, choices in setup["PAIRS"].items():
         jobs[Path(source).stem] = (source, list(choices[0]) if setup["ON_X86"] else [])
     for name, (source, own) in jobs.items():

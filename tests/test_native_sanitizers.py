@@ -63,6 +63,29 @@ def activated_cases() -> list[bytes]:
     return made
 
 
+def pooled_cases() -> list[bytes]:
+    """Layers of convolutional arithmetic circuits: every semiring, gaps, scales, matrices shared or not."""
+    made = []
+    shapes = [(1, 1, 1, 1), (3, 4, 5, 7), (9, 4, 17, 3), (2, 3, 1, 33), (2, 11, 6, 2), (1, 2, 70, 12)]
+    options = itertools.product(shapes, range(3), (False, True), (False, True), (torch.float32, torch.float64))
+    for number, ((windows, window, inside, outside), semiring, lifts, lowers, dtype) in enumerate(options):
+        batch, locations = (1, 3, 16, 64, 70, 128, 150)[number % 7], windows * window + 1
+        child = torch.randperm(locations)[: windows * window]
+        child[::5] = -1
+        copies = (1, window, windows * window)[number % 3]
+        index = torch.stack([child, torch.arange(windows * window) % copies])
+        weight = torch.rand(copies, outside, inside, dtype=dtype) * 3
+        scale = torch.randint(-9, 9, (locations, batch)) if semiring == 1 and not lifts else torch.empty(0)
+        words = f"pool {semiring} {lifts:d} {lowers:d} {windows} {window} {inside} {outside} {copies}"
+        x = torch.rand(locations, inside, batch, dtype=dtype)
+        parts = [struct.pack("<q", len(words)), words.encode()]
+        parts += [struct.pack("<qqq", batch, STORAGE[dtype], locations), held(x), struct.pack("<q", 3)]
+        for tensor in (weight, index, scale):
+            parts += [struct.pack("<q", tensor.numel()), held(tensor)]
+        made.append(b"".join(parts))
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("sanitizers")
 def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
@@ -76,7 +99,7 @@ def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
 
     collect()
     assert len(cases) >= 400
-    cases += activated_cases()
+    cases += activated_cases() + pooled_cases()
     for name in instruction_sets():
         done = run(driver, cases, name)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -96,7 +96,6 @@ class Distill:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise StructureError("Distill(steps=None, minutes=None) would never end. Give one of the two.")
-        before = self.layerwise or self.blockwise or self.closed_form or self.anneal
         if self.windows and self.steps is None:
             raise StructureError("Distill(windows=True, steps=None): windows need a number of steps. Give one.")
         if self.windows and (self.closed_form or self.anneal):

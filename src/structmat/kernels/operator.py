@@ -45,6 +45,26 @@ def define_fakes() -> None:
     ) -> None:
         return None
 
+    def pooled(
+        x: Tensor, x_scale: Tensor, weight: Tensor, index: Tensor, z: Tensor, z_scale: Tensor, kind: int
+    ) -> None:
+        return None
+
+    def pooled_back(
+        x: Tensor,
+        x_scale: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        z_scale: Tensor,
+        grad: Tensor,
+        grad_x: Tensor,
+        grad_weight: Tensor,
+        kind: int,
+    ) -> None:
+        return None
+
+    torch.library.register_fake("structmat::pool_layer")(pooled)
+    torch.library.register_fake("structmat::pool_layer_backward")(pooled_back)
     torch.library.register_fake("structmat::multiply")(outcome)
     torch.library.register_fake("structmat::multiply_keeping")(kept)
     torch.library.register_fake("structmat::multiply_backward_kept")(from_kept)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.errors import ShapeError
+from structmat.nn.convac import native
 from structmat.nn.convac.options import Activation, Pooling, RankMethod, check_options
 from structmat.nn.convac.semiring import Scaled, Semiring, Signed, State, concatenate, select
 from structmat.nn.convac.tree import Edge, ModeTree
@@ -105,6 +106,7 @@ class ConvAC(nn.Module):
             Slot(1, (0,)), [0], 1,
         )  # fmt: skip
         self._prepare_windows()
+        self._way = native.way_of(self)
         self.initialize(initialize, generator=generator)
 
     @staticmethod
@@ -181,7 +183,10 @@ class ConvAC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores (batch, Y); logarithms of them if the semiring is `Log` or `MaxProduct`."""
-        return self.semiring.scores(self.root(x)).squeeze(1).T
+        top = self._top(x)
+        made = native.run(self._native().output, self.output, top, lowers=True)
+        scores = self.semiring.scores(self._outputs(top)) if made is None else made.value
+        return scores.squeeze(1).T
 
     def signed_log(self, x: Tensor) -> Signed:
         """Sign and logarithm of the absolute score, (batch, Y) each: defined where the score is no float any more."""
@@ -190,10 +195,25 @@ class ConvAC(nn.Module):
 
     def root(self, x: Tensor) -> State:
         """The state of the output layer, value (Y, 1, batch)."""
-        return self.evaluate(self.lift(x))
+        return self._outputs(self._top(x))
+
+    def _top(self, x: Tensor) -> State:
+        """The pooled state of the last level."""
+        leaves, logarithm = self._leaves(x)
+        if not logarithm and native.takes_plain(self._native(), leaves):
+            return self._climb(State(leaves), lifts=True)
+        return self._climb(self.semiring.lift(leaves, logarithm=logarithm))
+
+    def _outputs(self, top: State) -> State:
+        return self.semiring.linear(self.output, top, self.output.gather)
 
     def lift(self, x: Tensor) -> State:
         """The representation of a batch as a state, leaves in tree order."""
+        leaves, logarithm = self._leaves(x)
+        return self.semiring.lift(leaves, logarithm=logarithm)
+
+    def _leaves(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Representation values (channels, locations, batch) in tree order, and whether they are logarithms."""
         values = x if self.representation is None else self.representation(x)
         if values.dim() != 3 or values.shape[1:] != (self.channels, self.tree.modes):
             raise ShapeError(
@@ -203,16 +223,38 @@ class ConvAC(nn.Module):
         leaves = values.permute(1, 2, 0)
         if not self._ordered:
             leaves = leaves[:, self.get_buffer("order")]
-        logarithm = bool(getattr(self.representation, "logarithm", False))
-        return self.semiring.lift(leaves, logarithm=logarithm)
+        return leaves, bool(getattr(self.representation, "logarithm", False))
 
     def evaluate(self, leaves: State, visit: Callable[[int, State], State] | None = None) -> State:
         """Run on leaves in tree order; ``visit(level, pooled state)`` may look at or replace each level's result."""
+        return self._outputs(self._climb(leaves, visit))
+
+    def _climb(
+        self, leaves: State, visit: Callable[[int, State], State] | None = None, *, lifts: bool = False
+    ) -> State:
+        """The pooled state of the last level; ``lifts``: the leaves are plain numbers, for a native first level."""
         states = {-1: leaves}
-        for level in range(len(self.tree.levels)):
-            state = self.pool(level, self.convolve(level, states))
-            states[level] = state if visit is None else visit(level, state)
-        return self.semiring.linear(self.output, states[len(self.tree.levels) - 1], self.output.gather)
+        for level, layer in enumerate(self._native().levels):
+            edge_map: EdgeMap = self.layers[level][0]  # type: ignore[index]
+            made = native.run(layer, edge_map, states[level - 1], lifts=lifts and level == 0)
+            if made is None:
+                if lifts and level == 0:
+                    states[-1] = self.semiring.lift(leaves.value, logarithm=False)
+                made = self.pool(level, self.convolve(level, states))
+            states[level] = made if visit is None else visit(level, made)
+        return states[len(self.tree.levels) - 1]
+
+    def _native(self) -> native.Way:
+        """How levels run natively in the semiring of now."""
+        if self._way.semiring != self.semiring:
+            self._way = native.way_of(self)
+        return self._way
+
+    @property
+    def fallback(self) -> str:
+        """Why a part of the network is not one native pass a level, or an empty string."""
+        weight = next(iter(self.layers.parameters()))
+        return self._native().reason or native.obstacle(weight.detach()) or ""
 
     def convolve(self, level: int, states: dict[int, State]) -> State:
         """The convolutions of a level, window by window, (channels, windows * window, batch)."""

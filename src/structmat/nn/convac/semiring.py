@@ -359,10 +359,20 @@ def _finite_top(x: Tensor) -> Tensor:
     return torch.where(top.isfinite(), top, 0.0)
 
 
-def _log_of(x: Tensor) -> Tensor:
-    if bool((x < 0).any()):
+def refuse_negative(x: Tensor) -> None:
+    """
+    Raises:
+        DataError: some value is below 0.
+    """
+    # The smallest takes one pass and no memory; it is NaN where anything is.
+    if not bool(x.detach().amin() >= 0) and bool((x < 0).any()):
         raise DataError(
             "The logarithmic semirings hold numbers of at least 0, and the representation has negative ones. Use a "
             "non-negative representation, or the semiring Scaled() or SignedLog()."
         )
+
+
+def _log_of(x: Tensor) -> Tensor:
+    if x.numel():
+        refuse_negative(x)
     return _signed(x).log
