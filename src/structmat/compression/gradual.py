@@ -19,7 +19,7 @@ from structmat.compression.replace import to_dense
 from structmat.errors import BudgetError, DataError
 
 if TYPE_CHECKING:
-    from structmat.compression.compress import Evaluate
+    from structmat.compression.evaluate import Evaluate
 
 Model = TypeVar("Model", bound=nn.Module)
 
