@@ -616,7 +616,7 @@ def test_rates_follow_the_structure(student: Classifier) -> None:
         Rates.STAGE: parameter_groups(student, lr=0.1),
     }
     for rates in Rates:
-        run = _Run(student, student, [], Distill(rates=rates, learning_rate=0.1), None, None, 0)
+        run = _Run(student, student, [], Distill(rates=rates, learning_rate=0.1), None, None, 0, None)
         found = {id(p): group["top"] for group in run.optimizer.param_groups for p in group["params"]}
         if rates is Rates.EQUAL:
             assert set(found.values()) == {0.1}

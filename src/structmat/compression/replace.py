@@ -289,9 +289,11 @@ def to_dense(model: Model) -> Model:
         adapter, made = structured_layer_of(module), found.get(id(module))
         if adapter is None or made is None:
             continue
-        own = tuple(
-            id(getattr(module, n)) for n in specs(adapter.content(module).structure, adapter.content(module).shape)
-        )
+        content = adapter.content(module)
+        names = specs(content.structure, content.shape)
+        if not all(hasattr(module, name) for name in names):
+            continue  # it holds its tensors in another form, and shares none
+        own = tuple(id(getattr(module, name)) for name in names)
         if tables.setdefault(own, made) is not made and any(p is not None for p in module.parameters()):
             made.register_parameter("weight", tables[own].get_parameter("weight"))
     return _copied(model, found)
