@@ -304,7 +304,8 @@ def test_the_mnist_perceptron_as_a_block(real_data: object, tmp_path: Path) -> N
         sweeps=2,
     )
     assert list(blocks(result.model)) == ["0"]
-    assert result.report.quality["recovered"] < result.report.quality["after"]
-    assert result.report.quality["recovered"] < 4
+    after, recovered = (result.report.quality[when]["quality"] for when in ("after", "recovered"))
+    assert recovered < after
+    assert recovered < 4
     sm.save(result.model, tmp_path / "saved")
-    assert wrong(sm.load(tmp_path / "saved", trained())) == pytest.approx(result.report.quality["recovered"])
+    assert wrong(sm.load(tmp_path / "saved", trained())) == pytest.approx(recovered)
