@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 
-from structmat.kernels.library import FILE
+import pytest
+from _pytest.mark import ParameterSet
+
+from structmat.kernels.library import FILE, native
 
 
 def compiled() -> list[str]:
@@ -19,6 +22,12 @@ def compiled() -> list[str]:
         assert name.value is not None
         found.append(name.value.decode())
     return found
+
+
+def every() -> list[ParameterSet]:
+    """All of them as parameters of a test: fast are the first one and the one that this machine takes by itself."""
+    fast = {"base", native().instruction_set}
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in compiled()]
 
 
 def printed_by(code: str, instruction_set: str) -> str:

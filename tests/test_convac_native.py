@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from instruction_sets import compiled, printed_by
+from instruction_sets import every, printed_by
 from torch import Tensor, nn
 
 import structmat as sm
@@ -437,7 +437,7 @@ def test_unusual_inputs_and_weights() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", compiled())
+@pytest.mark.parametrize("name", every())
 def test_every_instruction_set(name: str) -> None:
     code = (
         "import torch, structmat as sm\n"

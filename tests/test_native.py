@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.utils.parametrize
 from hypothesis import given, settings
-from instruction_sets import compiled, printed_by
+from instruction_sets import every, printed_by
 from native_programs import programs, tensors_of
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -221,7 +221,7 @@ def test_bfloat16_by_pairs(
 
 
 @needs_native
-@pytest.mark.parametrize("name", compiled())
+@pytest.mark.parametrize("name", every())
 def test_every_instruction_set_of_this_machine(name: str) -> None:
     if name not in here.supported:
         pytest.skip(f"this machine has no {name}")

@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from instruction_sets import compiled, printed_by
+from instruction_sets import every, printed_by
 from native_programs import programs, tensors_of
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -294,7 +294,7 @@ def test_results_do_not_depend_on_threads() -> None:
             assert all(torch.equal(one, two) for one, two in zip(outcomes[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", compiled())
+@pytest.mark.parametrize("name", every())
 def test_every_instruction_set_of_this_machine(name: str) -> None:
     if name not in here.supported:
         pytest.skip(f"this machine has no {name}")

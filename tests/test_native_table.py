@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from instruction_sets import compiled, printed_by
+from instruction_sets import compiled, every, printed_by
 from native_table import DIRECTIONS, DTYPES, GAPS, LINES, Cell, Gap, problems, table
 
 from structmat.kernels import native
@@ -18,7 +18,7 @@ here = native()
 
 
 @pytest.mark.skipif(not here.available, reason=f"no native library: {here.reason}")
-@pytest.mark.parametrize("name", compiled())
+@pytest.mark.parametrize("name", every())
 def test_every_stage_is_native_or_a_declared_gap(name: str, record_property: Callable[[str, object], None]) -> None:
     if name not in here.supported:
         pytest.skip(f"this machine has no {name}")
