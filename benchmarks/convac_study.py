@@ -251,8 +251,12 @@ def curve_svg(
         f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">{across}</text>',
         f'<text x="14" y="{height / 2}" text-anchor="middle" transform="rotate(-90 14 {height / 2})">{up}</text>',
     ]
+    free = 0.0
     for mark in marks:
         x, _ = place(mark, points[0][1])
+        if x < free:
+            continue  # it would stand in the label before
+        free = x + 24
         lines.append(f'<text x="{x:.1f}" y="{height - low + 14}" text-anchor="middle">{mark:g}</text>')
     for level in levels:
         _, y = place(points[0][0], level)
