@@ -98,11 +98,13 @@ class Study:
         parser.add_argument("action", nargs="?", choices=("run", "list", "table"), default="run")
         parser.add_argument("--only", action="append", help="cells whose key contains this")
         parser.add_argument("--all", action="store_true", help="cells that take hours too")
+        parser.add_argument("--seeds", type=int, metavar="N", help="only seeds below N")
         options = parser.parse_args()
         chosen = [
             cell
             for cell in self.cells
             if (any(word in cell.key for word in options.only) if options.only else options.all or not cell.extra)
+            and (options.seeds is None or cell.seed < options.seeds)
         ]
         if options.action == "list":
             for cell in chosen:

@@ -2,6 +2,8 @@
 
     python -m benchmarks.kronecker_study                    seed 0: rates of every method, then every task
     python -m benchmarks.kronecker_study --all              five seeds, and the tasks that take hours
+    python -m benchmarks.kronecker_study --all --seeds 1    seed 0 of every task
+    python -m benchmarks.kronecker_study --only times       what a step and a call of each method take
     python -m benchmarks.kronecker_study --only mnist       cells whose key contains a word
     python -m benchmarks.kronecker_study table              the tables again, from what is there
 
@@ -15,7 +17,6 @@ perceptron.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 import statistics
@@ -79,9 +80,18 @@ class Task:
         head = build(method, self.sizes, self.activation, seed, self.published)
         return WithTrunk(head) if self.images else head
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Of a batch."""
-        return F.cross_entropy(output, target) if self.labels else F.mse_loss(output, target)
+    def optimizer(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        """Adam, or plain gradient descent."""
+        return (torch.optim.Adam if self.adam else torch.optim.SGD)(model.parameters(), lr=rate)
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of a batch, before one step on it."""
+        optimizer.zero_grad()
+        output = model(x)
+        loss = F.cross_entropy(output, y) if self.labels else F.mse_loss(output, y)
+        loss.backward()
+        optimizer.step()
+        return loss
 
     def error(self, model: nn.Module, samples: data.Samples) -> float:
         """In %: wrong labels, or ``||f(x) - y|| / ||y||`` over all samples."""
@@ -117,41 +127,46 @@ TASKS = (
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train(task: Task, model: nn.Module, samples: data.Samples, epochs: int, rate: float, seed: int) -> float:
-    """Seconds of the median epoch."""
+def train(task: Task, model: nn.Module, samples: data.Samples, epochs: int, rate: float, seed: int) -> None:
+    """All epochs, or fewer where the loss is no longer finite."""
     steps = epochs * math.ceil(len(samples) / task.batch)
-    optimizer: torch.optim.Optimizer
-    if task.adam:
-        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-        schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        schedule = None
-    times = [time.perf_counter()]
-    each = math.ceil(len(samples) / task.batch)
-    for number, (x, y) in enumerate(track(samples.batches(epochs, task.batch, seed), steps, "train"), 1):
-        optimizer.zero_grad()
-        loss = task.loss(model(x), y)
-        loss.backward()
-        optimizer.step()
+    optimizer = task.optimizer(model, rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if task.adam else None
+    for x, y in track(samples.batches(epochs, task.batch, seed), steps, "train"):
+        loss = task.step(model, optimizer, x, y)
         if schedule is not None:
             schedule.step()
-        if number % each == 0:
-            times.append(time.perf_counter())
-            if not math.isfinite(float(loss.detach())):
-                break
-    spans = sorted(b - a for a, b in itertools.pairwise(times))
-    return spans[len(spans) // 2]
+        if not math.isfinite(float(loss.detach())):
+            break
 
 
-def inference(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """Milliseconds at batch 1 and 256: the best of several runs."""
-    model.eval()
-    found = {}
-    with torch.no_grad():
-        for size in (1, 256):
-            found[str(size)] = 1000 * best_time(partial(model, x[:size]), 20)
-    return found
+TIME_ROUNDS = 9
+
+
+def times_cell(task: Task, seed: int) -> dict[str, Any]:
+    """Seconds of a training step and of a call at batch 1 and 256: medians of rounds, methods in turn."""
+    samples = task.load("train").part(0, 256)
+    batch = samples.part(0, task.batch)
+    models = {method.key: task.model(method, seed) for method in METHODS}
+    optimizers = {key: task.optimizer(model, 1e-6) for key, model in models.items()}
+    found: dict[str, dict[str, list[float]]] = {key: {"step": [], "1": [], "256": []} for key in models}
+    for _ in track(range(TIME_ROUNDS), TIME_ROUNDS, f"time {task.name}"):
+        for key, model in models.items():
+            model.train()
+            found[key]["step"].append(best_time(partial(task.step, model, optimizers[key], batch.x, batch.y), 1))
+            model.eval()
+            with torch.no_grad():
+                for size in (1, 256):
+                    found[key][str(size)].append(best_time(partial(model, samples.x[:size]), 3))
+    return {
+        "times": {key: {what: statistics.median(spans) for what, spans in of.items()} for key, of in found.items()},
+        "steps": math.ceil(len(task.load("train")) / task.batch),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def times_name(task: Task) -> str:
+    return f"times {task.name}"
 
 
 def best_time(call: Callable[[], Any], runs: int) -> float:
@@ -178,15 +193,13 @@ def main_cell(task: Task, method: Method, seed: int) -> dict[str, Any]:
     rate, swept = best_rate(task, method)
     samples, test = task.load("train"), task.load("test")
     model = task.model(method, seed)
-    epoch = train(task, model, samples, task.epochs, rate, seed)
+    train(task, model, samples, task.epochs, rate, seed)
     return {
         "rate": rate,
         "swept": swept,
         "epochs": task.epochs,
         "error": task.error(model, test),
         "training_error": task.error(model, samples.part(0, 4096)),
-        "seconds_per_epoch": epoch,
-        "milliseconds": inference(model, test.x),
         **counts(model),
     }
 
@@ -435,6 +448,7 @@ def _cells() -> list[Cell]:
         for b in BUDGETS
         for kind in CONVERSIONS
     ]
+    made += [Cell(times_name(task), lambda seed, t=task: times_cell(t, seed), 0, extra=task.long) for task in TASKS]
     for task in TASKS:
         made += [
             Cell(rate_name(task, m, r), lambda seed, t=task, m=m, r=r: rate_cell(t, m, r, seed), 0, extra=task.long)
@@ -454,6 +468,10 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     lines: list[str] = []
     for task in TASKS:
         lines += ["", f"## {task.about}", "", *_task_table(task, done), *_picture(task, done)]
+    lines += [
+        "",
+        "Seconds of the steps of an epoch and milliseconds of a call are medians, with all methods in turn.",
+    ]
     return [
         *lines,
         "",
@@ -473,10 +491,12 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
 
 def _task_table(task: Task, done: Mapping[str, dict[str, Any]]) -> list[str]:
     rows = []
+    times = _times(task, done)
     for method in METHODS:
         found = of_name(done, CELLS, main_name(task, method))
+        told = times.get(method.key, (NOT_RUN,) * 3)
         if not found:
-            rows.append((method.key, *[NOT_RUN] * 8))
+            rows.append((method.key, *[NOT_RUN] * 5, *told))
             continue
         first = found[0]
         mark = "" if first["swept"] or len(task.rates) == 1 else " (not swept)"
@@ -488,9 +508,7 @@ def _task_table(task: Task, done: Mapping[str, dict[str, Any]]) -> list[str]:
                 spread([f["error"] for f in found]),
                 spread([f["training_error"] for f in found]),
                 f"{first['rate']:g}{mark}",
-                f"{first['seconds_per_epoch']:.2f}",
-                f"{first['milliseconds']['1']:.3f}",
-                f"{first['milliseconds']['256']:.2f}",
+                *told,
             )
         )
     measure = "wrong labels in %" if task.labels else "relative error in %"
@@ -506,6 +524,15 @@ def _task_table(task: Task, done: Mapping[str, dict[str, Any]]) -> list[str]:
         "ms at 256",
     )
     return markdown(head, rows)
+
+
+def _times(task: Task, done: Mapping[str, dict[str, Any]]) -> dict[str, tuple[str, str, str]]:
+    """Seconds an epoch, milliseconds at batch 1 and 256, by method."""
+    return {
+        key: (f"{found['steps'] * of['step']:.2f}", f"{1000 * of['1']:.3f}", f"{1000 * of['256']:.2f}")
+        for found in of_name(done, CELLS, times_name(task))
+        for key, of in found["times"].items()
+    }
 
 
 def _picture(task: Task, done: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -528,6 +555,7 @@ def _reduction_table(done: Mapping[str, dict[str, Any]]) -> list[str]:
     rows = []
     for task in TASKS:
         dense = of_name(done, CELLS, main_name(task, Method("fully connected")))
+        times = next((found["times"] for found in of_name(done, CELLS, times_name(task))), {})
         for method in METHODS:
             found = of_name(done, CELLS, main_name(task, method))
             if not method.name.startswith("Kronecker") or not found or not dense:
@@ -542,13 +570,13 @@ def _reduction_table(done: Mapping[str, dict[str, Any]]) -> list[str]:
                     method.key,
                     f"{other['parameters'] / one['parameters']:.0f}",
                     f"{other['macs'] / one['macs']:.1f}",
-                    f"{other['seconds_per_epoch'] / one['seconds_per_epoch']:.1f}",
+                    f"{times['fully connected']['step'] / times[method.key]['step']:.1f}" if times else NOT_RUN,
                     f"{mean:.2f} against {least:.2f}",
                     equal,
                 )
             )
     note = (
-        "How many times fewer parameters, multiply-adds and seconds an epoch than the fully connected network of the "
+        "How many times fewer parameters, multiply-adds and seconds of a step than the fully connected network of the "
         "same sizes, and test errors in %. *Equal*: not above its mean by more than its standard deviation over seeds."
     )
     head = ("task", "layers", "parameters", "multiply-adds", "time", "errors", "equal")
