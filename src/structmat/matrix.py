@@ -89,6 +89,18 @@ class StructuredMatrix:
         """Whether this value stands for the transpose of a member."""
         return self._transposed
 
+    def check_member(self) -> None:
+        """Raise unless this value is a member of its family, whose tensors a layer can own.
+
+        Raises:
+            StructureError: it is a transpose.
+        """
+        if self._transposed:
+            raise StructureError(
+                f"{self.structure} of shape {self.shape} is given transposed, which is in general no member of the "
+                "family. Give matrix.T, or project matrix.to_dense() on the family."
+            )
+
     @property
     def T(self) -> StructuredMatrix:
         """The transpose (not conjugated). ``S.T.T`` has the program of ``S``."""

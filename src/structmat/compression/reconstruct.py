@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from structmat.compression.last_factor import Moments, refit
 from structmat.compression.layers import layer_of, splitters, structured_layer_of
 from structmat.compression.layers.base import Layer
-from structmat.compression.running import Forward, call, device_of, evaluating, to_device
+from structmat.compression.running import Forward, call, device_of, evaluating, inputs_at, outputs_at, to_device
 from structmat.compression.scan import parent_and_child
 from structmat.compression.sequential import FEWEST_ROWS, ROWS_PER_INPUT
 from structmat.compression.split import split_apart
@@ -194,16 +194,12 @@ def _write(module: nn.Module, matrices: Sequence[StructuredMatrix]) -> None:
                 tensor.copy_(found.tensors[name].to(tensor))
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
-    """The layer has been reached: what follows it need not run."""
-
-
 def _moments(
     model: nn.Module, original: nn.Module, name: str, calls: int, batch: Any, forward: Forward | None
 ) -> list[Moments] | None:
     """For each matrix of a layer: what it reads in the compressed model, and what it puts out in the original."""
-    read = _passed(model, name, calls, batch, forward, inputs=True)
-    wanted = _passed(original, name, calls, batch, forward, inputs=False)
+    read = inputs_at(model, name, calls, batch, forward)
+    wanted = outputs_at(original, name, calls, batch, forward)
     if not read or len(read) != len(wanted):
         return None
     module, dense = model.get_submodule(name), original.get_submodule(name)
@@ -221,32 +217,6 @@ def _moments(
             found = [a + b for a, b in zip(found, new, strict=True)] if found else new
         if start != goals.shape[1]:
             return None
-    return found
-
-
-def _passed(
-    model: nn.Module, name: str, calls: int, batch: Any, forward: Forward | None, *, inputs: bool
-) -> list[Tensor]:
-    """The inputs or the outputs of a layer for one batch, in the order of its calls."""
-    found: list[Tensor] = []
-
-    def keep(value: Any) -> None:
-        found.append(value.detach())
-        if len(found) >= calls:
-            raise _Stop
-
-    layer = model.get_submodule(name)
-    handle = (
-        layer.register_forward_pre_hook(lambda _, arguments: keep(arguments[0]))
-        if inputs
-        else layer.register_forward_hook(lambda _, __, output: keep(output))
-    )
-    try:
-        call(model, to_device(batch, device_of(model)), forward)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
     return found
 
 

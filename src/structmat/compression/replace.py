@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import torch
@@ -290,10 +291,8 @@ def to_dense(model: Model) -> Model:
         if adapter is None or made is None:
             continue
         content = adapter.content(module)
-        names = specs(content.structure, content.shape)
-        if not all(hasattr(module, name) for name in names):
-            continue  # it holds its tensors in another form, and shares none
-        own = tuple(id(getattr(module, name)) for name in names)
+        paths = adapter.paths(module)
+        own = tuple(id(attrgetter(paths.get(name, name))(module)) for name in specs(content.structure, content.shape))
         if tables.setdefault(own, made) is not made and any(p is not None for p in module.parameters()):
             made.register_parameter("weight", tables[own].get_parameter("weight"))
     return _copied(model, found)

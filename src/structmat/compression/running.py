@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from structmat.errors import DataError
 
@@ -42,6 +43,57 @@ def call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
         f"A batch is a tensor, a tuple (inputs, labels) or a dict of arguments; got {type(batch).__name__}{size}. "
         f"Pass forward=lambda model, batch: ... to say how to run the model."
     )
+
+
+def inputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: Forward | None) -> list[Tensor]:
+    """What a layer reads for one batch, in the order of its calls; the model runs no further than to the last one.
+
+    Args:
+        model: in evaluation mode, if its inputs shall be those of evaluation.
+        name: of the layer.
+        calls: how often it is called for a batch.
+        batch, forward: see :func:`call`.
+    """
+    layer = model.get_submodule(name)
+    return _kept(
+        model, lambda keep: layer.register_forward_pre_hook(lambda _, given: keep(given[0])), calls, batch, forward
+    )
+
+
+def outputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: Forward | None) -> list[Tensor]:
+    """What a layer puts out, as :func:`inputs_at`."""
+    layer = model.get_submodule(name)
+    return _kept(
+        model, lambda keep: layer.register_forward_hook(lambda _, __, output: keep(output)), calls, batch, forward
+    )
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    """The layer has been reached: what follows it need not run."""
+
+
+def _kept(
+    model: nn.Module,
+    register: Callable[[Callable[[Tensor], None]], RemovableHandle],
+    calls: int,
+    batch: Any,
+    forward: Forward | None,
+) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def keep(value: Tensor) -> None:
+        found.append(value.detach())
+        if len(found) >= calls:
+            raise _Stop
+
+    handle = register(keep)
+    try:
+        call(model, to_device(batch, device_of(model)), forward)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return found
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structmat.compression.running import Forward, call, device_of, evaluating, to_device
+from structmat.compression.running import Forward, evaluating, inputs_at
 from structmat.compression.scan import adapter_of
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ def prefix_moments(
     layer = model.get_submodule(name)
     adapter = adapter_of(layer)
     for batch in loader:
-        before = _inputs(original, name, batch, forward, calls)
-        after = _inputs(model, name, batch, forward, calls)
+        before, after = (_inputs(each, name, calls, batch, forward) for each in (original, model))
         if [x.shape for x in before] != [x.shape for x in after]:
             logger.info("%s: the compressed model calls it otherwise; its weight is not corrected", name)
             return None
@@ -104,26 +103,7 @@ def corrected(weights: Tensor, prefix: Prefix) -> Tensor:
     return torch.baddbmm(wide, wide, change)
 
 
-class _Stop(Exception):  # noqa: N818 - control flow, not an error
-    """The layer has been reached: what follows it need not run."""
-
-
 @torch.no_grad()
-def _inputs(model: nn.Module, name: str, batch: Any, forward: Forward | None, calls: int) -> list[Tensor]:
-    """The inputs of a layer for one batch, in the order of its calls."""
-    found: list[Tensor] = []
-
-    def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found.append(arguments[0].detach())
-        if len(found) >= calls:
-            raise _Stop
-
-    handle = model.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        with evaluating(model):
-            call(model, to_device(batch, device_of(model)), forward)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    return found
+def _inputs(model: nn.Module, name: str, calls: int, batch: Any, forward: Forward | None) -> list[Tensor]:
+    with evaluating(model):
+        return inputs_at(model, name, calls, batch, forward)

@@ -112,12 +112,9 @@ def interleaved(
     seconds: float,
     fewest: int = FEWEST_RUNS,
     finish: Callable[[], object] = lambda: None,
-    prepare: Callable[[int], object] = lambda which: None,
 ) -> tuple[list[float], ...]:
-    """Seconds of each call of functions that run in turns; ``finish`` waits for what they started, and ``prepare`` is
-    called with a function's number before it is timed."""
-    for which, function in list(enumerate(functions)) * _WARM_UP:
-        prepare(which)
+    """Seconds of each call of functions that run in turns; ``finish`` waits for what they started."""
+    for function in functions * _WARM_UP:
         function()
     finish()
     times: tuple[list[float], ...] = tuple([] for _ in functions)
@@ -128,7 +125,6 @@ def interleaved(
         order = list(range(len(functions)))
         while len(times[0]) < fewest or time.perf_counter() < end:
             for which in order:
-                prepare(which)
                 start = time.perf_counter()
                 functions[which]()
                 finish()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from structmat.kernels.choice import is_usual
 from structmat.program import Convolution, Program
-from structmat.program.convolve import rows_at_once, spectrum
+from structmat.program.convolve import kept_places, rows_at_once, spectrum
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -25,9 +25,8 @@ class Convolved:
     def __init__(self, stage: Convolution) -> None:
         self.stage = stage
         self.in_features, self.length = stage.in_features, stage.length
-        kept, read = (stage.width, stage.height) if stage.transposed else (stage.height, stage.width)
-        before = 0 if stage.hankel or stage.is_circular else read - 1
-        self.crop = slice(before, before + kept) if kept < stage.length else None
+        places = kept_places(stage)
+        self.crop = places if places.stop - places.start < stage.length else None
         self.most = rows_at_once(stage) * self.in_features
         self.weight: Tensor | None = None
         self.version = -1

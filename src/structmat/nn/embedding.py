@@ -143,11 +143,7 @@ class StructuredEmbedding(nn.Module):
         Raises:
             StructureError: the matrix is a transpose, which is in general no member of its family.
         """
-        if matrix.is_transposed:
-            raise StructureError(
-                f"{matrix.structure} of shape {matrix.shape} is given transposed, which is in general no member of the "
-                "family. Give matrix.T, or project matrix.to_dense() on the family."
-            )
+        matrix.check_member()
         made = cls(*matrix.shape, padding_idx, structure=matrix.structure, device="meta", dtype=matrix.dtype)
         made.to_empty(device=matrix.device)
         with torch.no_grad():

@@ -146,11 +146,7 @@ class StructuredLinear(nn.Module):
         Raises:
             StructureError: the matrix is a transpose, which is in general no member of its family.
         """
-        if matrix.is_transposed:
-            raise StructureError(
-                f"{matrix.structure} of shape {matrix.shape} is given transposed, which is in general no member of the "
-                "family. Give matrix.T, or project matrix.to_dense() on the family."
-            )
+        matrix.check_member()
         out_features, in_features = matrix.shape
         layer = cls(
             in_features, out_features, bias is not None, structure=matrix.structure, device="meta", dtype=matrix.dtype

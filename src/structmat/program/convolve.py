@@ -124,10 +124,15 @@ def _transformed(stage: Convolution, x: Tensor, weights: Tensor) -> Tensor:
     else:
         product = torch.einsum("zcf,bcf->zbf", values, weights)
     result = torch.fft.ifft(product) if x.is_complex() else torch.fft.irfft(product, stage.length)
+    cropped: Tensor = result[..., kept_places(stage)]
+    return cropped
+
+
+def kept_places(stage: Convolution) -> slice:
+    """Where in the cyclic convolution a block's outputs lie."""
     kept, read = (stage.width, stage.height) if stage.transposed else (stage.height, stage.width)
     before = 0 if stage.hankel or stage.is_circular else read - 1
-    cropped: Tensor = result[..., before : before + kept]
-    return cropped
+    return slice(before, before + kept)
 
 
 def _transform(x: Tensor, length: int) -> Tensor:
