@@ -223,9 +223,12 @@ def test_kronecker_4_the_scalar_circuit_counts_the_same(m: int, n: int, p: int, 
     k = min(terms, m * n, p * q)
     block = random_block(in_shape=(n, p), out_shape=(m, q), order="left", terms=k, inner=None, outer=None, bias="none")
     (program,) = block.chains[0].programs
-    found = to_circuit(program, {name: t.detach() for name, t in block.chains[0].named_parameters()}).wide
+    circuit = to_circuit(program, {name: t.detach() for name, t in block.chains[0].named_parameters()})
+    found = circuit.wide
     assert found.multiplications == k * m * p * (n + q) == block.shape.macs
     assert found.additions == k * m * p * (n - 1) + m * q * (k * p - 1) == block.shape.additions
+    # Weights are on edges, so that the two levels of multiplications are no gates, but where nothing is added.
+    assert circuit.depth == block.shape.depth - (n > 1) - (k * p > 1)
 
 
 @pytest.mark.parametrize("name", SHAPES)
