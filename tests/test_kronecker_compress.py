@@ -282,8 +282,8 @@ def test_its_time_is_that_of_the_block() -> None:
 
 @pytest.mark.slow
 def test_the_mnist_perceptron_as_a_block(real_data: object, tmp_path: Path) -> None:
+    from benchmarks.kronecker_conversion import perceptron as trained
     from benchmarks.kronecker_data import mnist
-    from benchmarks.kronecker_study import perceptron as trained
 
     model, train, test = trained(), mnist("train"), mnist("test")
     data = [(x, y) for x, y in train.batches(1, 250, 0)][:16]

@@ -15,7 +15,9 @@ from structmat.structure import count_parameters
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.kronecker_models import METHODS, Method, build, counts, member, narrow_width
-from benchmarks.kronecker_study import CELLS, STUDY, TASKS, Plain
+from benchmarks.kronecker_speed import Plain
+from benchmarks.kronecker_study import CELLS, STUDY
+from benchmarks.kronecker_tasks import TASKS
 
 SIZES = ((4, 4), (32, 32), (32, 32), (17, 16))
 
