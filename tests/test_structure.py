@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -170,6 +171,27 @@ def test_json_is_plain() -> None:
 def test_what_is_no_structure_is_refused(data: object, words: str) -> None:
     with pytest.raises(FormatError, match=words):
         from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("LowRank", r"got 'LowRank'\. Give one such as structmat\.LowRank\(rank=0\.25\)"),
+        (None, "got None"),
+        (sm.LowRank, r"the class LowRank\. Call it.*LowRank\(\.\.\.\)"),
+    ],
+)
+def test_what_is_given_for_a_structure_is_named(value: Any, words: str) -> None:
+    with pytest.raises(StructureError, match=words):
+        sm.nn.StructuredLinear(8, 8, structure=value)
+    with pytest.raises(StructureError, match=words):
+        sm.project(torch.eye(8), value)
+
+
+def test_what_is_given_for_a_family_is_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    with pytest.raises(StructureError, match=r"structures holds families.*Linear"):
+        sm.compress(model, budget=sm.Parameters(0.5), structures=[torch.nn.Linear])  # type: ignore[list-item]
 
 
 # -------------------------------------------------------------------------------------------------- initialisations

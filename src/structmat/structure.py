@@ -287,6 +287,21 @@ def check_shape(shape: Sequence[int]) -> Shape:
 
 
 @lru_cache(maxsize=4096)
+def check_is_structure(value: object) -> None:
+    """Raise unless a value is a family with its hyper-parameters.
+
+    Raises:
+        StructureError: it is anything else; a class wants to be called.
+    """
+    if isinstance(value, Structure):
+        return
+    if isinstance(value, type) and issubclass(value, Structure):
+        told = f"the class {value.__name__}. Call it, with its hyper-parameters if it has some: {value.__name__}(...)"
+    else:
+        told = f"{value!r}. Give one such as structmat.LowRank(rank=0.25)"
+    raise StructureError(f"A structure is a member of a family; got {told}.")
+
+
 def resolve(structure: Structure, shape: Shape) -> Structure:
     """``structure`` with every automatic or fractional size replaced by integers for this shape.
 
@@ -294,8 +309,10 @@ def resolve(structure: Structure, shape: Shape) -> Structure:
     ``out * in`` parameters of a dense matrix. Idempotent.
 
     Raises:
+        StructureError: it is no structure.
         ShapeError: the shape is refused, or the fraction is below what the smallest member needs.
     """
+    check_is_structure(structure)
     shape = check_shape(shape)
     structure = structure.resolve(shape)
     for field in dataclasses.fields(structure):  # type: ignore[arg-type]
