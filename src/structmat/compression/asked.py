@@ -115,6 +115,8 @@ def check_given(
     floor: float,
 ) -> None:
     """Raise if what is given can't be worked with, as :func:`structmat.compress_` says."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"compress takes a torch.nn.Module; got {type(model).__name__}.")
     if original is model:
         raise ModelError("The original is the model that is compressed in place. Pass a copy of it, or nothing.")
     if is_meta(model):

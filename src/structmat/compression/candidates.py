@@ -160,9 +160,9 @@ def kinds_of(structures: Sequence[Choice] | None, site: Site) -> list[Kind]:
     return found
 
 
-def _family(choice: str | type[Structure]) -> type[Structure]:
+def _family(choice: object) -> type[Structure]:
     """The family of a class, which need not be installed, or of a name. Raises what :func:`families_of` does."""
-    if not isinstance(choice, str) and not (isinstance(choice, type) and issubclass(choice, Structure)):
+    if not (isinstance(choice, str) or (isinstance(choice, type) and issubclass(choice, Structure))):
         raise StructureError(
             f"structures holds families, by class or by name, and single structures; got {choice!r}. "
             "Give such as structures=[structmat.LowRank, 'Monarch', structmat.BLAST(blocks=4, rank=8)]."

@@ -111,31 +111,33 @@ class Distill:
             raise StructureError("Distill(patience=...) counts looks at held_out batches. Give held_out=....")
         if isinstance(self.blocks, str):
             raise StructureError(f"Distill(blocks={self.blocks!r}) is a sequence of patterns. Pass [{self.blocks!r}].")
+        positive, not_negative, share = "above 0 and finite", "at least 0 and finite", "at least 0 and below 1"
+        count, some = "an integer of at least 0", "an integer of at least 1"
         rules = {
-            "steps": self.steps is None or (_is_whole(self.steps) and self.steps >= 1),
-            "minutes": self.minutes is None or self.minutes > 0,
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "temperature": 0 < self.temperature < math.inf,
-            "own_loss": 0 <= self.own_loss < math.inf,
-            "layerwise": _is_whole(self.layerwise) and self.layerwise >= 0,
-            "blockwise": _is_whole(self.blockwise) and self.blockwise >= 0,
-            "hidden": 0 <= self.hidden < math.inf,
-            "anneal": 0 <= self.anneal < 1,
-            "rates": isinstance(self.rates, Rates),
-            "patience": self.patience is None or (_is_whole(self.patience) and self.patience >= 1),
-            "warmup": 0 <= self.warmup < 1,
-            "clip": self.clip > 0,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "check_every": _is_whole(self.check_every) and self.check_every >= 1,
-            "save_every": self.save_every >= 0,
+            "steps": (self.steps is None or _is_whole(self.steps, 1), f"{some}, or None with minutes"),
+            "minutes": (self.minutes is None or self.minutes > 0, "above 0, or None"),
+            "learning_rate": (0 < self.learning_rate < math.inf, positive),
+            "temperature": (0 < self.temperature < math.inf, positive),
+            "own_loss": (0 <= self.own_loss < math.inf, not_negative),
+            "layerwise": (_is_whole(self.layerwise, 0), count),
+            "blockwise": (_is_whole(self.blockwise, 0), count),
+            "hidden": (0 <= self.hidden < math.inf, not_negative),
+            "anneal": (0 <= self.anneal < 1, share),
+            "rates": (isinstance(self.rates, Rates), f"one of {', '.join(f'Rates.{rates.name}' for rates in Rates)}"),
+            "patience": (self.patience is None or _is_whole(self.patience, 1), f"{some}, or None"),
+            "warmup": (0 <= self.warmup < 1, share),
+            "clip": (self.clip > 0, "above 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, not_negative),
+            "check_every": (_is_whole(self.check_every, 1), some),
+            "save_every": (self.save_every >= 0, "at least 0"),
         }
-        for name, is_legal in rules.items():
+        for name, (is_legal, words) in rules.items():
             if not is_legal:
-                raise StructureError(f"Distill({name}={getattr(self, name)!r}) is out of range; see its documentation.")
+                raise StructureError(f"Distill({name}={getattr(self, name)!r}): {name} is {words}.")
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)

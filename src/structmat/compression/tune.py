@@ -98,6 +98,11 @@ def tune(
         ModelError: the model has no structured layer on the CPU, a number of rows is below 1, or ``allow_dense`` is
             asked of a model without frozen layers.
     """
+    if isinstance(batch_sizes, Tensor) or not isinstance(batch_sizes, Iterable):
+        raise ModelError(
+            f"batch_sizes holds numbers of rows, such as [1, 64]; got a {type(batch_sizes).__name__}. "
+            "A batch to run convolutions on goes in example=."
+        )
     sizes = sorted(set(batch_sizes))
     if not sizes or sizes[0] < 1:
         raise ModelError(f"batch_sizes={sizes} must be one or more numbers of rows, each at least 1.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from structmat.errors import ModelError
 from structmat.nn.convolution import (
     StructuredConv1d,
     StructuredConv2d,
@@ -100,6 +101,9 @@ def parameter_groups(
         weight_decay: for the unstructured matrices.
         decay_structured: let structured tensors decay too, scaled such that the product of a layer's tensors decays as
             fast as a dense matrix would: by ``weight_decay`` over the multiple of the rate and the number of tensors.
+
+    Raises:
+        ModelError: the rate or the decay is negative or not finite.
     """
     return _grouped(model, lr, weight_decay, scaled=True, decays=decay_structured)
 
@@ -118,6 +122,9 @@ def recovery_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -
 def _grouped(
     model: nn.Module, lr: float, weight_decay: float, *, scaled: bool, decays: bool = False
 ) -> list[dict[str, Any]]:
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not 0 <= value < math.inf:
+            raise ModelError(f"{name}={value!r}: it is at least 0 and finite.")
     roles: dict[int, tuple[str, float, float]] = {}
     for module in model.modules():
         if isinstance(module, StructuredLinear | WindowedLinear):
