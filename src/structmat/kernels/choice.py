@@ -81,7 +81,9 @@ def forced() -> Backend:
 
 
 def is_quiet() -> bool:
-    """Whether no transform of torch.func and no differentiation forwards is at work."""
+    """Whether no transform of torch.func, no differentiation forwards and no ``torch.jit.trace`` is at work."""
+    if torch._C._is_tracing():  # sizes are tensors then, and a graph would hold a choice made for one of them
+        return False
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
@@ -104,7 +106,7 @@ def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias
     Raises:
         StructureError: the native backend is forced, and can't run it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return None  # compilers fuse PyTorch's operations, and know nothing of ours
     wanted = _forced.get()
     if wanted is Backend.REFERENCE:

@@ -137,7 +137,7 @@ class _Walk:
         else:
             self.macs += cost(stage).macs
             # Without values there is nothing to apply, and not every stage works on tensors that have none.
-            wide = wide.new_empty(len(wide), stage.in_features) if wide.is_meta else self._applied(stage, wide)
+            wide = wide.new_empty(wide.shape[0], stage.in_features) if wide.is_meta else self._applied(stage, wide)
         return (_Axis(stage.in_features),), wide
 
     def _applied(self, stage: Stage, wide: Tensor) -> Tensor:
@@ -180,9 +180,9 @@ class _Walk:
         if values is None and chosen:
             return (*a, *c, *d), weight.permute([inner.index(letter) for letter in after])
         if values is None:
-            values = self.like.new_ones(len(self.index))
+            values = self.like.new_ones(self.index.shape[0])
         before = [axis for axis in (*a, *b, *d) if axis.chosen is None]
-        values = values.reshape(len(values), *(axis.size for axis in before))
+        values = values.reshape(values.shape[0], *(axis.size for axis in before))
         self.macs += math.prod(axis.size for axis in (*before, *c))
         given = "t" + "".join(letters[id(axis)] for axis in before)
         return (*a, *c, *d), torch.einsum(f"{inner},{given}->{after}", weight, values)
@@ -194,7 +194,7 @@ class _Walk:
         if chosen:
             weight = weight.permute(*chosen, *left)[tuple(axes[p].chosen for p in chosen)]
         if values is None:
-            return axes, weight.expand(len(self.index), *weight.shape[1:]) if axes else weight.expand(len(self.index))
+            return axes, weight.expand(self.index.shape[0], *weight.shape[1:]) if axes else weight.expand(self.index.shape[0])
         self.macs += math.prod(axes[position].size for position in left)
         return axes, values * weight
 
@@ -203,11 +203,11 @@ class _Walk:
         sizes = [axis.size for axis in axes]
         if not any(axis.chosen is not None for axis in axes):
             assert values is not None, "an index without chosen axes has values"
-            return values.reshape(len(self.index), math.prod(sizes))
+            return values.reshape(self.index.shape[0], math.prod(sizes))
         self.widest = max(self.widest, math.prod(sizes))
-        values = self.like.new_ones(len(self.index)) if values is None else values
-        wide = values.new_zeros(len(self.index), *sizes)
-        rows = torch.arange(len(self.index), device=self.index.device)
+        values = self.like.new_ones(self.index.shape[0]) if values is None else values
+        wide = values.new_zeros(self.index.shape[0], *sizes)
+        rows = torch.arange(self.index.shape[0], device=self.index.device)
         # Positions come first in what is indexed so, and then the dense axes: as the values have them.
         where = (rows, *(slice(None) if axis.chosen is None else axis.chosen for axis in axes))
         wide[where] = values
@@ -224,7 +224,7 @@ def _shuffled(stage: Shuffle, axes: _Axes, values: Tensor | None) -> tuple[_Axes
     if values is None:
         return after, None
     dense = [axis for group in cut for axis in group if axis.chosen is None]
-    values = values.reshape(len(values), *(axis.size for axis in dense))
+    values = values.reshape(values.shape[0], *(axis.size for axis in dense))
     where = {id(axis): position for position, axis in enumerate(dense)}
     return after, values.permute(0, *(1 + where[id(axis)] for axis in after if axis.chosen is None))
 
