@@ -378,6 +378,15 @@ def _others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
                 size,
                 f"layers of type {kind} are not known to compress; those of one and two dimensions are",
             )
+        elif len(shape) == 3 and size >= LARGE_SHARE * total:
+            yield Skipped(
+                name,
+                kind,
+                shape,
+                size,
+                f"it holds a weight of shape {shape}, which only {kind} knows how to read; if that is a matrix for "
+                f"each expert, let it call an sm.nn.ExpertsLinear instead",
+            )
         elif len(shape) >= 2 and size >= LARGE_SHARE * total:
             yield Skipped(name, kind, shape, size, f"layers of type {kind} are not known to compress")
 

@@ -178,7 +178,7 @@ def stays_linear(model: nn.Module, site: Site) -> str | None:
         return f"a {site.kind} stays linear"
     parent, _ = parent_and_child(model, site.name)
     if any(splitter.is_split(parent) for splitter in splitters()):
-        return "a part of a recurrent net or of attention stays linear"
+        return "a part of a recurrent net, of attention or of experts stays linear"
     return None
 
 
