@@ -355,6 +355,21 @@ def test_stacked_gates_are_kept_where_that_is_better() -> None:
     assert result.plan.layers["0.hh_l0"] == sm.Dense()
 
 
+def test_states_and_inputs_get_sizes_of_their_own() -> None:
+    """A state matrix of rank 2 beside an input matrix of full rank: no size is shared."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.GRU(WIDTH, 12, batch_first=True)).eval()
+    with torch.no_grad():
+        model[0].weight_hh_l0.copy_(low_rank(36, 2, 0, 12))
+    few: dict[str, Any] = {"calibration": data(), "forward": lambda net, x: net(x)[0], "structures": ["LowRank"]}
+    result = sm.compress(model, budget=sm.Parameters(36 * WIDTH + 2 * (36 + 12)), **few)
+    assert result.plan.layers == {"0.ih_l0": sm.Dense(), "0.hh_l0": sm.LowRank(2)}
+    overridden = sm.compress(
+        model, budget=sm.Parameters(0.9), overrides={"0.hh_l0": sm.LowRank(3)}, split={"0.*": "gates"}, **few
+    )
+    assert overridden.plan.layers["0.hh_l0"] == sm.LowRank(3), "what is fixed is not split"
+
+
 def test_matrices_of_one_gate_are_left_whole() -> None:
     model = nn.Sequential(nn.LSTM(WIDTH, 12, proj_size=4, batch_first=True))
     sites = {site.name: site.parts for site in scan(model, split={"0.*": "gates"}).sites}

@@ -328,7 +328,7 @@ class LayerWorker:
                     if not optimal:
                         gain = gains[candidate.variant]
                         self.found[self.found.index(candidate)] = expecting(candidate, gain)
-        if self.site.parts is not None:
+        if self.site.parts is not None and not forced:
             self.parts = tuple(self.screened(number, structures) for number in range(len(self.site.parts.rows)))
             for combination in combinations(self.parts):
                 self.try_stack(combination)

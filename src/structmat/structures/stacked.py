@@ -151,7 +151,10 @@ class Stacked(Structure):
         optimal = all(found.certificate is Certificate.OPTIMAL for found in fits)
         certificate = Certificate.OPTIMAL if optimal else Certificate.BOUND if bound > 0 else Certificate.NONE
         found = Fit(tensors, certificate, bound, f"part by part: {methods}")
-        if not _couples(target.output_moment, places):
+        moment = target.output_moment
+        if moment is None or not target.output_fact(
+            ("coupled", self.rows, self.groups), lambda: _couples(moment, places)
+        ):
             return found
         found = Fit(tensors, Certificate.NONE, 0.0, found.method)
         if all(part.closed_under_scaling for part in self.parts):
@@ -192,10 +195,8 @@ class Stacked(Structure):
             yield member(rank)
 
 
-def _couples(moment: Tensor | None, places: list[Tensor]) -> bool:
+def _couples(moment: Tensor, places: list[Tensor]) -> bool:
     """Whether a moment has entries for outputs of two different parts."""
-    if moment is None:
-        return False
     rest = moment.clone()
     for index in places:
         rest[index[:, None], index] = 0
