@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compression_models import gpt2, tokens
 from torch import Tensor, nn
 
 import structmat as sm
@@ -289,6 +290,31 @@ def test_projections_of_heads_are_parts_of_attention() -> None:
     assert structure.parts == (*3 * (sm.LowRank(1),), sm.Dense())
     x = data()[0]
     torch.testing.assert_close(forward(result.model, x), forward(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_transposed_fused_projection_of_gpt2_is_split(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model, words = gpt2(), tokens()
+    name = "transformer.h.0.attn.c_attn"
+    with torch.no_grad():  # queries and keys of rank 2; the weight is stored (in, out)
+        for part in (0, 1):
+            weight = model.get_submodule(name).get_parameter("weight")
+            weight[:, 32 * part : 32 * part + 32] = low_rank(32, 2, part, 32)
+    result = sm.compress(
+        model,
+        budget=sm.Parameters(2 * 2 * 64 + 32 * 32),
+        calibration=words,
+        include=("*c_attn",),
+        split={"*.c_attn": 3},
+        structures=["LowRank"],
+    )
+    structure = result.plan.layers[name]
+    assert isinstance(structure, sm.Stacked)
+    assert structure.parts == (sm.LowRank(2), sm.LowRank(2), sm.Dense())
+    wanted = model(**words[0]).logits
+    torch.testing.assert_close(result.model(**words[0]).logits, wanted, rtol=1e-3, atol=1e-4)
+    sm.save(result.model, tmp_path)
+    torch.testing.assert_close(sm.load(tmp_path, gpt2(1))(**words[0]).logits, result.model(**words[0]).logits)
 
 
 RECURRENT = [(nn.LSTM, 4), (nn.GRU, 3)]
