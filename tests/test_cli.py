@@ -377,6 +377,31 @@ def test_compress_from_a_config_file(package: str, tmp_path: Path, monkeypatch: 
     assert (tmp_path / "other" / "plan.json").exists()
 
 
+@pytest.mark.parametrize("rows", ["3", "[8, 8, 8]", "{ rows = [4, 4, 4], groups = 2 }"])
+def test_rows_are_split_from_a_config_file(rows: str, package: str, tmp_path: Path) -> None:
+    (tmp_path / "fused.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model():\n    torch.manual_seed(0)\n    net = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16))\n"
+        "    with torch.no_grad():\n        net[0].weight[:8] = torch.randn(8, 1) @ torch.randn(1, 16)\n"
+        "        net[0].weight[12:16] = torch.randn(4, 1) @ torch.randn(1, 16)\n    return net\n"
+    )
+    path = config(
+        tmp_path,
+        'model = "fused:model"\nout = "small"\nfamily = ["LowRank"]\nbudget = 0.7\njson = true\n'
+        f'[split]\n"0" = {rows}\n',
+    )
+    json.loads(run("compress", path).stdout)
+    plan = json.loads((tmp_path / "small" / "plan.json").read_text(encoding="utf-8"))
+    structure = plan["layers"]["0"]["structure"]
+    assert structure["family"] == "Stacked"
+    assert structure["rows"] == ([4, 4, 4] if "groups" in rows else [8, 8, 8])
+    assert structure["groups"] == (2 if "groups" in rows else 1)
+    text = "0=4,4,4x2" if "groups" in rows else f"0={rows.strip('[]').replace(' ', '')}"
+    run("compress", path, "--split", text, "--out", tmp_path / "other")
+    assert (tmp_path / "other" / "plan.json").read_text() == (tmp_path / "small" / "plan.json").read_text()
+    sys.modules.pop("fused", None)
+
+
 def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The config file of the page with a model of its name; report and diff read what it wrote."""
     import re
@@ -433,6 +458,10 @@ def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         ('model = "userland:make"\nbudget = "memory=20mb"', "Did you mean 20MB?"),
         ('model = "userland:make"\nplan = "plan.json"\nbudget = 0.5', "there is no budget to keep"),
         ('model = "userland:make"\nloss = 0.1\nbetter = "up"', "neither higher nor lower"),
+        ('model = "userland:make"\n[split]\n"0" = 2.5', "split is a table such as"),
+        ('model = "userland:make"\n[split]\n"0" = "heads"', "--split 0=heads is not PATTERN=PARTS"),
+        ('model = "userland:make"\n[split]\n"0" = 7', "outputs, which are not 7 equal parts"),
+        ('model = "userland:make"\nplan = "plan.json"\n[split]\n"0" = 2', "--split has nothing to choose"),
     ],
 )
 def test_config_files_are_read_strictly(text: str, says: str, package: str, tmp_path: Path) -> None:

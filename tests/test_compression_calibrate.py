@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from structmat.compression.calibrate import calibrate, from_tensors, to_tensors
 from structmat.compression.running import check_loader
-from structmat.compression.scan import scan
+from structmat.compression.scan import scan, site_of
 from structmat.errors import DataError
 
 
@@ -68,6 +68,17 @@ def test_a_given_forward_and_loss_are_honoured() -> None:
     expected = torch.zeros(5, 5, dtype=torch.float64)
     expected[0, 0] = 4.0  # the gradient of the sum over samples is 2 in the first output, for each sample
     torch.testing.assert_close(found.moments["2"].gradient_moment, expected)
+
+
+def test_labels_that_are_not_one_to_one_with_the_logits_make_no_loss() -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    labels = torch.tensor([0, 1, -100, 2])
+
+    def forward(net: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"logits": net(batch[0])[batch[1] >= 0]}
+
+    found = calibrate(model, (site_of("0", model[0]),), [(torch.randn(4, 6), labels)], forward=forward)
+    assert (found.terms, found.loss) == (3, None)
 
 
 def test_seeds_decide_and_nothing_is_left_behind() -> None:

@@ -14,11 +14,11 @@ from torch import nn
 
 import structmat as sm
 from structmat.compression.calibrate import calibrate
-from structmat.compression.candidates import EXPECTED, layer_from_json, layer_to_json
+from structmat.compression.candidates import EXPECTED, Candidate, LayerScreen, layer_from_json, layer_to_json
 from structmat.compression.plan import Plan
 from structmat.compression.replace import replace_layers, to_dense
 from structmat.compression.scan import scan
-from structmat.compression.score import Correction, points, score
+from structmat.compression.score import SHARES, Correction, points, score
 from structmat.compression.screen import damped, layer_targets, layer_worker, screen
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, FormatError, ModelError, ShapeError, StructureError
@@ -253,6 +253,21 @@ def test_scores_are_measured_and_the_weights_come_back() -> None:
         x = torch.cat([x for x, _ in data])
         p, q = torch.log_softmax(model(x), -1), torch.log_softmax(changed(x), -1)
     assert chosen.measured == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-2)
+
+
+def test_what_reads_few_directions_is_measured_at_small_shares_too() -> None:
+    def screen_of(losses: dict[int, float]) -> LayerScreen:
+        found = [Candidate(sm.Dense(), 100, 0, 0.0, 0.0, "optimal", "", 0.0, 100.0)]
+        found += [
+            Candidate(sm.LowRank(cost), cost, 0, 0.0, 0.0, "none", "", loss, float(cost))
+            for cost, loss in losses.items()
+        ]
+        return LayerScreen("a", (10, 10), "weights", tuple(sorted(found, key=lambda c: c.cost)), {})
+
+    plain = points(screen_of({5: 1.0, 10: 0.5, 20: 0.2, 35: 0.1, 50: 0.05, 70: 0.01}))
+    assert [c.cost for c in plain] == [100 * share for share in SHARES]
+    faint = points(screen_of({5: 1.0, 10: 0.5, 20: 1e-6, 35: 1e-7, 50: 1e-8, 70: 1e-9}))
+    assert [c.cost for c in faint] == [5, 10, *(100 * share for share in SHARES)]
 
 
 # ----------------------------------------------------------------------------------------------------------- plan

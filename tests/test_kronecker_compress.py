@@ -199,7 +199,7 @@ def test_what_stays_linear_is_said() -> None:
     assert all(kind != "RectifiedKronecker" for name, kind in kinds.items() if name != "2")
     refused = {layer.name: " ".join(layer.refused) for layer in result.report.layers}
     assert "a Conv1d stays linear: RectifiedKronecker" in refused["0"]
-    assert "a part of a recurrent net or of attention stays linear" in refused["4.net.ih_l0"]
+    assert "a part of a recurrent net, of attention or of experts stays linear" in refused["4.net.ih_l0"]
     with pytest.raises(StructureError, match="a Conv1d stays linear"):
         sm.compress(model, budget=sm.Parameters(0.5), calibration=data, overrides={"0": RectifiedKronecker(1)}, **QUICK)
 

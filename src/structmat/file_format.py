@@ -11,8 +11,9 @@ The format, version 2. A folder holds two files:
       integers. A layer of several matrices of one shape (the groups of a convolution) says how many, ``"copies"``, and
       its tensors have an axis in front for them; what else its kind needs is ``"more"``, such as the order of a
       convolution's unfolded index. A matrix is the one layer named ``""``, with ``"transposed"`` in place of ``"bias"``
-    - ``split``: name -> ``"recurrent"`` or ``"attention"`` of modules whose matrices are layers of their own: those of
-      the model that is loaded into are taken apart first (a file of version 1 has none)
+    - ``split``: name -> ``"recurrent"``, ``"attention"``, ``"experts"`` or ``"fused experts"`` of modules whose
+      matrices are layers of their own: those of the model that is loaded into are taken apart first (a file of
+      version 1 has none)
     - ``shared``: tensor name -> the name under which the same tensor is stored
     - ``computed``: names of non-persistent buffers, which are read only into a model on the meta device
 - ``model-<first 16 digits of the sha256>.safetensors``: the tensors by their names in the model; those of a

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from structmat.cli import config, goals
+from structmat.cli import config, goals, splits
 from structmat.cli.common import (
     fail,
     find,
@@ -67,6 +67,10 @@ def compress(
     include: Annotated[list[str] | None, typer.Option(help="Only layers that match (glob); may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match (glob); may be repeated.")] = None,
     family: Annotated[list[str] | None, typer.Option("--family", help="Only this family; may be repeated.")] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="PATTERN=PARTS: rows that may get structures of their own: 3, 64,16,16 or gates."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -109,6 +113,7 @@ OPTIONS: dict[str, config.Read] = {
     "include": config.texts,
     "exclude": config.texts,
     "family": config.texts,
+    "split": splits.splits,
     "seed": config.integer,
     "json": config.flag,
 }
@@ -142,6 +147,7 @@ class Settings:
     include: list[str] | None
     exclude: list[str] | None
     family: list[str] | None
+    split: list[str] | None
     seed: int
     as_json: bool
 
@@ -152,8 +158,9 @@ def _compress(given: Settings, folder: Path | None) -> None:
         raise fail("Give either a file of weights or --model package:factory.")
     if given.file is not None and (given.calibration or given.evaluate or given.recover):
         raise fail("--calibration, --evaluate and --recover need --model: weights alone can't be run.")
-    if given.plan is not None and given.family:
-        raise fail("--plan says what every layer becomes; --family has nothing to choose. Leave one of them out.")
+    if given.plan is not None and (given.family or given.split):
+        option = "--family" if given.family else "--split"
+        raise fail(f"--plan says what every layer becomes; {option} has nothing to choose. Leave one of them out.")
     import structmat as sm
     from structmat.cli.summary import summary
     from structmat.compression.report_html import write_html
@@ -175,6 +182,7 @@ def _compress(given: Settings, folder: Path | None) -> None:
             include=tuple(given.include or ()),
             exclude=tuple(given.exclude or ()),
             structures=given.family or None,
+            split=splits.asked(given.split or ()),
             recover=sm.Distill(steps=given.recover) if given.recover else None,
             evaluate=None if given.evaluate is None else find(given.evaluate, "--evaluate", folder),
             frontier=tuple(given.frontier or ()),

@@ -11,6 +11,7 @@ from torch import nn
 from structmat.compression.budget import Parameters
 from structmat.compression.evaluate import Evaluate
 from structmat.compression.goals import Goal, Goals, read_goals
+from structmat.compression.parts import Split
 from structmat.compression.plan import Plan
 from structmat.compression.running import check_loader
 from structmat.compression.scan import Scan, is_meta, matching, scan
@@ -44,6 +45,7 @@ def asked_of(
     overrides: Mapping[str, Structure],
     include: Sequence[str],
     exclude: Sequence[str],
+    split: Mapping[str, Split] | None = None,
 ) -> Asked:
     """The layers that take part, and what is fixed of them.
 
@@ -55,7 +57,7 @@ def asked_of(
     if plan is not None:  # a wrong name is found out below, and called one of the plan
         present = dict(model.named_modules())
         asked = [name for name in asked if name in present]
-    found = scan(model, include, exclude, [p for p in asked if not any(c in p for c in "*?[")])
+    found = scan(model, include, exclude, [p for p in asked if not any(c in p for c in "*?[")], split)
     if plan is not None:
         _check_plan(plan, found)
     fixed = _fixed(found, overrides)
@@ -70,6 +72,7 @@ def goals_of(
     budget: Goal | None,
     plan: Plan | None,
     overrides: Mapping[str, Structure] | None,
+    split: Mapping[str, Split] | None,
     evaluate: Evaluate | None,
     recover: Distill | None,
     frontier: Sequence[float],
@@ -86,6 +89,8 @@ def goals_of(
         raise BudgetError("A model is compressed under a budget or by a plan. Give budget= or plan=, and not both.")
     if plan is not None and overrides:
         raise BudgetError("A plan says what every layer becomes; leave out overrides, or edit the plan.")
+    if plan is not None and split:
+        raise BudgetError("A plan says what every layer becomes, parts of it too; leave out split, or edit the plan.")
     for share in frontier:
         given: object = share
         if not isinstance(given, float) or not 0 < share <= 1:

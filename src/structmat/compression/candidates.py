@@ -87,6 +87,8 @@ class LayerScreen:
         norm: in which errors are measured: ``"weights"``, ``"inputs"`` or ``"inputs and outputs"``.
         candidates: by rising cost.
         refused: how many were refused, by reason.
+        parts: screens of the parts of its rows, where these may get structures of their own; their losses add up to
+            what is expected of the layer.
     """
 
     name: str
@@ -94,6 +96,7 @@ class LayerScreen:
     norm: str
     candidates: tuple[Candidate, ...]
     refused: Mapping[str, int]
+    parts: tuple[LayerScreen, ...] = ()
 
     @property
     def keep(self) -> Candidate:
@@ -201,6 +204,7 @@ def layer_to_json(layer: LayerScreen) -> dict[str, Any]:
         "norm": layer.norm,
         "candidates": [candidate_to_json(c) for c in layer.candidates],
         "refused": dict(layer.refused),
+        "parts": [layer_to_json(part) for part in layer.parts],
     }
 
 
@@ -209,7 +213,8 @@ def layer_from_json(data: Mapping[str, Any]) -> LayerScreen:
     try:
         candidates = tuple(candidate_from_json(c) for c in data["candidates"])
         shape = (int(data["shape"][0]), int(data["shape"][1]))
-        return LayerScreen(data["name"], shape, data["norm"], candidates, dict(data["refused"]))
+        parts = tuple(layer_from_json(part) for part in data.get("parts", ()))
+        return LayerScreen(data["name"], shape, data["norm"], candidates, dict(data["refused"]), parts)
     except (KeyError, TypeError, IndexError) as error:
         raise FormatError(f"The screen of a layer is damaged: {error!r} is missing or wrong.") from error
 

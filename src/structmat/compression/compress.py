@@ -34,6 +34,7 @@ from structmat.compression.figures import (
 from structmat.compression.frontier import Point, write_plans
 from structmat.compression.goals import Goal, Goals
 from structmat.compression.make import Maker
+from structmat.compression.parts import Split
 from structmat.compression.plan import Plan
 from structmat.compression.report import Report, Totals, environment
 from structmat.compression.report_html import write_html
@@ -82,6 +83,7 @@ def compress_(
     exclude: Sequence[str] = (),
     overrides: Mapping[str, Structure] | None = None,
     structures: Sequence[Choice] | None = None,
+    split: Mapping[str, Split] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
     recover: Distill | None = None,
@@ -118,6 +120,9 @@ def compress_(
         overrides: glob pattern to the structure that the matching layers get; later patterns win. Their cost is part of
             the budget. ``Dense()`` keeps layers.
         structures: families (names or classes) and single structures to choose from; None for all.
+        split: glob pattern to the parts of the rows of the matching layers that may get structures and sizes of their
+            own, beside what the whole could get: a number of equal parts, such as 3 for a fused projection of queries,
+            keys and values; a list of the outputs of each; ``"gates"`` of a recurrent net; see :func:`parts_of`.
         forward: ``forward(model, batch)`` returns the output, if a batch is none of the usual.
         loss: ``loss(output, batch)`` returns a scalar; without it the effect on the output itself counts.
         recover: how to train afterwards, from the original; None for not at all.
@@ -143,7 +148,7 @@ def compress_(
     """
     from structmat import __version__
 
-    goals = goals_of(budget, plan, overrides, evaluate, recover, frontier, rounds, calibration)
+    goals = goals_of(budget, plan, overrides, split, evaluate, recover, frontier, rounds, calibration)
     check_given(model, original, calibration, overrides, floor)
     work = WorkFolder(
         folder, remember=bool(frontier) or rounds > 0 or (goals is not None and goals.quality is not None)
@@ -151,7 +156,7 @@ def compress_(
     clock = Clock()
     with left_as_it_was(model) as kept:
         with clock("scan"):
-            asked = asked_of(model, goals, plan, overrides or {}, include, exclude)
+            asked = asked_of(model, goals, plan, overrides or {}, include, exclude, split)
             found, goals = asked.found, asked.goals
             base = digest(__version__, fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
         if original is None and (recover is not None or calibration is not None):

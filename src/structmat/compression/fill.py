@@ -15,8 +15,10 @@ from structmat.compression.contest import Outcomes
 from structmat.compression.scan import Site
 from structmat.compression.score import Correction, Measurement
 from structmat.compression.screen import SWEEPS, LayerWorker, layer_worker
+from structmat.compression.stacks import within
 from structmat.structure import Structure
 from structmat.structures.dense import Dense
+from structmat.structures.stacked import Stacked
 
 ENOUGH = 0.005
 """An allocation that leaves every layer less than this share of what all cost is left alone."""
@@ -72,7 +74,8 @@ def fill(
             chosen, left = allocation.chosen[site.name], allocation.left(site.name)
             name = chosen.form or type(chosen.structure).__name__
             kind = next((kind for kind in kinds[site.name] if kind.name == name), None)
-            if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or kind is None:
+            stacks = isinstance(chosen.structure, Stacked) and bool(screening[site.name].parts)
+            if site.name in (fixed or {}) or isinstance(chosen.structure, Dense) or (kind is None and not stacks):
                 continue
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
             gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if o.after.variant == chosen.variant]
@@ -94,21 +97,28 @@ def _larger(
     worker: LayerWorker,
     site: Site,
     chosen: Candidate,
-    kind: Kind,
+    kind: Kind | None,
     left: float,
     layer: LayerScreen,
     pairs: Sequence[tuple[float, float]],
     gain: float,
     factor: float,
 ) -> list[Candidate]:
-    """New candidates of the chosen family whose cost is at most the chosen one's and what is left."""
+    """New candidates of the chosen family whose cost is at most the chosen one's and what is left; None for stacks of
+    what the layer's parts could be."""
     worker.seen |= {c.structure for c in layer.candidates}
     curve = Correction(pairs)
     numbers_a_unit = chosen.parameters / chosen.cost if chosen.cost > 0 else 0.0
     found: list[Candidate] = []
     for part in (1.0, 0.5, 0.25):
-        share = min(chosen.parameters + part * left * numbers_a_unit, site.numbers - site.copies) / site.numbers
-        for candidate in worker.try_share(kind, share, {chosen.variant}):
+        if kind is None:
+            combination = within(layer.parts, chosen.cost + part * left)
+            stack = None if combination is None else worker.try_stack(combination)
+            tried = [] if stack is None else [stack]
+        else:
+            share = min(chosen.parameters + part * left * numbers_a_unit, site.numbers - site.copies) / site.numbers
+            tried = worker.try_share(kind, share, {chosen.variant})
+        for candidate in tried:
             if chosen.cost < candidate.cost <= chosen.cost + left:
                 loss = factor * curve(candidate.loss * gain)
                 found.append(replace(candidate, error=candidate.error * gain**0.5, loss=loss))

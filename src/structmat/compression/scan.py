@@ -6,8 +6,8 @@ import fnmatch
 import inspect
 import re
 import textwrap
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from structmat.compression.layers import Layer, layer_of, structured_layer_of
+from structmat.compression.layers import Layer, layer_of, splitters, structured_layer_of
 from structmat.compression.layers.embedding import Table
+from structmat.compression.parts import Parts, Split, parts_of
 from structmat.compression.split import split_apart
 from structmat.errors import ModelError
 from structmat.structure import Shape
@@ -41,6 +42,7 @@ class Site:
         copies: how many matrices there are, all of which get one structure, each with tensors of its own.
         detail: what its cost depends on beside these, as its adapter says.
         tied: names of output heads that hold the weight of an embedding, and are replaced together with it.
+        parts: rows that may get structures of their own, where that was asked for.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Site:
     copies: int = 1
     detail: Hashable = None
     tied: tuple[str, ...] = ()
+    parts: Parts | None = None
 
     @property
     def numbers(self) -> int:
@@ -84,7 +87,13 @@ class Scan:
         return sum(site.numbers for site in self.sites)
 
 
-def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), asked: Sequence[str] = ()) -> Scan:
+def scan(
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    asked: Sequence[str] = (),
+    split: Mapping[str, Split] | None = None,
+) -> Scan:
     """Find the layers to compress: ``nn.Linear``, convolutions, and the matrices of recurrent nets and of attention.
 
     The adapters in :mod:`structmat.compression.layers` say what is known of each kind. Kept unless asked for are layers
@@ -97,13 +106,44 @@ def scan(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] =
         include: glob patterns on names; empty means all. Exact names also ask for layers that would be kept.
         exclude: glob patterns of layers to keep; it wins over ``include``.
         asked: further glob patterns of layers to compress even if they would be kept.
+        split: glob pattern to the parts of the rows that may get structures of their own; see
+            :func:`structmat.compression.parts.parts_of`. Later patterns win.
 
     Raises:
-        ModelError: a pattern matches no layer, a layer that was asked for can't be replaced at all, or nothing is
-            left to compress.
+        ModelError: a pattern matches no layer, a layer that was asked for can't be replaced at all, one can't be split
+            as it was asked for, or nothing is left to compress.
     """
     with split_apart(model):
-        return _scan(model, include, exclude, asked)
+        found = _scan(model, include, exclude, asked)
+        return replace(found, sites=_split(model, found.sites, split)) if split else found
+
+
+def _split(model: nn.Module, sites: tuple[Site, ...], split: Mapping[str, Split]) -> tuple[Site, ...]:
+    """The sites with the parts that they are asked to have."""
+    parts: dict[str, Parts | None] = {}
+    for pattern, asked in split.items():
+        names = matching(pattern, sites)
+        if not names:
+            raise ModelError(
+                f"The pattern {pattern!r} in split matches none of the {len(sites)} layers that are compressed, such "
+                f"as {sites[0].name}."
+            )
+        for site in (site for site in sites if site.name in names):
+            parent, child = parent_and_child(model, site.name)
+            gates = max((s.gates(parent, child) for s in splitters() if s.is_split(parent)), default=1)
+            adapter = adapter_of(model.get_submodule(site.name))
+            if not adapter.stacks():
+                raise ModelError(
+                    f"{site.name} is a {site.kind} and can't be split: its rows get no structures of their own. Leave "
+                    f"it out of the pattern {pattern!r}; linear layers and matrices of recurrent nets can."
+                )
+            parts[site.name] = parts_of(asked, site.name, site.shape[0], gates)
+        if all(parts[name] is None for name in names):
+            raise ModelError(
+                f"{names[0]} has no gates, and nothing else matches the pattern {pattern!r} in split. Give the number "
+                f"of equal parts, or the outputs of each, which are {_site(sites, names[0]).shape[0]} in all."
+            )
+    return tuple(replace(site, parts=parts.get(site.name)) for site in sites)
 
 
 def _scan(model: nn.Module, include: Sequence[str], exclude: Sequence[str], asked: Sequence[str]) -> Scan:
@@ -163,6 +203,10 @@ def _scan(model: nn.Module, include: Sequence[str], exclude: Sequence[str], aske
             f"Ask for a kept layer by its exact name in include, or pass a model with layers that are known."
         )
     return Scan(tuple(sites), tuple(skipped), total)
+
+
+def _site(sites: Sequence[Site], name: str) -> Site:
+    return next(site for site in sites if site.name == name)
 
 
 def adapter_of(module: nn.Module) -> Layer:
@@ -333,6 +377,15 @@ def _others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
                 shape,
                 size,
                 f"layers of type {kind} are not known to compress; those of one and two dimensions are",
+            )
+        elif len(shape) == 3 and size >= LARGE_SHARE * total:
+            yield Skipped(
+                name,
+                kind,
+                shape,
+                size,
+                f"it holds a weight of shape {shape}, which only {kind} knows how to read; if that is a matrix for "
+                f"each expert, let it call an sm.nn.ExpertsLinear instead",
             )
         elif len(shape) >= 2 and size >= LARGE_SHARE * total:
             yield Skipped(name, kind, shape, size, f"layers of type {kind} are not known to compress")

@@ -29,6 +29,7 @@ from structmat.compression.candidates import (
 )
 from structmat.compression.layers import Load, cost_of, layer_named, splitters
 from structmat.compression.scan import Site, adapter_of, parent_and_child
+from structmat.compression.stacks import Combination, combinations, scaled
 from structmat.compression.workers import side_by_side
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, ShapeError, StructureError
@@ -95,6 +96,9 @@ def screen(
     where it is then not behind: there the loss of a fit without sweeps is scaled by what the sweeps gained.
     Sums count as one family for each choice of their parts'. Fits of a layer share its decompositions. Candidates that
     are not cheaper than the dense layer in the budget's unit are refused and counted.
+
+    Where the rows of a layer are split, each part is screened in the same way, and the best combinations of what the
+    parts could be are candidates beside those of the whole.
 
     Args:
         model: read only.
@@ -174,7 +178,7 @@ def stays_linear(model: nn.Module, site: Site) -> str | None:
         return f"a {site.kind} stays linear"
     parent, _ = parent_and_child(model, site.name)
     if any(splitter.is_split(parent) for splitter in splitters()):
-        return "a part of a recurrent net or of attention stays linear"
+        return "a part of a recurrent net, of attention or of experts stays linear"
     return None
 
 
@@ -290,6 +294,7 @@ class LayerWorker:
         linear: str | None = None,
     ) -> None:
         self.site, self.targets, self.linear = site, targets, linear
+        self.moments, self.terms, self.dtype = moments, terms, dtype
         self.quick_targets = [target.replace_sweeps(0) for target in targets]
         self.judges = [
             Judge(target, None if moments is None else moments.gradients(copy), terms, dtype)
@@ -302,6 +307,7 @@ class LayerWorker:
         self.seen: set[Structure] = {Dense()}
         operations = site.copies * flops(Dense(), site.shape)
         self.found = [Candidate(Dense(), site.numbers, operations, 0.0, 0.0, "optimal", "kept", 0.0, self.dense_cost)]
+        self.parts: tuple[LayerScreen, ...] = ()
 
     def run(self, structures: Sequence[Choice] | None, *, forced: bool = False) -> None:
         for structure in (s for s in structures or () if isinstance(s, Structure)):
@@ -322,6 +328,43 @@ class LayerWorker:
                     if not optimal:
                         gain = gains[candidate.variant]
                         self.found[self.found.index(candidate)] = expecting(candidate, gain)
+        if self.site.parts is not None and not forced:
+            self.parts = tuple(self.screened(number, structures) for number in range(len(self.site.parts.rows)))
+            for combination in combinations(self.parts):
+                self.try_stack(combination)
+
+    def screened(self, number: int, structures: Sequence[Choice] | None) -> LayerScreen:
+        """What a part of the rows could be, with its losses as shares of the whole's."""
+        parts = self.site.parts
+        assert parts is not None, f"{self.site.name} is not split"
+        shape = parts.shapes(self.site.shape[1])[number]
+        index = parts.stacked([Dense()] * len(parts.rows)).places()[number]
+        moments = self.moments
+        if moments is not None and moments.gradient_moment is not None and moments.gradient_moment.dim():
+            moments = replace(moments, gradient_moment=moments.gradient_moment[index[:, None], index])
+        worker = LayerWorker(
+            replace(self.site, name=f"{self.site.name}[{number}]", shape=shape, parts=None),
+            [target.of_rows(index) for target in self.targets],
+            moments,
+            self.terms,
+            self.budget,
+            self.load,
+            self.dtype,
+            f"a part of a {self.site.kind} stays linear",
+        )
+        worker.run(structures)
+        if any(judge.weighs for judge in worker.judges):
+            return worker.result()
+        return scaled(worker.result(), (worker.norm / self.norm) ** 2 if self.norm > 0 else 0.0)
+
+    def try_stack(self, combination: Combination) -> Candidate | None:
+        """Try a candidate for each part; nothing twice, and not what keeps or changes nothing."""
+        assert self.site.parts is not None, f"{self.site.name} is not split"
+        parts = [candidate.structure for candidate in combination]
+        if all(isinstance(part, Dense) for part in parts):
+            return None
+        swept = any(candidate.certificate != Certificate.OPTIMAL.value for candidate in combination)
+        return self.try_one(resolve(self.site.parts.stacked(parts), self.site.shape), swept=swept)
 
     def contenders(self, share: float, tried: Sequence[Candidate], optimal: bool) -> dict[Variant, float]:
         """The variants with optimal fits, or those without, that are not behind the best at a coarse share, and the
@@ -435,7 +478,8 @@ class LayerWorker:
 
     def result(self) -> LayerScreen:
         ordered = tuple(sorted(self.found, key=lambda c: (c.cost, c.loss)))
-        return LayerScreen(self.site.name, self.site.shape, norm_name(self.targets[0]), ordered, dict(+self.refused))
+        norm = norm_name(self.targets[0])
+        return LayerScreen(self.site.name, self.site.shape, norm, ordered, dict(+self.refused), self.parts)
 
 
 def _by_variant(candidates: Sequence[Candidate]) -> dict[Variant, list[Candidate]]:

@@ -13,6 +13,7 @@ from structmat.nn.convolution import (
     Tucker,
 )
 from structmat.nn.embedding import StructuredEmbedding
+from structmat.nn.experts import ExpertsLinear, SplitExperts
 from structmat.nn.kronecker import KroneckerBlock, KroneckerNetwork
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.matrices import FusedLinear, MatrixConv2d
@@ -22,6 +23,7 @@ from structmat.nn.windows import WindowedLinear
 __all__ = [
     "CP",
     "ConvAC",
+    "ExpertsLinear",
     "FusedLinear",
     "KroneckerBlock",
     "KroneckerKernel",
@@ -30,6 +32,7 @@ __all__ = [
     "ModeTree",
     "Separable",
     "SplitAttention",
+    "SplitExperts",
     "StructuredConv1d",
     "StructuredConv2d",
     "StructuredConvTranspose1d",

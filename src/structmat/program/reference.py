@@ -7,7 +7,7 @@ alone; :func:`form` says which, so that ``explain`` can show it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -133,13 +133,30 @@ def as_rows(program: Program, x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
+def _run_steps(steps: Sequence[Program], tensors: Tensors, x: Tensor) -> Tensor:
+    for step in steps:
+        x = _run(step, tensors, x)
+    return x
+
+
+def _is_stack(program: Sum) -> bool:
+    """Whether the parts' outputs lie one after the other, each padded to the whole: nothing is to be added then."""
+    place = 0
+    for part in program.parts:
+        last = part.steps[-1] if isinstance(part, Chain) else None
+        if not isinstance(last, Pad) or last.before != place:
+            return False
+        place += last.size
+    return place == program.out_features
+
+
 def _run(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
     """Rows (batch, in) to rows (batch, out)."""
     if isinstance(program, Chain):
-        for step in program.steps:
-            x = _run(step, tensors, x)
-        return x
+        return _run_steps(program.steps, tensors, x)
     if isinstance(program, Sum):
+        if _is_stack(program):
+            return torch.cat([_run_steps(part.steps[:-1], tensors, x) for part in program.parts], -1)  # type: ignore[union-attr]
         total = _run(program.parts[0], tensors, x)
         for part in program.parts[1:]:
             total = total + _run(part, tensors, x)

@@ -155,6 +155,27 @@ class Target:
             self._derived[native] = larger
         return self._derived[native]
 
+    def of_rows(self, index: Tensor) -> Target:
+        """Some of the outputs of a target that is not padded, as a target of their own, in the same norm of the inputs.
+
+        Args:
+            index: (rows,), which these are.
+        """
+        assert not self.is_padded, "rows of a padded target"
+
+        def make() -> Target:
+            outputs = self.output_moment
+            other = replace(
+                self,
+                weight=self.weight[index],
+                shape=(len(index), self.shape[1]),
+                output_moment=None if outputs is None else outputs[index[:, None], index],
+            )
+            other.__dict__["_input_facts"] = self._input_facts
+            return other
+
+        return self.weight_fact(("rows", tuple(index.tolist())), make).replace_sweeps(self.sweeps)
+
     @cached_property
     def _derived(self) -> dict[Shape | str, Target]:
         """Targets made from this one, kept so that fits of one shape share their decompositions."""

@@ -179,6 +179,10 @@ class Layer(ABC):
         """Whether a layer may become one that is not linear (:mod:`structmat.structures.nonlinear`)."""
         return False
 
+    def stacks(self) -> bool:
+        """Whether rows of the matrix may get structures of their own, in a ``Stacked``."""
+        return False
+
     def forms(self, site: Described) -> Mapping[str, Members]:
         """Families that only this kind of module has, by name."""
         return {}
@@ -213,6 +217,10 @@ class Splitter(ABC):
     @abstractmethod
     def join(self, module: nn.Module) -> nn.Module:
         """The module that :meth:`split` takes, with the outputs of a split one: matrices written out."""
+
+    def gates(self, module: nn.Module, part: str) -> int:
+        """Of so many equal blocks of rows the matrix of a part of a split module is made."""
+        return 1
 
     def feeds_back(self, part: str) -> bool:
         """Whether what a part multiplies depends on its own earlier outputs, as a state does."""

@@ -97,6 +97,9 @@ class LinearLayer(Layer):
     def nonlinear(self) -> bool:
         return True
 
+    def stacks(self) -> bool:
+        return True
+
     def flops(self, site: Described, structure: Structure, load: Load) -> float:
         return site.copies * cost(build(structure, site.shape)).flops * load.rows
 

@@ -28,6 +28,9 @@ class RecurrentSplitter(Splitter):
     def join(self, module: nn.Module) -> nn.Module:
         return joined(cast(Recurrent, module))
 
+    def gates(self, module: nn.Module, part: str) -> int:
+        return 1 if part.startswith("hr") else len(cast(Recurrent, module).cell.gates)
+
     def feeds_back(self, part: str) -> bool:
         return part.startswith(("hh", "hr"))
 
