@@ -194,7 +194,7 @@ class _Walk:
         if chosen:
             weight = weight.permute(*chosen, *left)[tuple(axes[p].chosen for p in chosen)]
         if values is None:
-            return axes, weight.expand(self.index.shape[0], *weight.shape[1:]) if axes else weight.expand(self.index.shape[0])
+            return axes, weight.expand(self.index.shape[0], *(weight.shape[1:] if axes else ()))
         self.macs += math.prod(axes[position].size for position in left)
         return axes, values * weight
 
