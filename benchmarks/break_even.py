@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import structmat as sm
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown
+from benchmarks.study import NOT_RUN, Cell, Study, markdown
 from structmat.benchmark import every_member, in_turns
 
 SIZES = tuple(sorted({*(2**k for k in range(5, 13)), *(3 * 2**k for k in range(4, 11))}))

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks.convac_study import Cell, Study, markdown
+from benchmarks.study import Cell, Study, markdown
 from structmat.circuit import Circuit, PrimeField
 from structmat.circuit.catalogue import fourier, hadamard
 from structmat.circuit.kaleidoscope import kaleidoscope, monarch

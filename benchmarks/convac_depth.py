@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.convac_study import NOT_RUN, Cell, Study, curve_svg, markdown, of_name, save, spread
 from benchmarks.files import RESULTS
+from benchmarks.study import NOT_RUN, Cell, Study, curve_svg, markdown, of_name, save, spread
 from structmat.nn import ConvAC, ModeTree
 from structmat.nn.convac.cpfit import eckart_young, fit_cp
 

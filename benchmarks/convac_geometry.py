@@ -20,7 +20,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.convac_data import BLOB, TASKS, blobs
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name, spread, track
+from benchmarks.study import NOT_RUN, Cell, Study, markdown, of_name, spread, track
 from structmat.nn import ConvAC, ModeTree
 from structmat.nn.convac import Log, OneHot, fit
 from structmat.nn.convac.weights import Weights

@@ -14,8 +14,8 @@ from typing import Any
 
 from benchmarks import convac_models as models
 from benchmarks.convac_data import PROBABILITIES, RECTANGLES, Images, mnist
-from benchmarks.convac_study import NOT_RUN, Cell, Study, curve_svg, markdown, of_name, save, spread
 from benchmarks.files import RESULTS
+from benchmarks.study import NOT_RUN, Cell, Study, curve_svg, markdown, of_name, save, spread
 
 PIXELS = [f"p={p:g}" for p in PROBABILITIES]
 MASKS = PIXELS + [f"{n} of {w}" for n, w in RECTANGLES]

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import convac_models as models
 from benchmarks.convac_data import mnist
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name, spread
+from benchmarks.study import NOT_RUN, Cell, Study, markdown, of_name, spread
 from structmat.nn.convac import normal_
 
 EPOCHS = 5

@@ -13,7 +13,7 @@ from torch.optim import Adam, NAdam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.convac_data import Images, masks
-from benchmarks.convac_study import track
+from benchmarks.study import track
 from structmat.nn import ConvAC, ModeTree, TensorialMixture
 from structmat.nn.convac.initialize import fit_mixture
 from structmat.nn.convac.representation import GaussianRepresentation, Patches

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.convac_study import NOT_RUN, Cell, Study, bars_svg, markdown, of_name, save, track
 from benchmarks.files import RESULTS
+from benchmarks.study import NOT_RUN, Cell, Study, bars_svg, markdown, of_name, save, track
 from structmat.nn import ConvAC, ModeTree
 from structmat.nn.convac.expand import matricize
 from structmat.nn.convac.semiring import Plain

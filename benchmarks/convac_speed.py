@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name
+from benchmarks.study import NOT_RUN, Cell, Study, markdown, of_name
 from structmat.nn import ConvAC, ModeTree
 from structmat.nn.convac import Log, Plain, RootMeanSquare, Scaled, SignedLog
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import structmat as sm
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name
+from benchmarks.study import NOT_RUN, Cell, Study, markdown, of_name
 from structmat import transforms
 from structmat.projection.orders import digit_reversal
 

@@ -25,8 +25,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import structmat as sm
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name, spread
 from benchmarks.kronecker_data import Samples, cifar10, mnist
+from benchmarks.study import NOT_RUN, Cell, Study, markdown, of_name, spread
 from structmat.structure import Structure
 
 TRAINED = 10_000

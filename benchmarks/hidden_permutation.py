@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.convac_study import NOT_RUN, Cell, Study, curve_svg, markdown
 from benchmarks.files import RESULTS
+from benchmarks.study import NOT_RUN, Cell, Study, curve_svg, markdown
 from structmat.projection.hidden_permutation import recover_permutation
 
 SIZES = (64, 128, 256, 512, 1024)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import structmat as sm
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown
+from benchmarks.study import NOT_RUN, Cell, Study, markdown
 from structmat.structure import Structure, count_stored, resolve
 
 SIZE = 32

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 import structmat as sm
 from benchmarks import kronecker_data as data
-from benchmarks.convac_study import track
 from benchmarks.kronecker_models import counts
 from benchmarks.kronecker_tasks import TASKS
 from benchmarks.real_models import DATA, require_data
+from benchmarks.study import track
 from structmat.nn import KroneckerBlock
 from structmat.nn.kronecker import absorb_, set_slopes
 

@@ -22,11 +22,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.convac_study import NOT_RUN, RESULTS, Cell, Study, curve_svg, markdown, of_name, spread
 from benchmarks.kronecker_conversion import BUDGETS, CONVERSIONS, conversion_cell
 from benchmarks.kronecker_models import METHODS, Method, counts
 from benchmarks.kronecker_speed import FORMS, SPEEDS, speed_cell
 from benchmarks.kronecker_tasks import TASKS, Task, times_cell, train
+from benchmarks.study import NOT_RUN, RESULTS, Cell, Study, curve_svg, markdown, of_name, spread
 
 SEEDS = 5
 

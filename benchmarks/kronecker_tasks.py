@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import kronecker_data as data
-from benchmarks.convac_study import track
 from benchmarks.kronecker_models import METHODS, Method, WithTrunk, build
 from benchmarks.kronecker_speed import best_time
+from benchmarks.study import track
 
 
 @dataclass(frozen=True)

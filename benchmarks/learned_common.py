@@ -13,8 +13,8 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 import structmat as sm
-from benchmarks.convac_study import Cell
 from benchmarks.files import RESULTS, ROOT
+from benchmarks.study import Cell
 from structmat.errors import ShapeError
 from structmat.learn.windows import WindowLearner
 from structmat.nn import StructuredLinear, WindowedLinear

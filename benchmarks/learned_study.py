@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown, of_name, spread
 from benchmarks.files import RESULTS
 from benchmarks.learned_common import (
     BASE,
@@ -43,6 +42,7 @@ from benchmarks.learned_planted import KINDS, run_projection, run_teacher
 from benchmarks.learned_real import REAL_BUDGETS, RECOVERED, run_real
 from benchmarks.learned_transformers import run_gpt, run_gpt_compressed, run_vit
 from benchmarks.real_models import MODELS
+from benchmarks.study import NOT_RUN, Cell, Study, markdown, of_name, spread
 
 FAMILIES = ("GBLR", "LowRank", "BlockDiagonal", "Monarch", "BLAST", "BlockTensorTrain", "Einsum", "Kronecker")
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import structmat as sm
-from benchmarks.convac_study import NOT_RUN, Cell, Study, markdown
+from benchmarks.study import NOT_RUN, Cell, Study, markdown
 from structmat import transforms
 
 SIZES, BATCHES = (1024, 4096), (1, 64, 1024)

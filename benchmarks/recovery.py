@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.convac_study import Cell, Study, markdown, of_name
 from benchmarks.files import ROOT
 from benchmarks.real_models import MODELS
+from benchmarks.study import Cell, Study, markdown, of_name
 
 WORK = ROOT / "build" / "recovery"
 

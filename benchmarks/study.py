@@ -1,4 +1,4 @@
-"""What the studies of convolutional arithmetic circuits share: cells that are run once, and tables written anew.
+"""Studies: cells that are run once, and tables and pictures written anew from what is there.
 
 A study is a list of cells. Each is run in turn and written to ``benchmarks/results/<study>/<key>.json`` when it ends: a
 study that was interrupted goes on where it stopped, and the table, ``benchmarks/results/<study>.md``, is written after
