@@ -26,21 +26,30 @@ from structmat.structure import Structure, count_stored, resolve
 
 SIZE = 32
 MATRICES = 30
+DRAWN: Mapping[str, tuple[Structure, int]] = {
+    "GBLR": (sm.GBLR(terms=16, rows=64, columns=128), 32),
+    "Kaleidoscope": (sm.Kaleidoscope(), 64),
+    "Pixelfly": (sm.Pixelfly(blocks=8, strides=2, rank=1), 32),
+    "RealPart": (sm.RealPart(sm.PermutedButterfly()), 64),
+}
+"""Structures and sizes where those that the library would draw say nothing: windows of half of the sides make a matrix
+of low rank, one stride block diagonal blocks; the others have no member within half of the numbers at 32."""
 TOLERANCE = 1e-12
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 FAMILIES = tuple(name for name in sm.families() if name != "Dense")
 CHANGED = 0.2
 
 
-def structure_of(name: str) -> Structure:
-    """The member of a family that is drawn."""
+def structure_of(name: str) -> tuple[Structure, int]:
+    """The member of a family that is drawn, and its size."""
     family, shape = sm.families()[name], (SIZE, SIZE)
-    if name == "RealPart":
-        return resolve(sm.RealPart(sm.PermutedButterfly()), shape)
+    if name in DRAWN:
+        structure, size = DRAWN[name]
+        return resolve(structure, (size, size)), size
     for share in (4, 2):
         for found in family.configurations(shape, SIZE * SIZE // share):
-            return resolve(found, shape)
-    return resolve(family(), shape)
+            return resolve(found, shape), SIZE
+    return resolve(family(), shape), SIZE
 
 
 def drawn(name: str, seed: int, changed: bool) -> Tensor:
@@ -51,15 +60,18 @@ def drawn(name: str, seed: int, changed: bool) -> Tensor:
         return noise
     if name == "low rank + noise":
         return noise[:, :3] @ noise[:3] + 0.1 * torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
-    made = sm.StructuredMatrix.random(structure_of(name), (SIZE, SIZE), generator=generator, dtype=torch.float64)
-    if not changed:
-        return made.to_dense()
-    tensors = {
-        key: t * (1 + CHANGED * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype) - 1))
-        if t.is_floating_point()
-        else t
-        for key, t in made.tensors.items()
-    }
+    structure, size = structure_of(name)
+    made = sm.StructuredMatrix.random(structure, (size, size), generator=generator, dtype=torch.float64)
+    tensors = dict(made.tensors)
+    if name == "PermutedButterfly":  # a fresh one has its rows and columns in order
+        tensors |= {key: torch.randperm(size, generator=generator) for key in ("rows", "columns")}
+    if changed:
+        tensors = {
+            key: t * (1 + CHANGED * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype) - 1))
+            if t.is_floating_point()
+            else t
+            for key, t in tensors.items()
+        }
     return sm.StructuredMatrix(made.structure, made.shape, tensors).to_dense()
 
 
@@ -68,7 +80,7 @@ def called(matrix: Tensor) -> tuple[str, list[str]]:
     found = sm.inspect(matrix, shares=SHARES)
     exact = [(t.numbers, t.family or t.name) for t in found.traits if t.error <= TOLERANCE]
     exact += [(f.numbers, f.family) for f in found.exact]
-    exact = sorted((entry for entry in exact if entry[0] <= SIZE * SIZE // 2), key=lambda entry: entry[0])
+    exact = sorted((entry for entry in exact if 2 * entry[0] <= matrix.numel()), key=lambda entry: entry[0])
     return (exact[0][1] if exact else "none"), [family for _, family in exact]
 
 
@@ -83,10 +95,10 @@ def cell(name: str, changed: bool) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
         first[family] += 1
         among += name in everything
-    kind = None if name not in FAMILIES else structure_of(name)
+    kind, size = structure_of(name) if name in FAMILIES else (None, SIZE)
     return {
-        "structure": str(kind or name),
-        "numbers": count_stored(kind, (SIZE, SIZE)) if kind else SIZE * SIZE,
+        "structure": f"{kind or name}" if size == SIZE else f"{kind}, {size} x {size}",
+        "numbers": count_stored(kind, (size, size)) if kind else SIZE * SIZE,
         "called": dict(first.most_common()),
         "among": among,
         "seconds_each": statistics.median(times),

@@ -170,6 +170,37 @@ def test_members_of_families_are_identified(structure: sm.Structure) -> None:
     assert family_of(matrix) == type(structure).__name__
 
 
+@pytest.mark.parametrize(
+    ("structure", "size"),
+    [
+        (sm.CauchyLike(rank=3), 32),
+        (sm.Fastfood(), 32),
+        (sm.Kaleidoscope(), 64),
+        (sm.LDRSubdiagonal(rank=3), 32),
+        (sm.PermutedButterfly(), 32),
+        (sm.Product(sm.BlockDiagonal(blocks=4), sm.Dense(), inner=4), 32),
+        (sm.RelaxedButterfly(), 32),
+        (sm.SoftPermutation(), 32),
+        (sm.Sum(sm.LowRank(3), sm.Sparse(nonzeros=16)), 32),
+        (sm.VandermondeLike(rank=3), 32),
+    ],
+    ids=lambda given: type(given).__name__ if isinstance(given, sm.Structure) else "",
+)
+def test_members_far_from_a_fresh_matrix_are_identified(structure: sm.Structure, size: int) -> None:
+    """Nodes, operators, diagonals and orders of their own: nothing is left of the ones that a fresh matrix has."""
+    member = sm.StructuredMatrix.random(structure, (size, size), generator=generator(3), dtype=F64)
+    moved = {
+        name: tensor * (0.8 + 0.4 * torch.rand(tensor.shape, generator=generator(4), dtype=F64))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in member.tensors.items()
+    }
+    if isinstance(structure, sm.PermutedButterfly):
+        moved |= {"rows": shuffled(size, 5), "columns": shuffled(size, 6)}
+    matrix = sm.StructuredMatrix(member.structure, member.shape, moved).to_dense()
+    assert family_of(matrix) == type(structure).__name__
+
+
 @pytest.mark.parametrize("shape", [(48, 48), (40, 57)])
 @pytest.mark.parametrize("dtype", [F64, torch.complex128])
 def test_toeplitz_plus_low_rank_is_named(shape: tuple[int, int], dtype: torch.dtype) -> None:
