@@ -66,12 +66,10 @@ def drawn(name: str, seed: int, changed: bool) -> Tensor:
     if name == "PermutedButterfly":  # a fresh one has its rows and columns in order
         tensors |= {key: torch.randperm(size, generator=generator) for key in ("rows", "columns")}
     if changed:
-        tensors = {
-            key: t * (1 + CHANGED * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype) - 1))
-            if t.is_floating_point()
-            else t
-            for key, t in tensors.items()
-        }
+        for key, t in tensors.items():
+            if t.is_floating_point():
+                by = CHANGED * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype) - 1)
+                tensors[key] = torch.where(t == 0, by, t * (1 + by))
     return sm.StructuredMatrix(made.structure, made.shape, tensors).to_dense()
 
 
@@ -117,7 +115,8 @@ CELLS: Sequence[Cell] = [
 _NOTES = {
     "drawn": "Members as the library draws them.",
     "changed": f"Members with every learned number multiplied by its own random number between {1 - CHANGED:g} and "
-    f"{1 + CHANGED:g}: nodes, operators and recurrences are then no longer those of a fresh matrix.",
+    f"{1 + CHANGED:g}, and with numbers up to {CHANGED:g} in place of zeros: nodes, operators and recurrences are then "
+    "no longer those of a fresh matrix.",
 }
 
 
@@ -127,7 +126,14 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
         "numbers that `sm.inspect` reports, and how often. *Own*: how often the matrix's own family is among all exact "
         "ones. A circulant matrix is a Toeplitz matrix too, and a smaller name is no mistake: what matters is that no "
         "member of a family is called nothing, and noise nothing else. *Drawn*: the structure and its numbers, of "
-        f"{SIZE * SIZE:,}."
+        f"{SIZE * SIZE:,} (of more where another size is given).",
+        "",
+        "Where the own name does not come first, or not at all: fresh learned operators are shifts, whose matrices are "
+        "Toeplitz-like; butterflies of rotations are orthogonal butterflies; the other chains of two factors are "
+        "Monarch matrices; a recurrence that is fresh is that of Chebyshev polynomials. The entries that are not zero "
+        "take twice their number where a sparse matrix is named, which is more than the windows of a GBLR matrix take: "
+        "windows in general position are not found, and nor are real parts of complex butterflies. Relaxed "
+        "permutations with a probability near one half have nearly no inverse, and are found in most cases.",
     ]
     for kind in KINDS:
         lines += ["", f"## {_NOTES[kind]}", ""]

@@ -14,6 +14,7 @@ from structmat.projection.found_stages import (
     relaxed_factors,
     switch_logits,
 )
+from structmat.projection.found_tridiagonals import tridiagonal_members
 from structmat.projection.simultaneous import factor_grid
 
 F64, C128 = torch.float64, torch.complex128
@@ -90,6 +91,26 @@ def test_vandermonde_nodes_are_found_as_they_are(dtype: torch.dtype) -> None:
     found = vandermonde_nodes(matrix, 3)
     assert found is not None
     torch.testing.assert_close(found, nodes, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_tridiagonal_operators_are_found(seed: int, rank: int) -> None:
+    """All bands and corners, a fifth from those of the shift."""
+    generator = torch.Generator().manual_seed(seed)
+    structure = sm.LDRTridiagonal(rank=rank)
+    made = sm.StructuredMatrix.random(structure, (24, 24), generator=generator, dtype=F64)
+    tensors = {
+        name: t + 0.2 * (2 * torch.rand(t.shape, generator=generator, dtype=F64) - 1)
+        for name, t in made.tensors.items()
+    }
+    matrix = sm.StructuredMatrix(structure, (24, 24), tensors).to_dense()
+    found = tridiagonal_members(matrix, rank)
+    assert found is not None
+    assert distance(sm.StructuredMatrix(structure, (24, 24), found).to_dense(), matrix) < 1e-11
+    assert sm.project(matrix, sm.LDRTridiagonal(rank=rank), sweeps=0).error < 1e-11
+    assert sm.project(matrix, sm.LDRTridiagonal(rank=rank + 1), sweeps=0).error < 1e-11, "a rank too many"
+    assert tridiagonal_members(drawn(24, 24, seed=seed), rank) is None
 
 
 def test_corners_of_learned_operators_are_found() -> None:

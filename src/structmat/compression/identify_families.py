@@ -1,9 +1,9 @@
 """Detectors of families: displacement structure, nodes, recurrences, scaled transforms, hierarchies, block factors.
 
-Each is in closed form, or, for relaxed permutations, has three unknowns a level: where a matrix is a member, its
-parameters come out, and the error says whether it is one. Members of what only a descent could find (cascades of
-several diagonal layers, windows in general position, Krylov matrices of operators with three diagonals) have no
-detector here.
+Each is in closed form, but for tridiagonal operators and relaxed permutations, which are descents in few unknowns:
+where a matrix is a member, its parameters come out, and the error says whether it is one. Members of what only a longer
+descent could find (cascades of several diagonal layers, windows in general position, real parts of complex butterflies)
+have no detector here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from structmat.displacement import operators
 from structmat.matrix import StructuredMatrix
 from structmat.projection.found_operators import cauchy_angles, subdiagonals, vandermonde_nodes
 from structmat.projection.found_stages import fastfood_tensors, kaleidoscope_factors, relaxed_factors, switch_logits
+from structmat.projection.found_tridiagonals import tridiagonal_members
 from structmat.projection.plus_low_rank import diagonal_means, support_plus_low_rank, toeplitz_plus_low_rank
 from structmat.projection.project import project_target
 from structmat.projection.simultaneous import factor_grid, monarch_pair
@@ -33,6 +34,7 @@ from structmat.structures.fastfood import Fastfood
 from structmat.structures.generators import OfDisplacementRank
 from structmat.structures.kaleidoscope import Kaleidoscope
 from structmat.structures.ldr_subdiagonal import LDRSubdiagonal
+from structmat.structures.ldr_tridiagonal import LDRTridiagonal
 from structmat.structures.orthogonal_polynomial import OrthogonalPolynomial
 from structmat.structures.relaxed_butterfly import RelaxedButterfly
 from structmat.structures.soft_permutation import SoftPermutation
@@ -48,9 +50,6 @@ _SMALLEST = 8
 
 _STEPS = 4
 """Of alternating least squares for two diagonals."""
-
-_HIGHEST = 8
-"""Displacement ranks up to this are looked for under operators that are not known."""
 
 _LARGEST_RELAXED = 128
 
@@ -187,20 +186,22 @@ def _reciprocal_error(weight: Tensor, norm: float) -> float:
     return float(torch.linalg.norm(weight - near)) / norm
 
 
-_FOUND: tuple[tuple[type[OfDisplacementRank], Callable[[Tensor, int], object], str], ...] = (
-    (CauchyLike, cauchy_angles, "Cauchy-like matrix, nodes found"),
-    (VandermondeLike, vandermonde_nodes, "Vandermonde-like matrix, nodes found"),
-    (LDRSubdiagonal, subdiagonals, "matrix for learned subdiagonal operators, found"),
+_FOUND: tuple[tuple[type[OfDisplacementRank], Callable[[Tensor, int], object], int, str], ...] = (
+    (CauchyLike, cauchy_angles, 8, "Cauchy-like matrix, nodes found"),
+    (VandermondeLike, vandermonde_nodes, 8, "Vandermonde-like matrix, nodes found"),
+    (LDRSubdiagonal, subdiagonals, 8, "matrix for learned subdiagonal operators, found"),
+    (LDRTridiagonal, tridiagonal_members, 2, "matrix for learned tridiagonal operators, found"),
 )
+"""Families, what finds their operators, the highest rank that is tried, and names. The last is a descent."""
 
 
 def by_found_operators(subject: Subject) -> Iterator[Trait]:
-    """Small displacement rank under nodes and subdiagonals that nothing is known of."""
+    """Small displacement rank under nodes, subdiagonals and three diagonals that nothing is known of."""
     weight, shape = subject.weight, (subject.weight.shape[0], subject.weight.shape[1])
     if min(shape) < _SMALLEST or max(shape) > _LARGEST or subject.measures.rank < min(shape) // 2:
         return
-    for kind, find, name in _FOUND:
-        for rank in range(1, _HIGHEST + 1):
+    for kind, find, highest, name in _FOUND:
+        for rank in range(1, highest + 1):
             numbers = kind.numbers(rank, shape)
             if 2 * numbers > weight.numel():
                 break
@@ -210,6 +211,8 @@ def by_found_operators(subject: Subject) -> Iterator[Trait]:
                 error = project_target(plain, structure, dtype=weight.dtype, device=weight.device).error
                 words = f"a {name}: displacement rank {rank}"
                 yield Trait(words, error, numbers, family=kind.__name__)
+                if error <= subject.tolerance:
+                    return
                 break
 
 

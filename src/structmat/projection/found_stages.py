@@ -35,7 +35,10 @@ _CERTAIN = 40.0
 _MET = 1e-6
 """Relative errors below this are those of a level found."""
 
-_BALANCED = 2000
+_NO_GRID = 1e-3
+"""Relative errors of a grid above this are no rounding."""
+
+_BALANCED = 500
 """Steps that scale rows and columns to equal sums of squares."""
 
 
@@ -43,7 +46,8 @@ def kaleidoscope_factors(matrix: Tensor) -> dict[str, Tensor] | None:
     """The factors of ``Kaleidoscope()`` for a generic member (n, n), n a power of two from 4 on.
 
     Pairs of places at a distance of n / 2 make a grid of 2 x 2 blocks ``L[i] diag(K'[i, j], K''[i, j]) R[j]``; K' and
-    K'' are kaleidoscopes of half the size. None where such a grid has singular blocks, or needs complex factors.
+    K'' are kaleidoscopes of half the size. None where a matrix has no such grid, or one with singular blocks or
+    complex factors.
     """
     size = matrix.shape[0]
     first: list[Tensor] = []
@@ -53,8 +57,11 @@ def kaleidoscope_factors(matrix: Tensor) -> dict[str, Tensor] | None:
         half = blocks.shape[-1] // 2
         lefts, rights, inner = [], [], []
         for block in blocks:
-            found = factor_grid(block.reshape(2, half, 2, half).permute(1, 3, 0, 2))
+            grid = block.reshape(2, half, 2, half).permute(1, 3, 0, 2)
+            found = factor_grid(grid)
             if found is None or found.left.dtype != matrix.dtype:
+                return None
+            if not float(torch.linalg.norm(found.blocks - grid)) <= _NO_GRID * float(torch.linalg.norm(grid)):
                 return None
             lefts.append(found.left.permute(1, 2, 0))
             rights.append(found.right.permute(1, 2, 0))

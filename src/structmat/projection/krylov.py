@@ -65,7 +65,7 @@ def fit_krylov(program: Program, operators: Mapping[str, Tensor], target: Target
             ends = corners(weight, *found, smaller) if rows == columns else (0.0, 0.0)
             below, beside = (torch.cat([t, t.new_tensor([end])]) for t, end in zip(found, ends, strict=True))
             own = _with_subdiagonals(weight, given, below, beside, rank)
-            if _error(program, own, target) < _error(program, start.tensors, target):
+            if member_error(program, own, target) < member_error(program, start.tensors, target):
                 start = Fit(own, start.certificate, 0.0, "subdiagonals found, truncated SVD of the displacement")
             break
     tensors = descend(program, start.tensors, target)
@@ -73,7 +73,8 @@ def fit_krylov(program: Program, operators: Mapping[str, Tensor], target: Target
     return Fit(tensors, start.certificate, 0.0, method)
 
 
-def _error(program: Program, tensors: Mapping[str, Tensor], target: Target) -> float:
+def member_error(program: Program, tensors: Mapping[str, Tensor], target: Target) -> float:
+    """How far the matrix of a program with these tensors is from a target, in its norm."""
     eye = torch.eye(target.native[1], dtype=target.weight.dtype)
     return target.error(apply(program, tensors, eye).T)
 
