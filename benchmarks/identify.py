@@ -132,7 +132,8 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
         "Toeplitz-like; butterflies of rotations are orthogonal butterflies; the other chains of two factors are "
         "Monarch matrices; a recurrence that is fresh is that of Chebyshev polynomials. The entries that are not zero "
         "take twice their number where a sparse matrix is named, which is more than the windows of a GBLR matrix take: "
-        "windows in general position are not found, and nor are real parts of complex butterflies. Relaxed "
+        "windows in general position are not found. Nor are the stages of the real part of a complex butterfly, which "
+        "is a Monarch matrix too, of more numbers. Relaxed "
         "permutations with a probability near one half have nearly no inverse, and are found in most cases.",
     ]
     for kind in KINDS:

@@ -72,6 +72,15 @@ def test_supports_are_named() -> None:
     assert f"a sparse matrix with {int((sparse != 0).sum())} entries" in names(sparse)
 
 
+def test_columns_taken_in_turn_are_a_reordered_structure() -> None:
+    blocks = torch.block_diag(*noise(4, 8, 8))
+    in_turn = torch.arange(32).reshape(8, 4).T.flatten().argsort()  # column j belongs to block j mod 4
+    trait = identify(make_target(blocks[:, in_turn]), 1e-12)[1][0]
+    assert (trait.name, trait.family) == ("a block diagonal matrix of 4 blocks, columns taken in turn", "Reordered")
+    assert trait.numbers == 256
+    assert family_of(blocks[:, shuffled(32)]) == "", "an order that has to be stored"
+
+
 def test_ranks_are_named() -> None:
     low = noise(40, 3) @ noise(3, 32, seed=1)
     assert names(low)[0] == "a matrix of rank 3"

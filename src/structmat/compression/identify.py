@@ -237,6 +237,9 @@ def by_support(subject: Subject) -> Iterator[Trait]:
         numbers = area + (0 if in_order else rows + columns)
         if in_order:
             yield Trait(name, 0.0, numbers, family="BlockDiagonal")
+        elif bool((by_row.diff() >= 0).all()) and torch.equal(by_column, torch.arange(columns) % parts):
+            words = f"a block diagonal matrix of {parts} blocks, columns taken in turn"
+            yield Trait(words, 0.0, area, *orders, "Reordered" if area * parts == rows * columns else "")
         else:
             yield Trait(name, 0.0, numbers, *orders)
     if count < weight.numel():
