@@ -26,21 +26,30 @@ from structmat.structure import Structure, count_stored, resolve
 
 SIZE = 32
 MATRICES = 30
+DRAWN: Mapping[str, tuple[Structure, int]] = {
+    "GBLR": (sm.GBLR(terms=16, rows=64, columns=128), 32),
+    "Kaleidoscope": (sm.Kaleidoscope(), 64),
+    "Pixelfly": (sm.Pixelfly(blocks=8, strides=2, rank=1), 32),
+    "RealPart": (sm.RealPart(sm.PermutedButterfly()), 64),
+}
+"""Structures and sizes where those that the library would draw say nothing: windows of half of the sides make a matrix
+of low rank, one stride block diagonal blocks; the others have no member within half of the numbers at 32."""
 TOLERANCE = 1e-12
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 FAMILIES = tuple(name for name in sm.families() if name != "Dense")
 CHANGED = 0.2
 
 
-def structure_of(name: str) -> Structure:
-    """The member of a family that is drawn."""
+def structure_of(name: str) -> tuple[Structure, int]:
+    """The member of a family that is drawn, and its size."""
     family, shape = sm.families()[name], (SIZE, SIZE)
-    if name == "RealPart":
-        return resolve(sm.RealPart(sm.PermutedButterfly()), shape)
+    if name in DRAWN:
+        structure, size = DRAWN[name]
+        return resolve(structure, (size, size)), size
     for share in (4, 2):
         for found in family.configurations(shape, SIZE * SIZE // share):
-            return resolve(found, shape)
-    return resolve(family(), shape)
+            return resolve(found, shape), SIZE
+    return resolve(family(), shape), SIZE
 
 
 def drawn(name: str, seed: int, changed: bool) -> Tensor:
@@ -51,15 +60,16 @@ def drawn(name: str, seed: int, changed: bool) -> Tensor:
         return noise
     if name == "low rank + noise":
         return noise[:, :3] @ noise[:3] + 0.1 * torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
-    made = sm.StructuredMatrix.random(structure_of(name), (SIZE, SIZE), generator=generator, dtype=torch.float64)
-    if not changed:
-        return made.to_dense()
-    tensors = {
-        key: t * (1 + CHANGED * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype) - 1))
-        if t.is_floating_point()
-        else t
-        for key, t in made.tensors.items()
-    }
+    structure, size = structure_of(name)
+    made = sm.StructuredMatrix.random(structure, (size, size), generator=generator, dtype=torch.float64)
+    tensors = dict(made.tensors)
+    if name == "PermutedButterfly":  # a fresh one has its rows and columns in order
+        tensors |= {key: torch.randperm(size, generator=generator) for key in ("rows", "columns")}
+    if changed:
+        for key, t in tensors.items():
+            if t.is_floating_point():
+                by = CHANGED * (2 * torch.rand(t.shape, generator=generator, dtype=t.dtype) - 1)
+                tensors[key] = torch.where(t == 0, by, t * (1 + by))
     return sm.StructuredMatrix(made.structure, made.shape, tensors).to_dense()
 
 
@@ -68,7 +78,7 @@ def called(matrix: Tensor) -> tuple[str, list[str]]:
     found = sm.inspect(matrix, shares=SHARES)
     exact = [(t.numbers, t.family or t.name) for t in found.traits if t.error <= TOLERANCE]
     exact += [(f.numbers, f.family) for f in found.exact]
-    exact = sorted((entry for entry in exact if entry[0] <= SIZE * SIZE // 2), key=lambda entry: entry[0])
+    exact = sorted((entry for entry in exact if 2 * entry[0] <= matrix.numel()), key=lambda entry: entry[0])
     return (exact[0][1] if exact else "none"), [family for _, family in exact]
 
 
@@ -83,10 +93,10 @@ def cell(name: str, changed: bool) -> dict[str, Any]:
         times.append(time.perf_counter() - start)
         first[family] += 1
         among += name in everything
-    kind = None if name not in FAMILIES else structure_of(name)
+    kind, size = structure_of(name) if name in FAMILIES else (None, SIZE)
     return {
-        "structure": str(kind or name),
-        "numbers": count_stored(kind, (SIZE, SIZE)) if kind else SIZE * SIZE,
+        "structure": f"{kind or name}" if size == SIZE else f"{kind}, {size} x {size}",
+        "numbers": count_stored(kind, (size, size)) if kind else SIZE * SIZE,
         "called": dict(first.most_common()),
         "among": among,
         "seconds_each": statistics.median(times),
@@ -105,7 +115,8 @@ CELLS: Sequence[Cell] = [
 _NOTES = {
     "drawn": "Members as the library draws them.",
     "changed": f"Members with every learned number multiplied by its own random number between {1 - CHANGED:g} and "
-    f"{1 + CHANGED:g}: nodes, operators and recurrences are then no longer those of a fresh matrix.",
+    f"{1 + CHANGED:g}, and with numbers up to {CHANGED:g} in place of zeros: nodes, operators and recurrences are then "
+    "no longer those of a fresh matrix.",
 }
 
 
@@ -115,7 +126,15 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
         "numbers that `sm.inspect` reports, and how often. *Own*: how often the matrix's own family is among all exact "
         "ones. A circulant matrix is a Toeplitz matrix too, and a smaller name is no mistake: what matters is that no "
         "member of a family is called nothing, and noise nothing else. *Drawn*: the structure and its numbers, of "
-        f"{SIZE * SIZE:,}."
+        f"{SIZE * SIZE:,} (of more where another size is given).",
+        "",
+        "Where the own name does not come first, or not at all: fresh learned operators are shifts, whose matrices are "
+        "Toeplitz-like; butterflies of rotations are orthogonal butterflies; the other chains of two factors are "
+        "Monarch matrices; a recurrence that is fresh is that of Chebyshev polynomials. The entries that are not zero "
+        "take twice their number where a sparse matrix is named, which is more than the windows of a GBLR matrix take: "
+        "windows in general position are not found. Nor are the stages of the real part of a complex butterfly, which "
+        "is a Monarch matrix too, of more numbers. Relaxed "
+        "permutations with a probability near one half have nearly no inverse, and are found in most cases.",
     ]
     for kind in KINDS:
         lines += ["", f"## {_NOTES[kind]}", ""]

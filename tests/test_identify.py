@@ -72,6 +72,15 @@ def test_supports_are_named() -> None:
     assert f"a sparse matrix with {int((sparse != 0).sum())} entries" in names(sparse)
 
 
+def test_columns_taken_in_turn_are_a_reordered_structure() -> None:
+    blocks = torch.block_diag(*noise(4, 8, 8))
+    in_turn = torch.arange(32).reshape(8, 4).T.flatten().argsort()  # column j belongs to block j mod 4
+    trait = identify(make_target(blocks[:, in_turn]), 1e-12)[1][0]
+    assert (trait.name, trait.family) == ("a block diagonal matrix of 4 blocks, columns taken in turn", "Reordered")
+    assert trait.numbers == 256
+    assert family_of(blocks[:, shuffled(32)]) == "", "an order that has to be stored"
+
+
 def test_ranks_are_named() -> None:
     low = noise(40, 3) @ noise(3, 32, seed=1)
     assert names(low)[0] == "a matrix of rank 3"
@@ -166,6 +175,37 @@ def test_members_of_families_are_identified(structure: sm.Structure) -> None:
         else tensor
         for name, tensor in member.tensors.items()
     }
+    matrix = sm.StructuredMatrix(member.structure, member.shape, moved).to_dense()
+    assert family_of(matrix) == type(structure).__name__
+
+
+@pytest.mark.parametrize(
+    ("structure", "size"),
+    [
+        (sm.CauchyLike(rank=3), 32),
+        (sm.Fastfood(), 32),
+        (sm.Kaleidoscope(), 64),
+        (sm.LDRSubdiagonal(rank=3), 32),
+        (sm.PermutedButterfly(), 32),
+        (sm.Product(sm.BlockDiagonal(blocks=4), sm.Dense(), inner=4), 32),
+        (sm.RelaxedButterfly(), 32),
+        (sm.SoftPermutation(), 32),
+        (sm.Sum(sm.LowRank(3), sm.Sparse(nonzeros=16)), 32),
+        (sm.VandermondeLike(rank=3), 32),
+    ],
+    ids=lambda given: type(given).__name__ if isinstance(given, sm.Structure) else "",
+)
+def test_members_far_from_a_fresh_matrix_are_identified(structure: sm.Structure, size: int) -> None:
+    """Nodes, operators, diagonals and orders of their own: nothing is left of the ones that a fresh matrix has."""
+    member = sm.StructuredMatrix.random(structure, (size, size), generator=generator(3), dtype=F64)
+    moved = {
+        name: tensor * (0.8 + 0.4 * torch.rand(tensor.shape, generator=generator(4), dtype=F64))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in member.tensors.items()
+    }
+    if isinstance(structure, sm.PermutedButterfly):
+        moved |= {"rows": shuffled(size, 5), "columns": shuffled(size, 6)}
     matrix = sm.StructuredMatrix(member.structure, member.shape, moved).to_dense()
     assert family_of(matrix) == type(structure).__name__
 

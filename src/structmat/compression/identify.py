@@ -25,6 +25,7 @@ from structmat.projection.assignment import assignment
 from structmat.projection.chain import fit_chain
 from structmat.projection.hierarchical import dense_product
 from structmat.projection.orders import find_orders
+from structmat.projection.plus_low_rank import support_plus_low_rank
 from structmat.projection.reordering import ALIKE, butterfly_reordering, monarch_reordering
 from structmat.projection.robust import robust_pca
 from structmat.projection.target import Target
@@ -236,6 +237,9 @@ def by_support(subject: Subject) -> Iterator[Trait]:
         numbers = area + (0 if in_order else rows + columns)
         if in_order:
             yield Trait(name, 0.0, numbers, family="BlockDiagonal")
+        elif bool((by_row.diff() >= 0).all()) and torch.equal(by_column, torch.arange(columns) % parts):
+            words = f"a block diagonal matrix of {parts} blocks, columns taken in turn"
+            yield Trait(words, 0.0, area, *orders, "Reordered" if area * parts == rows * columns else "")
         else:
             yield Trait(name, 0.0, numbers, *orders)
     if count < weight.numel():
@@ -348,7 +352,10 @@ def by_separation(subject: Subject) -> Iterator[Trait]:
     if not found.succeeded:
         return
     rows, columns = torch.nonzero(found.sparse, as_tuple=True)
+    # The iteration ends at 1e-7 or so: with the places known, the rest is completion.
+    held = support_plus_low_rank(weight, found.sparse != 0, found.rank, subject.tolerance) if found.rank else None
     error = float(torch.linalg.norm(weight - found.low_rank - found.sparse)) / subject.norm
+    error = error if held is None else min(error, held.error)
     low = found.rank * sum(weight.shape)
     if bool((rows == columns).all()):
         yield Trait(f"a diagonal matrix plus rank {found.rank}", error, low + len(rows), family="Sum")

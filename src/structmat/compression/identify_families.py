@@ -1,14 +1,15 @@
 """Detectors of families: displacement structure, nodes, recurrences, scaled transforms, hierarchies, block factors.
 
-Each is in closed form: where a matrix is a member, its parameters come out, and the error says whether it is one.
-Members of what only a descent could find (relaxed permutations, cascades of several diagonal layers, windows in general
-position, Krylov matrices of learned operators) have no detector here.
+Each is in closed form, but for tridiagonal operators and relaxed permutations, which are descents in few unknowns:
+where a matrix is a member, its parameters come out, and the error says whether it is one. Members of what only a longer
+descent could find (cascades of several diagonal layers, windows in general position, real parts of complex butterflies)
+have no detector here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
 import torch
@@ -19,12 +20,25 @@ from structmat import transforms
 from structmat.compression.traits import NEAR, Subject, Trait
 from structmat.displacement import operators
 from structmat.matrix import StructuredMatrix
+from structmat.projection.found_operators import cauchy_angles, subdiagonals, vandermonde_nodes
+from structmat.projection.found_stages import fastfood_tensors, kaleidoscope_factors, relaxed_factors, switch_logits
+from structmat.projection.found_tridiagonals import tridiagonal_members
 from structmat.projection.plus_low_rank import diagonal_means, support_plus_low_rank, toeplitz_plus_low_rank
+from structmat.projection.project import project_target
 from structmat.projection.simultaneous import factor_grid, monarch_pair
 from structmat.projection.target import Target
 from structmat.sizes import divisors
-from structmat.structure import Shape
+from structmat.structure import Shape, Structure, count_stored
+from structmat.structures.cauchy_like import CauchyLike
+from structmat.structures.fastfood import Fastfood
+from structmat.structures.generators import OfDisplacementRank
+from structmat.structures.kaleidoscope import Kaleidoscope
+from structmat.structures.ldr_subdiagonal import LDRSubdiagonal
+from structmat.structures.ldr_tridiagonal import LDRTridiagonal
 from structmat.structures.orthogonal_polynomial import OrthogonalPolynomial
+from structmat.structures.relaxed_butterfly import RelaxedButterfly
+from structmat.structures.soft_permutation import SoftPermutation
+from structmat.structures.vandermonde_like import VandermondeLike
 
 _LARGEST = 1024
 """Sides up to this are looked at: most of these detectors decompose the whole matrix."""
@@ -36,6 +50,8 @@ _SMALLEST = 8
 
 _STEPS = 4
 """Of alternating least squares for two diagonals."""
+
+_LARGEST_RELAXED = 128
 
 _TOEPLITZ, _HANKEL, _BOTH = "Toeplitz", "Hankel", "Toeplitz plus Hankel"
 _VANDERMONDE, _CAUCHY = "Vandermonde", "Cauchy"
@@ -161,14 +177,6 @@ def by_nodes(subject: Subject) -> Iterator[Trait]:
         error = _reciprocal_error(weight, norm)
         name = "a Cauchy matrix with rows and columns scaled"
         yield Trait(name, error, 2 * (rows + columns), family="CauchyLike")
-    if rows > 8 and columns > 8:
-        # Z_-1 is diagonal in the basis of the powers of its eigenvalues: a Vandermonde-like matrix becomes Cauchy-like.
-        places = torch.arange(columns, dtype=torch.float64)
-        roots = torch.exp(1j * math.pi * (2 * places + 1) / columns)
-        turned = weight.to(torch.complex128) @ (roots[None, :] ** -places[:, None]) / math.sqrt(columns)
-        if bool((turned != 0).all()):
-            name = "a matrix of displacement rank 1 under the operators of Vandermonde matrices, nodes found"
-            yield Trait(name, _reciprocal_error(turned, norm), 2 * rows + columns, family="VandermondeLike")
 
 
 def _reciprocal_error(weight: Tensor, norm: float) -> float:
@@ -176,6 +184,36 @@ def _reciprocal_error(weight: Tensor, norm: float) -> float:
     u, s, vh = torch.linalg.svd(1 / weight, full_matrices=False)
     near = 1 / ((u[:, :2] * s[:2]) @ vh[:2])
     return float(torch.linalg.norm(weight - near)) / norm
+
+
+_FOUND: tuple[tuple[type[OfDisplacementRank], Callable[[Tensor, int], object], int, str], ...] = (
+    (CauchyLike, cauchy_angles, 8, "Cauchy-like matrix, nodes found"),
+    (VandermondeLike, vandermonde_nodes, 8, "Vandermonde-like matrix, nodes found"),
+    (LDRSubdiagonal, subdiagonals, 8, "matrix for learned subdiagonal operators, found"),
+    (LDRTridiagonal, tridiagonal_members, 2, "matrix for learned tridiagonal operators, found"),
+)
+"""Families, what finds their operators, the highest rank that is tried, and names. The last is a descent."""
+
+
+def by_found_operators(subject: Subject) -> Iterator[Trait]:
+    """Small displacement rank under nodes, subdiagonals and three diagonals that nothing is known of."""
+    weight, shape = subject.weight, (subject.weight.shape[0], subject.weight.shape[1])
+    if min(shape) < _SMALLEST or max(shape) > _LARGEST or subject.measures.rank < min(shape) // 2:
+        return
+    for kind, find, highest, name in _FOUND:
+        for rank in range(1, highest + 1):
+            numbers = kind.numbers(rank, shape)
+            if 2 * numbers > weight.numel():
+                break
+            if find(weight, rank) is not None:
+                structure: Structure = kind(rank=rank)  # type: ignore[call-arg]
+                plain = subject.target.unweighted()
+                error = project_target(plain, structure, dtype=weight.dtype, device=weight.device).error
+                words = f"a {name}: displacement rank {rank}"
+                yield Trait(words, error, numbers, family=kind.__name__)
+                if error <= subject.tolerance:
+                    return
+                break
 
 
 def by_recurrence(subject: Subject) -> Iterator[Trait]:
@@ -215,7 +253,7 @@ def by_recurrence(subject: Subject) -> Iterator[Trait]:
 
 
 def by_scalings(subject: Subject) -> Iterator[Trait]:
-    """Known matrices between two diagonals: orthogonal polynomials at Gauss nodes; a layer of ACDC; Fastfood."""
+    """Known matrices between two diagonals: orthogonal polynomials at Gauss nodes; a layer of ACDC."""
     weight, norm = subject.weight, subject.norm
     rows, columns = weight.shape
     if not 4 <= min(rows, columns) <= max(rows, columns) <= _LARGEST or subject.measures.rank < min(rows, columns) // 2:
@@ -229,8 +267,6 @@ def by_scalings(subject: Subject) -> Iterator[Trait]:
         error = _between_diagonals(cosines @ weight, cosines) / norm
         name = "an inverse cosine transform, a diagonal, a cosine transform and a diagonal"
         yield Trait(name, error, 2 * rows, family="ACDC")
-        if rows & (rows - 1) == 0 and not weight.is_complex():
-            yield from _fastfood(subject)
 
 
 @lru_cache(maxsize=16)
@@ -254,27 +290,32 @@ def _between_diagonals(weight: Tensor, known: Tensor) -> float:
     return float(torch.linalg.norm(weight - a[:, None] * known * b))
 
 
-def _fastfood(subject: Subject) -> Iterator[Trait]:
-    """``H diag(g) P H diag(b)``: after one Hadamard transform the rows are rows of H, scaled, with b on the columns.
-
-    The quotient of two of them is a row of H again, times a number. (With a third diagonal in front nothing is known of
-    either; the transposed matrix covers the case in which that one is there and the last is not.)
-    """
-    size = subject.weight.shape[0]
-    hadamard = transforms.hadamard(size).to_dense().to(subject.weight)
-    for turned in (subject.weight, subject.weight.mT):
-        rows = hadamard @ turned
-        first = rows[int(torch.linalg.norm(rows, dim=1).argmax())]
-        if not bool((first != 0).all()):
-            continue
-        quotients = rows / first
-        nearest = (quotients @ hadamard).abs().argmax(1)
-        signs = hadamard[nearest]
-        near = (quotients * signs).mean(1, keepdim=True) * signs * first
-        error = float(torch.linalg.norm(rows - near)) / float(torch.linalg.norm(rows))
-        if len(nearest.unique()) == size:
-            name = "a Hadamard transform, a permuted diagonal, a Hadamard transform and a diagonal"
-            yield Trait(name, error, 3 * size, family="Fastfood")
+def by_stages(subject: Subject) -> Iterator[Trait]:
+    """Fastfood, kaleidoscopes, soft permutations by switches, relaxed permutations before a butterfly."""
+    weight = subject.weight
+    size = weight.shape[0]
+    if weight.shape[1] != size or not _SMALLEST <= size <= _LARGEST or size & (size - 1):
+        return
+    if weight.is_complex() or subject.measures.rank < size:
+        return
+    sums = torch.cat([weight.sum(0), weight.sum(1)])
+    kinds: list[tuple[str, Structure, Callable[[Tensor], Mapping[str, Tensor] | None]]] = []
+    kinds.append(
+        ("a diagonal, two Hadamard transforms around a permuted diagonal, a diagonal", Fastfood(), fastfood_tensors)
+    )
+    if float((sums - 1).abs().max()) <= NEAR and float(weight.min()) >= -NEAR:
+        kinds.append(("a permutation softened by switches", SoftPermutation(), switch_logits))
+    kinds.append(("a kaleidoscope matrix", Kaleidoscope(), kaleidoscope_factors))
+    if size <= _LARGEST_RELAXED and (subject.measures.butterfly or 0.0) > subject.tolerance:
+        kinds.append(("a butterfly matrix after a relaxed permutation", RelaxedButterfly(), relaxed_factors))
+    for name, structure, find in kinds:
+        numbers = count_stored(structure, (size, size))
+        tensors = find(weight) if 2 * numbers <= weight.numel() else None
+        if tensors is not None:
+            near = StructuredMatrix(structure, (size, size), tensors).to_dense()
+            error = float(torch.linalg.norm(near - weight)) / subject.norm
+            if math.isfinite(error):
+                yield Trait(name, error, numbers, family=type(structure).__name__)
 
 
 # ------------------------------------------------------------------------------------- blocks, supports, products
@@ -319,6 +360,28 @@ def by_hierarchy(subject: Subject) -> Iterator[Trait]:
         name = f"a matrix of {levels} levels of off-diagonal blocks of rank {rank}"
         error = math.hypot(*(float(torch.linalg.norm(own[..., rank:])) for own in values[:levels])) / subject.norm
         yield Trait(name, error, numbers, family="HODLR")
+
+
+def by_bands_of_rows(subject: Subject) -> Iterator[Trait]:
+    """Bands of rows, or of columns, of low rank each: a block diagonal matrix times a dense one, or the other way
+    round."""
+    shape = (subject.weight.shape[0], subject.weight.shape[1])
+    plain = subject.measures.rank * sum(shape)
+    floor = subject.tolerance * subject.norm
+    for weight, words in (
+        (subject.weight, "a block diagonal matrix of {} blocks times a dense one of {} rows"),
+        (subject.weight.mT, "a dense matrix of {1} columns times a block diagonal one of {0} blocks"),
+    ):
+        rows, columns = weight.shape
+        for count in (2, 4, 8):
+            if rows % count or rows // count < 2:
+                continue
+            values = torch.linalg.svdvals(weight.reshape(count, rows // count, columns))
+            rank = int((values > floor).sum(-1).max())
+            numbers = rank * (rows + count * columns)
+            if rank > 0 and numbers < plain and 2 * numbers <= weight.numel():
+                error = float(torch.linalg.norm(values[:, rank:])) / subject.norm
+                yield Trait(words.format(count, count * rank), error, numbers, family="Product")
 
 
 def by_shared_bases(subject: Subject) -> Iterator[Trait]:
@@ -421,9 +484,12 @@ DETECTORS = (
     by_displacement,
     by_rolled,
     by_nodes,
+    by_found_operators,
     by_recurrence,
     by_scalings,
+    by_stages,
     by_hierarchy,
+    by_bands_of_rows,
     by_shared_bases,
     by_monarch_pair,
     by_support_and_rank,

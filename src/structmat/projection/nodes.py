@@ -11,6 +11,7 @@ from torch import Tensor
 from structmat.program import Program
 from structmat.program.generated import cauchy_kernel, cauchy_like, powers
 from structmat.projection.displacement import low_rank_factors
+from structmat.projection.found_operators import cauchy_angles
 from structmat.projection.refine import rescale
 from structmat.projection.target import Target
 
@@ -131,8 +132,9 @@ def _descend_cauchy(weight: Tensor, tensors: dict[str, Tensor], steps: int) -> d
 
 
 def fit_cauchy_like(target: Target, rank: int) -> dict[str, Tensor]:
-    """``left``, ``right``, ``rows`` and ``columns`` of a Cauchy-like matrix near a target, for the nodes of a fresh
-    one.
+    """``left``, ``right``, ``rows`` and ``columns`` of a Cauchy-like matrix near a target: for the nodes of a fresh
+    one, or for nodes that are found (:func:`structmat.projection.found_operators.cauchy_angles`), as those of generic
+    members of small ranks are.
 
     With the nodes fixed, each row of W is linear in its own ``left[:, i]``, and each column in ``right[:, j]``: the
     start from the displacement is followed by exact least squares for all rows, in a weighted norm too, and in the
@@ -154,9 +156,29 @@ def fit_cauchy_like(target: Target, rank: int) -> dict[str, Tensor]:
         balance = (size_right / size_left) ** 0.5
         left, right = left * balance, right / balance
     found = {"left": left, "right": right, "rows": rows, "columns": columns}
-    if target.error(cauchy_like(left, right, rows, columns)) > target.norm():
-        found["left"] = torch.zeros_like(left)
+    error = target.error(cauchy_like(left, right, rows, columns))
+    if error > target.norm():
+        found["left"], error = torch.zeros_like(left), target.norm()
+    for smaller in range(1, rank + 1):
+        angles = cauchy_angles(weight, smaller)
+        if angles is not None:
+            other = _from_angles(weight, *angles, rank)
+            return other if target.error(cauchy_like(**other)) < error else found
     return found
+
+
+def _from_angles(weight: Tensor, p: Tensor, q: Tensor, rank: int) -> dict[str, Tensor]:
+    """The member of which the nodes are tangents of angles, turned so that all are as far from infinity as can be."""
+    sorted_angles = torch.cat([p, q]).remainder(math.pi).sort().values
+    gaps = torch.cat([sorted_angles[1:], sorted_angles[:1] + math.pi]) - sorted_angles
+    widest = int(gaps.argmax())
+    turn = sorted_angles[widest] + gaps[widest] / 2 - math.pi / 2
+    p, q = p - turn, q - turn
+    g, h = low_rank_factors(torch.sin(p[:, None] - q) * weight, rank)
+    # sin(p - q) = cos(p) cos(q) (tan(p) - tan(q)).
+    places = torch.arange(max(weight.shape), dtype=weight.dtype)
+    rows, columns = torch.tan(p) - places[: len(p)], torch.tan(q) - places[: len(q)]
+    return {"left": g / torch.cos(p), "right": h / torch.cos(q), "rows": rows, "columns": columns}
 
 
 def _rows_of(weight: Tensor, kernel: Tensor, right: Tensor, root: Tensor | None) -> Tensor:

@@ -15,7 +15,10 @@ from torch import Tensor
 from structmat.errors import ShapeError
 
 _COMBINATIONS = 3
-"""Random combinations that are tried; eigenvalues of one may happen to lie close together."""
+_MORE, _SMALL = 20, 16
+"""Random combinations that are tried, more of small blocks; eigenvalues of one may happen to lie close together."""
+
+_MET = 1e-15
 
 _REAL = 1e-6
 """Relative imaginary parts below this are rounding: eigenvectors of a real member are real."""
@@ -98,8 +101,26 @@ def monarch_pair(matrix: Tensor, block: int, *, seed: int = 0) -> MonarchPair | 
 def factor_grid(blocks: Tensor, *, seed: int = 0) -> Grid | None:
     """Factors of a grid (p, q, r, r), p and q at least 2, in float64 or complex128: exact for generic members.
 
-    None if blocks of its first row or column are singular. Of a few random combinations the best one is taken.
+    None if in each row or in each column a block is singular. Of a few random combinations the best one is taken.
     """
+    # Everything goes through one row and one column: those of which the worst block is best.
+    values = torch.linalg.svdvals(blocks)
+    health = values[..., -1] / values[..., 0].clamp(min=1e-300)
+    rows, columns = _put_first(health.amin(1)), _put_first(health.amin(0))
+    found = _factor_grid(blocks[rows[:, None], columns], seed)
+    if found is None:
+        return None
+    by_row, by_column = rows.argsort(), columns.argsort()
+    return Grid(found.left[by_row], found.middle[by_row[:, None], by_column], found.right[by_column])
+
+
+def _put_first(health: Tensor) -> Tensor:
+    """The order (n,) that puts the healthiest place in front."""
+    order = torch.arange(len(health))
+    return order.roll(-int(health.argmax()))
+
+
+def _factor_grid(blocks: Tensor, seed: int) -> Grid | None:
     corner = blocks[0, 0]
     try:
         by_row = torch.linalg.solve(blocks[1:, :1], blocks[1:, 1:])  # M_i1^-1 M_ij
@@ -111,7 +132,8 @@ def factor_grid(blocks: Tensor, *, seed: int = 0) -> Grid | None:
         return None
     generator = torch.Generator().manual_seed(seed)
     best, least = None, torch.inf
-    for _ in range(_COMBINATIONS):
+    enough = _MET * float(torch.linalg.norm(blocks))
+    for _ in range(_MORE if blocks.shape[-1] <= _SMALL else _COMBINATIONS):
         weights = torch.randn(alike.shape[:2], generator=generator, dtype=torch.float64)
         together = torch.einsum("ij,ijkl->kl", weights.to(alike), alike / alike.abs().amax((-2, -1), keepdim=True))
         _, vectors = torch.linalg.eig(together)
@@ -122,6 +144,8 @@ def factor_grid(blocks: Tensor, *, seed: int = 0) -> Grid | None:
             error = float(torch.linalg.norm(found.blocks - blocks))
             if error < least:
                 best, least = found, error
+            if error <= enough:
+                break
     return best
 
 

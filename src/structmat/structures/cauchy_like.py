@@ -36,7 +36,8 @@ class CauchyLike(OfDisplacementRank):
     ``right`` (rank, in); ``(rank + 1) (out + in)`` parameters. Products with the matrix written out, ``O(out in)``
     after ``O(rank out in)``: the direct evaluation that is stable for all nodes. Projection: for the nodes of a fresh
     matrix, truncated SVD of the displacement, exact for members with these nodes, then alternating least squares, row
-    by row and column by column; no certificate. ``solve`` by elimination on the generators. Source: Gohberg, Kailath
+    by row and column by column; where that is no member, real nodes are found if the rank is small
+    (``(rank + 1)^2 < in``); no certificate. ``solve`` by elimination on the generators. Source: Gohberg, Kailath
     and Olshevsky 1995; Golub and Van Loan, section 12.1.
 
     Args:

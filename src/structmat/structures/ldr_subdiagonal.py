@@ -27,8 +27,9 @@ class LDRSubdiagonal(OfDisplacementRank):
 
     Products: the Krylov matrices written out, ``O(rank min(out, in) (out + in))``, stable whatever the operators.
     ``freeze`` puts Fourier transforms in their place, ``O(rank n log n)``, where the running products of an operator
-    differ by less than 1e5 in float32 (1e12 in float64), and dense matrices elsewhere. Projection: for the plain shift
-    by truncated SVD of the displacement, exact for members with that operator, then alternating least squares and
+    differ by less than 1e5 in float32 (1e12 in float64), and dense matrices elsewhere. Projection: for the plain shift,
+    or for subdiagonals that are found, as those of generic members with ``(rank + 1) (rank + 2) < in`` are, by
+    truncated SVD of the displacement, exact for members with these operators, then alternating least squares and
     descent over all tensors; no certificate. Source: Thomas, Gu, Dao, Rudra and Re, "Learning compressed transforms
     with low displacement rank" (NeurIPS 2018).
 

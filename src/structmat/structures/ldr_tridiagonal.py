@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from torch.nn import functional
 
 from structmat.program import Chain, Generated, Program
 from structmat.program.generated import tridiagonal_krylov
-from structmat.projection.krylov import Shift, fit_krylov, krylov_scales
+from structmat.projection.found_tridiagonals import tridiagonal_members
+from structmat.projection.krylov import Shift, fit_krylov, krylov_scales, member_error
 from structmat.projection.target import Fit, Target
 from structmat.structure import Normal, ParameterSpec, Shape, whole
 from structmat.structures.generators import OfDisplacementRank
@@ -28,7 +30,8 @@ class LDRTridiagonal(OfDisplacementRank):
 
     Products: the Krylov matrices written out column by column, one product with the operator after the other,
     ``O(rank min(out, in) (out + in))``: the stable form, and as many steps as there are columns. Projection: as of
-    ``LDRSubdiagonal``.
+    ``LDRSubdiagonal``; for square matrices of sizes 8 to 64 all bands are found too, which gives back generic members
+    whose operators are not far from shifts.
     Source: Thomas, Gu, Dao, Rudra and Re, "Learning compressed transforms with low displacement rank" (NeurIPS 2018).
 
     Args:
@@ -71,7 +74,15 @@ class LDRTridiagonal(OfDisplacementRank):
         operators = {}
         for name, size in (("left_operator", height), ("right_operator", width)):
             operators[name] = torch.stack([Shift().values(size), *torch.zeros(2, size, dtype=torch.float64)])
-        return fit_krylov(self.program(target.native), operators, target, rank)
+        plain = fit_krylov(self.program(target.native), operators, target, rank)
+        for smaller in range(1, rank + 1):
+            found = tridiagonal_members(target.weight, smaller)
+            if found is not None:
+                for name in ("left", "right"):
+                    found[name] = functional.pad(found[name], (0, 0, 0, rank - smaller))
+                errors = [member_error(self.program(target.native), t, target) for t in (plain.tensors, found)]
+                return Fit(found, plain.certificate, 0.0, "operators found") if errors[1] < errors[0] else plain
+        return plain
 
     @classmethod
     def numbers(cls, rank: int, shape: Shape) -> int:

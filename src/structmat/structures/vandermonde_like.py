@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
+import torch
+from torch import Tensor
+
 from structmat.displacement.form import CauchyForm, Side
-from structmat.program import Chain, Convolution, Generated, Program, convolution
+from structmat.program import Chain, Convolution, Generated, Program, apply, convolution
 from structmat.program.generated import powers, vandermonde_krylov
 from structmat.projection.displacement import finished, low_rank_factors
+from structmat.projection.found_operators import vandermonde_nodes
 from structmat.projection.nodes import Spread
 from structmat.projection.target import Fit, Target
 from structmat.structure import (
@@ -60,16 +64,26 @@ class VandermondeLike(OfDisplacementRank):
         return _program(whole(self.rank), shape)
 
     def project(self, target: Target) -> Fit:
-        (height, width), rank = target.native, whole(self.rank)
-        nodes = Spread(-0.7, 0.7).values(height).to(target.weight)
-        # M - diag(d) M Z_-1^T = (I + diag(d)^n) (sum of left right^T): column j of M Z_-1^T is column j - 1.
-        shifted = target.weight.roll(1, 1)
-        shifted[:, 0] = -shifted[:, 0]
-        displacement = (target.weight - nodes[:, None] * shifted) / (1 + nodes**width)[:, None]
-        left, right = low_rank_factors(displacement, rank)
-        tensors = {"left": left, "right": right, "nodes": nodes}
+        (height, _), rank = target.native, whole(self.rank)
+        start = self._start(target.weight, Spread(-0.7, 0.7).values(height).to(target.weight))
+        for smaller in range(1, rank + 1):
+            nodes = vandermonde_nodes(target.weight, smaller)
+            if nodes is not None:
+                other = self._start(target.weight, nodes)
+                program, eye = self.program(target.native), torch.eye(target.native[1], dtype=target.weight.dtype)
+                errors = [target.error(apply(program, tensors, eye).T) for tensors in (start, other)]
+                start = other if errors[1] < errors[0] else start
+                break
         method = "truncated SVD of the displacement"
-        return finished(_program(rank, target.native), tensors, "left", target, 0.0, method)
+        return finished(self.program(target.native), start, "left", target, 0.0, method)
+
+    def _start(self, weight: Tensor, nodes: Tensor) -> dict[str, Tensor]:
+        # M - diag(d) M Z_-1^T = (I + diag(d)^n) (sum of left right^T): column j of M Z_-1^T is column j - 1.
+        shifted = weight.roll(1, 1)
+        shifted[:, 0] = -shifted[:, 0]
+        displacement = (weight - nodes[:, None] * shifted) / (1 + nodes ** weight.shape[1])[:, None]
+        left, right = low_rank_factors(displacement, whole(self.rank))
+        return {"left": left, "right": right, "nodes": nodes}
 
     def inversion(self, matrix: StructuredMatrix) -> CauchyForm:
         nodes, size = matrix.tensors["nodes"], matrix.shape[0]
