@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import structmat as sm
-from structmat.structure import DENSE_GAIN, Shape, Structure
+from structmat.structure import DENSE_GAIN, Shape, Structure, resolve
 
 SHAPE: Shape = (96, 128)
 INPUTS = 4096
@@ -31,6 +31,8 @@ def a_family_at_its_shape() -> list[tuple[Structure, Shape]]:
     for structure, _ in market.one_a_family(SHAPE):
         if isinstance(structure, sm.Reordered):  # its sizes are those of one shape
             structure = sm.Reordered(structure.structure, (SHAPE[1] // 4, 4), (1, 0))
+        if isinstance(structure, sm.Stacked):  # so are its rows
+            structure = resolve(sm.Stacked(structure.parts), SHAPE)
         if structure.keeps_variance:
             found.append((structure, SHAPE if structure.restriction(SHAPE) is None else (128, 128)))
     return found
