@@ -180,3 +180,10 @@ def test_grids_with_a_bad_first_block_are_factored() -> None:
     found = factor_grid(blocks)
     assert found is not None
     assert distance(found.blocks, blocks) < 1e-11
+
+
+def test_a_matrix_of_zeros_has_no_operators() -> None:
+    zeros = torch.zeros(8, 8, dtype=torch.float64)
+    assert tridiagonal_members(zeros, 1) is None
+    for structure in (sm.LDRTridiagonal(rank=1), sm.LDRSubdiagonal(rank=1), sm.CauchyLike(rank=1)):
+        assert sm.project(zeros, structure).error == 0.0

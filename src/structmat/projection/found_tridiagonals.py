@@ -36,6 +36,8 @@ def tridiagonal_members(matrix: Tensor, rank: int) -> dict[str, Tensor] | None:
     size = matrix.shape[0]
     if matrix.shape[1] != size or matrix.is_complex() or not 8 <= size <= _LARGEST or 4 * rank >= size:
         return None
+    if not bool(matrix.any()):
+        return None  # of no displacement at all
     generator = torch.Generator().manual_seed(0)
     for start in range(_STARTS):
         bands = torch.zeros(2, 3, size, dtype=matrix.dtype)
