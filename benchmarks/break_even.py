@@ -8,8 +8,8 @@ A cell is one family and one number of rows. Sizes grow by powers of two and thr
 the frozen layer and ``F.linear`` run in turns in one process, float32, on one thread. The break-even size is the
 smallest from which on the layer is faster at every size that was measured. The measurement ends after four sizes at
 which it took less than two thirds of the time of dense: larger ones favour structure more. Members are those of
-``structmat bench --full``: typical ones where there are some, else the first configuration within an eighth of the
-dense parameters.
+``structmat bench --full``: typical ones where there are some, displacement rank 4 where there is one, else the first
+configuration within an eighth of the dense parameters.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def break_even(sizes: list[dict[str, Any]]) -> str:
     return str(best) if best > sizes[0]["size"] else f"≤ {best}"
 
 
-FAMILIES = tuple(dict.fromkeys(type(s).__name__ for s in every_member((64, 64))))
-"""Those that have a square member."""
+FAMILIES = tuple(dict.fromkeys(type(s).__name__ for s in every_member((1024, 1024))))
+"""Those that have a square member; some need more than an eighth of the dense parameters at smaller sizes."""
 
 CELLS = [Cell(f"{family} batch {batch}", partial(cell, family, batch)) for family in FAMILIES for batch in BATCHES]
 

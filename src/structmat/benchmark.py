@@ -48,13 +48,19 @@ from structmat.structures.blast import BLAST
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.block_tensor_train import BlockTensorTrain
 from structmat.structures.butterfly import Butterfly
+from structmat.structures.cauchy_like import CauchyLike
 from structmat.structures.dense import Dense
+from structmat.structures.hankel_like import HankelLike
 from structmat.structures.kronecker import Kronecker
+from structmat.structures.ldr_subdiagonal import LDRSubdiagonal
+from structmat.structures.ldr_tridiagonal import LDRTridiagonal
 from structmat.structures.low_rank import LowRank
 from structmat.structures.monarch import Monarch
 from structmat.structures.pivoted_low_rank import PivotedLowRank
 from structmat.structures.sparse import Sparse
 from structmat.structures.sum_of import SparsePlusLowRank
+from structmat.structures.toeplitz_like import ToeplitzLike
+from structmat.structures.vandermonde_like import VandermondeLike
 
 SECONDS = 2.0
 """To spend on a layer of a setting."""
@@ -67,6 +73,10 @@ FLOOR_SECONDS = 0.2
 
 FEWEST, FEWEST_SLOW = 7, 3
 """Turns that are made at least; and of what has used the layer's seconds before."""
+
+DISPLACEMENT_RANK = 4
+LOW_DISPLACEMENT_RANK = (ToeplitzLike, HankelLike, VandermondeLike, CauchyLike, LDRSubdiagonal, LDRTridiagonal)
+"""Their products take time in proportion to the rank, and are made for small ones."""
 
 FULL_SHARE = 8
 """Families without a typical member are measured at this part of the dense parameters."""
@@ -175,8 +185,9 @@ def typical_members(shape: Shape) -> list[Structure]:
 
 
 def every_member(shape: Shape) -> list[Structure]:
-    """The typical ones, and the first configuration of every other family."""
+    """The typical ones, those of small displacement rank, and the first configuration of every other family."""
     found = typical_members(shape)
+    found += _fitting((kind(rank=DISPLACEMENT_RANK) for kind in LOW_DISPLACEMENT_RANK), shape)
     others = {name: kind for name, kind in families().items() if kind not in {Dense, *map(type, found)}}
     for _, kind in sorted(others.items()):
         found += _fitting(list(kind.configurations(shape, shape[0] * shape[1] // FULL_SHARE))[:1], shape)
