@@ -32,7 +32,8 @@ def mnist() -> dict[str, Tensor]:
 
 VALIDATION = 5000
 HIDDEN = 256
-P5_STEPS = 400
+P5_STEPS = 2150
+"""Five epochs."""
 LAYERS = ["0", "2"]
 
 
@@ -99,18 +100,20 @@ def run_perceptron(method: str, share: float, factor: float | None, seed: int, *
 
 
 def trained(seed: int) -> nn.Sequential:
-    """The dense perceptron, trained."""
+    """The dense perceptron, trained at its best rate."""
     torch.manual_seed(seed)
     model = perceptron(HIDDEN)
-    kept(f"perceptron_{seed}", model, lambda: train(model, None, BASE["P5"], P5_STEPS, images(seed), F.cross_entropy))
+    rate = BASE["P5"] * chosen("P5", "dense")
+    name = f"perceptron_{P5_STEPS}_{rate:.2g}_{seed}"
+    kept(name, model, lambda: train(model, None, rate, P5_STEPS, images(seed), F.cross_entropy))
     return model
 
 
 def run_compressed(method: str, share: float, seed: int) -> dict[str, Any]:
-    """The trained dense perceptron, its layers projected; before and after 200 steps of recovery on labels."""
+    """The trained dense perceptron, its layers projected; before and after an epoch of recovery on labels."""
     model = trained(seed)
     original = accuracy(model, "test")
-    steps = 200
+    steps = P5_STEPS // 5
     learner = project(model, LAYERS, method, share, steps, seed)
     before = accuracy(model, "test")
     train(model, learner, BASE["P5"] / 3, steps, images(seed + 50), F.cross_entropy)

@@ -176,10 +176,7 @@ def _trained(done: Done, task: str, title: str, form: str, sign: int) -> list[st
         rows.append(row)
     rates = f"validation at rates / 3, x 1, x 3 ({SWEPT:.0%}, seed 0)"
     head = ("method", *(f"{b:.0%}" for b in BUDGETS), rates, "seconds")
-    note = (
-        "In brackets the share of the dense multiply-adds that is deployed. The rate is the best of the sweep. "
-        "The first cells of GBLR learned and of its published start let budget move between layers without bounds."
-    )
+    note = "In brackets the share of the dense multiply-adds that is deployed. The rate is the best of the sweep."
     return [f"## {title}", "", *markdown(head, rows), "", note, ""]
 
 
