@@ -333,6 +333,17 @@ def test_circuits_D3_fallback(factor: float, dtype: torch.dtype) -> None:
     assert bool(torch.isfinite(matrix).all())
 
 
+@pytest.mark.parametrize("structure", [sm.VandermondeLike(3), sm.LDRTridiagonal(2), sm.LDRSubdiagonal(3)], ids=str)
+def test_a_frozen_layer_takes_no_more_operations_than_the_dense_one(structure: sm.Structure) -> None:
+    """What is written out is larger than the matrix; then the matrix itself is what runs."""
+    generator = torch.Generator().manual_seed(0)
+    layer = sm.nn.StructuredLinear(48, 40, structure=structure, dtype=torch.float64, generator=generator)
+    frozen = layer.freeze()
+    assert sum(stage.multiplications for stage in stages(frozen.program)) <= 48 * 40
+    x = torch.randn(5, 48, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(frozen(x), layer(x))
+
+
 def test_what_a_frozen_layer_runs_is_explained() -> None:
     """A fresh operator is the shift, for which transforms are stable."""
     layer = layer_of(member(sm.LDRSubdiagonal(1), (700, 700)))

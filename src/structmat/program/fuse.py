@@ -14,6 +14,7 @@ from structmat.program.convolve import convolution_matrix
 from structmat.program.plain import plain
 from structmat.program.reference import (
     MATERIALISED_DENSITY,
+    apply,
     generated_matrix,
     interpolation_matrix,
     sparse_matrix,
@@ -28,6 +29,9 @@ from structmat.program.windows import merge_windows
 from structmat.program.written_out import Generated
 
 Tensors = Mapping[str, Tensor]
+
+_ROWS_AT_ONCE = 256
+"""Of a unit matrix, when a program is written out: several times as many numbers are in memory on the way."""
 
 
 def chainable(first: Contraction, second: Contraction) -> int | None:
@@ -160,8 +164,10 @@ def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, 
         return Sum(tuple(_fuse(part, tensors, writing, made) for part in program.parts))
     done: list[Program] = []
     work: list[int] = []  # multiplications of the original run behind each entry of done
-    for step in program.steps:
-        step = _fuse(step, tensors, writing, made)
+    written_out = False
+    for given in program.steps:
+        step = _fuse(given, tensors, writing, made)
+        written_out |= isinstance(given, Generated) and isinstance(step, Contraction)
         amount = step.multiplications if isinstance(step, Stage) else 0
         while done:
             joined = _join(done[-1], step, {**tensors, **made}, writing.growth, work[-1] + amount, made)
@@ -171,7 +177,21 @@ def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, 
             done.pop()
         done.append(step)
         work.append(amount)
-    return Chain(tuple(done)) if len(done) > 1 else done[0]
+    if len(done) == 1:
+        return done[0]
+    fused = Chain(tuple(done))
+    if written_out and sum(s.multiplications for s in _stages(fused)) > fused.out_features * fused.in_features:
+        return _whole(fused, tensors, made)
+    return fused
+
+
+def _whole(program: Program, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:
+    """The dense matrix of a program: for those with a written out stage that is larger than it."""
+    known = {**tensors, **made}
+    like = next(known[name] for stage in _stages(program) for name in stage.weights)
+    unit = torch.eye(program.in_features, dtype=like.dtype, device=like.device)
+    rows = [apply(program, known, part) for part in unit.split(_ROWS_AT_ONCE)]
+    return _dense(program, torch.cat(rows).T, tensors, made)
 
 
 def _windows(stage: Windowed, tensors: Tensors, writing: Writing, made: dict[str, Tensor]) -> Program:
@@ -211,7 +231,7 @@ def _factor(matrix: Tensor, tensors: Tensors, made: dict[str, Tensor]) -> Contra
     return Contraction(name, 1, matrix.shape[0], matrix.shape[1], 1)
 
 
-def _dense(stage: Stage, matrix: Tensor, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:
+def _dense(stage: Program, matrix: Tensor, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:
     name = _new_name(tensors, made)
     made[name] = matrix.contiguous()
     return Contraction(name, 1, stage.out_features, stage.in_features, 1)
