@@ -15,7 +15,14 @@ from torch import Tensor, nn
 import structmat as sm
 from structmat.errors import BudgetError, ModelError, ShapeError, StructureError
 from structmat.learn.order import reorder_hidden
-from structmat.learn.windows import WindowLearner, fit_exactly, hardened, project_widths, soft_threshold
+from structmat.learn.windows import (
+    WindowLearner,
+    fit_exactly,
+    hardened,
+    project_widths,
+    raise_widths,
+    soft_threshold,
+)
 from structmat.nn import FusedLinear, MatrixConv2d, StructuredLinear, WindowedLinear
 from structmat.projection.masks import quantized_mask
 from structmat.projection.windows import Terms
@@ -93,6 +100,32 @@ def test_floors_keep_layers_alive() -> None:
     assert float(kept[1].sum()) == pytest.approx(0.8, abs=1e-9)
     with pytest.raises(BudgetError, match="floors of the layers hold"):
         project_widths(widths, [1.0, 1.0], 0.1, floors=[0.2, 0.2])
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 999), share=st.floats(0.5, 3.0), capped=st.booleans())
+def test_rising_widths_reach_the_budget_by_one_shift(seed: int, share: float, capped: bool) -> None:
+    """Widths of 0 stay, none passes 1, no group its top, and what is not clipped rose by one multiple of its price."""
+    g = generator(seed)
+    widths = [(torch.rand(n, generator=g, dtype=torch.float64) - 0.2).clamp(min=0) for n in (6, 4)]
+    prices = [3.0, 1.0]
+    before = [p * float(w.sum()) for p, w in zip(prices, widths, strict=True)]
+    budget = share * sum(before)
+    tops = [1.2 * b for b in before] if capped else [float("inf")] * 2
+    found = raise_widths(widths, prices, budget, tops)
+    after = [p * float(w.sum()) for p, w in zip(prices, found, strict=True)]
+    alive = [int((w > 0).sum()) for w in widths]
+    reachable = sum(min(p * n, top) for p, n, top in zip(prices, alive, tops, strict=True))
+    assert sum(after) == pytest.approx(max(sum(before), min(budget, reachable)), rel=1e-6)
+    shifts = []
+    for p, w, f, cost, top in zip(prices, widths, found, after, tops, strict=True):
+        assert bool((f[w == 0] == 0).all()) and float(f.max()) <= 1 and cost <= top + 1e-6
+        free = (w > 0) & (f < 1)
+        rises = ((f - w)[free] / p).tolist()
+        assert max(rises, default=0.0) - min(rises, default=0.0) < 1e-9 <= min(rises, default=0.0) + 2e-9
+        if cost < top - 1e-6 and rises:
+            shifts.append(rises[0])
+    assert max(shifts, default=0.0) - min(shifts, default=0.0) < 1e-9
 
 
 @pytest.mark.parametrize("budget", [40, 57, 200, 999])
@@ -444,6 +477,21 @@ def test_a_loop_with_three_lines_ends_within_the_budget(options: dict[str, Any])
         assert max(shares) <= 2.02 * 0.3
         assert min(shares) >= 0.3 / 2.02 - 0.01
     assert isinstance(run.model[4], nn.Linear)
+
+
+@pytest.mark.parametrize("spread", [1.0, 2.0])
+def test_a_loss_that_wants_narrow_windows_still_spends_the_budget(spread: float) -> None:
+    """The targets are zeros, so every gradient asks for narrower windows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 32), nn.ReLU(), nn.Linear(32, 40))
+    learner = WindowLearner(model, 0.3, 60, start="random", rate=0.1, spread=spread, seed=0)
+    g = generator()
+    for _ in range(60):
+        model(torch.randn(32, 40, generator=g)).square().mean().backward()
+        learner.step()
+    learner.harden()
+    held = sum(layer.matrix.num_parameters for layer in hardened(model).values())
+    assert 0.99 * 0.3 * 2 * 40 * 32 <= held <= 0.3 * 2 * 40 * 32
 
 
 def test_a_collapse_that_nobody_asked_for_does_not_happen() -> None:

@@ -84,6 +84,48 @@ def project_widths(
     return found
 
 
+def raise_widths(
+    widths: Sequence[Tensor],
+    prices: Sequence[float],
+    budget: float,
+    tops: Sequence[float] = (),
+    weights: Sequence[float] = (),
+) -> list[Tensor]:
+    """The nearest widths in [0, 1] with ``sum price * width >= budget`` where widths of 0 stay 0, as far as they can.
+
+    Every other width rises by ``mu * price / weight``, up to 1: bisection on ``mu``. A group rises to its cost in
+    ``tops`` at most. Without it gradients that ask for narrower windows would leave a part of the budget unused.
+
+    Args:
+        widths: one tensor a group, any shapes.
+        prices: cost of a unit of width in each group.
+        budget: of all together.
+        tops: a cost for each group, none if not given.
+        weights: of each group's squares in the distance, 1 if not given.
+    """
+    tops = list(tops) if tops else [math.inf] * len(widths)
+    paces = [price / weight for price, weight in zip(prices, weights or [1.0] * len(widths), strict=True)]
+    clipped = [w.detach().clamp(0.0, 1.0) for w in widths]
+
+    def cost(index: int, mu: float) -> float:
+        width = clipped[index]
+        return prices[index] * float(torch.where(width > 0, width + mu * paces[index], width).clamp(max=1.0).sum())
+
+    most = [max(top, cost(i, 0.0)) for i, top in enumerate(tops)]
+
+    def missing(mu: float) -> float:
+        return budget - sum(min(cost(i, mu), most[i]) for i in range(len(clipped)))
+
+    if missing(0.0) <= 0:
+        return clipped
+    mu = _bisect(missing, 0.0, max(1.0 / p for p in paces), above=True)
+    found = []
+    for i, (width, pace) in enumerate(zip(clipped, paces, strict=True)):
+        own = mu if cost(i, mu) <= most[i] else _bisect(lambda s, i=i: most[i] - cost(i, s), 0.0, mu, above=True)
+        found.append(torch.where(width > 0, width + own * pace, width).clamp(max=1.0))
+    return found
+
+
 def _bisect(cost: Any, wanted: float, high: float, *, above: bool = False) -> float:
     """The shift at which a non-increasing cost reaches ``wanted``: at most that, or at least with ``above``."""
     low = 0.0
@@ -323,10 +365,16 @@ class WindowLearner:
             floors = [low * p / sum(prices) for low, (_, prices) in zip(kept, groups, strict=True) for p in prices]
             capped = [project_widths(w, p, m * self.spread) for (w, p), m in zip(groups, limits, strict=True)]
             prices = [price for _, own in groups for price in own]
-            everything = project_widths([w for pair in capped for w in pair], prices, sum(limits), floors, prices)
-            found = [everything[i : i + 2] for i in range(0, len(everything), 2)]
+            flat = project_widths([w for pair in capped for w in pair], prices, sum(limits), floors, prices)
+            tops = [
+                most * self.spread * p / sum(own) for most, (_, own) in zip(limits, groups, strict=True) for p in own
+            ]
+            flat = raise_widths(flat, prices, sum(limits), tops, prices)
+            found = [flat[i : i + 2] for i in range(0, len(flat), 2)]
         else:
-            found = [project_widths(w, p, most) for (w, p), most in zip(groups, limits, strict=True)]
+            found = [
+                raise_widths(project_widths(w, p, most), p, most) for (w, p), most in zip(groups, limits, strict=True)
+            ]
         for layer, after, (before, _) in zip(self.layers.values(), found, groups, strict=True):
             shift = torch.stack(before) - torch.stack(after)
             layer.widths -= shift.to(layer.widths)
