@@ -119,7 +119,9 @@ def test_rising_widths_reach_the_budget_by_one_shift(seed: int, share: float, ca
     assert sum(after) == pytest.approx(max(sum(before), min(budget, reachable)), rel=1e-6)
     shifts = []
     for p, w, f, cost, top in zip(prices, widths, found, after, tops, strict=True):
-        assert bool((f[w == 0] == 0).all()) and float(f.max()) <= 1 and cost <= top + 1e-6
+        assert bool((f[w == 0] == 0).all())
+        assert float(f.max()) <= 1
+        assert cost <= top + 1e-6
         free = (w > 0) & (f < 1)
         rises = ((f - w)[free] / p).tolist()
         assert max(rises, default=0.0) - min(rises, default=0.0) < 1e-9 <= min(rises, default=0.0) + 2e-9
