@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 import torch
 from torch import Tensor
 
-from structmat.displacement.form import CauchyForm, Side
+from structmat.displacement.form import CauchyForm, Side, twisted_distance
 from structmat.program import Chain, Convolution, Generated, Program, apply, convolution
 from structmat.program.generated import powers, vandermonde_krylov
 from structmat.projection.displacement import finished, low_rank_factors
@@ -85,9 +85,12 @@ class VandermondeLike(OfDisplacementRank):
         left, right = low_rank_factors(displacement, whole(self.rank))
         return {"left": left, "right": right, "nodes": nodes}
 
-    def inversion(self, matrix: StructuredMatrix) -> CauchyForm:
+    def inversion(self, matrix: StructuredMatrix) -> CauchyForm | None:
         nodes, size = matrix.tensors["nodes"], matrix.shape[0]
-        left = -(1 + nodes**size) * matrix.tensors["left"]
+        apart = twisted_distance(nodes, size)
+        if apart is None:
+            return None
+        left = -apart * matrix.tensors["left"]
         # Z_-1^T h: its last entry is -h[0].
         right = matrix.tensors["right"].roll(-1, 1).clone()
         right[:, -1] = -right[:, -1]
