@@ -70,6 +70,12 @@ def test_a_kaleidoscope_holds_both_butterflies() -> None:
     assert sm.project(butterfly.T.contiguous(), sm.Butterfly()).error > 0.1
 
 
+def test_more_sweeps_are_never_worse_for_wide_kaleidoscopes() -> None:
+    wanted = normal(5, 3, seed=3)
+    errors = [sm.project(wanted, sm.Kaleidoscope(2, 2), sweeps=sweeps).error for sweeps in (0, 1, 3, 6)]
+    assert errors == sorted(errors, reverse=True)
+
+
 def test_an_expansion_is_a_power_of_two() -> None:
     with pytest.raises(ShapeError, match="expansion=2 or 4"):
         drawn(sm.Kaleidoscope(1, 3), 4)

@@ -71,7 +71,8 @@ def _starts(target: Target) -> list[tuple[str, dict[int, Tensor]]]:
     patterns = kaleidoscope_patterns(size, 1)
     middle = len(patterns) // 2
     rising = patterns[middle:]
-    up, down = fit_chain(target, rising), fit_chain(_transposed(target), rising)
+    plain = target.replace_sweeps(0)  # the start does not depend on the sweeps, so that more of them are never worse
+    up, down = fit_chain(plain, rising), fit_chain(_transposed(plain), rising)
     found = [
         ("butterfly", {i: up.tensors[f"factor{i}"] for i in range(middle + 1)}),
         ("transposed butterfly", {-i: down.tensors[f"factor{i}"].transpose(1, 2) for i in range(middle + 1)}),
