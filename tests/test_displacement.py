@@ -339,6 +339,8 @@ def test_what_a_frozen_layer_runs_is_explained() -> None:
     assert "krylov written out" in layer.explain()
     frozen = layer.freeze()
     assert "Fourier transforms" in str(frozen)
+    assert "fast Fourier transform" in frozen.explain()
+    assert "krylov" not in frozen.explain()
     x = gaussian(3, 700)
     close(frozen(x), layer(x).detach(), 1e-11)
 
