@@ -271,6 +271,15 @@ def test_shuffled_butterflies_and_monarch_matrices_are_put_in_order() -> None:
     assert identify(make_target(noisy), 1e-12)[0].reordered_butterfly is None
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (9, 14), (14, 9)])
+def test_circulant_matrices_of_any_shape_are_named(shape: tuple[int, int]) -> None:
+    matrix = sm.StructuredMatrix.random(sm.Circulant(), shape, generator=generator(), dtype=F64).to_dense()
+    assert names(matrix)[0] == ("a circulant matrix" if shape[0] == shape[1] else "a corner of a circulant matrix")
+    assert family_of(matrix) == "Circulant"
+    toeplitz = sm.StructuredMatrix.random(sm.Toeplitz(), shape, generator=generator(), dtype=F64).to_dense()
+    assert family_of(toeplitz) == "Toeplitz"
+
+
 def test_measures_of_displacement() -> None:
     toeplitz = sm.StructuredMatrix.random(sm.Toeplitz(), (24, 32), generator=generator(), dtype=F64).to_dense()
     ranks = identify(make_target(toeplitz), 1e-12)[0].displacement

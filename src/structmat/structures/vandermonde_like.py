@@ -38,9 +38,10 @@ class VandermondeLike(OfDisplacementRank):
     ``right`` (rank, in), ``nodes`` (out,): ``rank (out + in) + out`` parameters. Products: Fourier transforms, then the
     Krylov matrices ``diag(left[i]) V`` written out, ``O(rank out in)``, since the fast algorithms for Vandermonde
     matrices are unstable for real nodes. Projection: for the nodes of a fresh matrix, spread evenly from -0.7 to 0.7,
-    truncated SVD of the displacement, exact for members with these nodes, then alternating least squares; no
-    certificate. ``solve`` by elimination on the generators. Source: Thomas et al., "Learning compressed transforms with
-    low displacement rank" (NeurIPS 2018).
+    or for nodes that are found, as those of generic members with ``2 (rank + 1) <= in`` are: truncated SVD of the
+    displacement, exact for members with these nodes, then alternating least squares; no certificate. ``solve`` by
+    elimination on the generators, or by LU factors if a node is nearly an n-th root of -1.
+    Source: Thomas et al., "Learning compressed transforms with low displacement rank" (NeurIPS 2018).
 
     Args:
         rank: the displacement rank, or a fraction of the dense parameter count.
