@@ -7,6 +7,7 @@ import torch
 
 import structmat as sm
 from structmat import transforms
+from structmat.errors import DataError, ShapeError
 
 F64 = torch.float64
 
@@ -85,6 +86,26 @@ def test_rigidity_of_low_rank_plus_sparse() -> None:
     assert found.upper == (3, 0)
     assert 1 <= found.lower[0] <= 3
     assert "at most" in str(found)
+
+
+def test_rigidity_takes_ranks_in_any_order() -> None:
+    """What was found for a higher rank says nothing of a lower one."""
+    matrix = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ordered, other = sm.rigidity(matrix, ranks=[1, 2, 5]), sm.rigidity(matrix, ranks=[5, 1, 2, 1])
+    assert (other.ranks, other.lower, other.upper) == (ordered.ranks, ordered.lower, ordered.upper)
+    assert ordered.upper[0] >= 25  # a generic matrix needs (n - r)^2
+
+
+@pytest.mark.parametrize("rank", [-1, 7, 1.5])
+def test_rigidity_refuses_ranks_that_there_are_not(rank: float) -> None:
+    with pytest.raises(ShapeError, match="from 0 to 6"):
+        sm.rigidity(torch.eye(6), ranks=[rank])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_robust_pca_refuses_weights(weight: float) -> None:
+    with pytest.raises(DataError, match="above 0"):
+        sm.robust_pca(torch.eye(4), weight=weight)
 
 
 def test_rigidity_plot() -> None:
