@@ -84,10 +84,11 @@ def _mean_squares(program: Program, declared: Mapping[str, ParameterSpec]) -> tu
     drawn = {name: spec for name, spec in declared.items() if name not in squares}
     numbers = sum(spec.numel for spec in drawn.values() if spec.learned)
     draws = min(_MOST_DRAWS, math.ceil(_SAMPLE / numbers)) if numbers else 1
-    generator = torch.Generator().manual_seed(0)
+    generator, made = torch.Generator().manual_seed(0), program
     for draw in range(draws):
         tensors = {name: _drawn(spec, generator) for name, spec in drawn.items()}
-        made, tensors = derive(program, tensors) if is_derived else (program, tensors)
+        if is_derived:
+            made, tensors = derive(program, tensors)
         for name, tensor in tensors.items():
             if not tensor.is_floating_point():
                 squares[name] = tensor

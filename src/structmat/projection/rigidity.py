@@ -98,7 +98,8 @@ def rigidity(matrix: Tensor, ranks: Sequence[int] | None = None, *, seed: int = 
     weight = make_target(matrix).weight
     rows, columns = weight.shape
     least = min(rows, columns)
-    wrong = [rank for rank in ranks or () if not isinstance(rank, int) or not 0 <= rank <= least]
+    given: Sequence[object] = () if ranks is None else ranks
+    wrong = [rank for rank in given if not (isinstance(rank, int) and 0 <= rank <= least)]
     if wrong:
         raise ShapeError(f"Ranks of a {rows} x {columns} matrix are integers from 0 to {least}; got {wrong}.")
     values = torch.linalg.svdvals(weight)
