@@ -8,6 +8,7 @@ from torch import Tensor
 
 import structmat as sm
 from structmat.errors import ShapeError, StructureError
+from structmat.program.padding import padding_factor
 from structmat.projection.target import Certificate
 from structmat.structure import Shape
 
@@ -62,6 +63,20 @@ def test_projection_of_hodlr_is_the_tail() -> None:
 def test_members_are_recovered(structure: sm.HODLR, shape: Shape) -> None:
     matrix = sm.StructuredMatrix.random(structure, shape, dtype=F64)
     assert sm.project(matrix.to_dense(), structure, sweeps=0).error < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("structure", "shape", "factor"),
+    [
+        (sm.HODLR(6, 1, nested=True), (1024, 1024), 1.0),
+        (sm.HODLR(3, 2, nested=True), (64, 64), 1.0),
+        (sm.HODLR(2, 1, nested=True), (13, 17), (20 / 17) ** 0.5),
+    ],
+    ids=str,
+)
+def test_fresh_nested_matrices_are_scaled_for_padding_alone(structure: sm.HODLR, shape: Shape, factor: float) -> None:
+    """Products of many Gaussian numbers have heavy tails: a sample of them tells little of their variance."""
+    assert padding_factor(structure, shape)[0] == pytest.approx(factor, rel=1e-12)
 
 
 def test_smooth_kernels_are_nearly_hodlr() -> None:

@@ -350,6 +350,8 @@ def test_what_a_frozen_layer_runs_is_explained() -> None:
     assert "krylov written out" in layer.explain()
     frozen = layer.freeze()
     assert "Fourier transforms" in str(frozen)
+    assert "fast Fourier transform" in frozen.explain()
+    assert "krylov" not in frozen.explain()
     x = gaussian(3, 700)
     close(frozen(x), layer(x).detach(), 1e-11)
 
@@ -402,6 +404,17 @@ def test_solve_vandermonde(structure: Structure) -> None:
         close(found.x, torch.linalg.solve(one.to_dense(), b), 1e-13 * condition)
 
 
+@pytest.mark.parametrize("structure", [sm.Vandermonde(), sm.VandermondeLike(1)], ids=str)
+@pytest.mark.parametrize("node", [-1.0, -1.0 + 1e-9])
+def test_solve_with_a_node_that_is_a_root_of_the_shift(structure: Structure, node: float) -> None:
+    """There the generators vanish, the matrix is as regular as ever."""
+    matrix = member(structure, (3, 3))
+    tensors = {**matrix.tensors, "nodes": torch.tensor([0.0, 1.0, node], dtype=F64)}
+    matrix, b = sm.StructuredMatrix(structure, (3, 3), tensors), gaussian(3, seed=1)
+    for one in (matrix, matrix.T):
+        close(one.solve(b), torch.linalg.solve(one.to_dense(), b), 1e-11)
+
+
 def test_solve_agrees_with_levinson() -> None:
     matrix, b = member(sm.Toeplitz(), (60, 60)), gaussian(60)
     w = matrix.tensors["weight"].numpy()
@@ -432,3 +445,16 @@ def test_solve_refuses() -> None:
     for matrix in singular:
         with pytest.raises(DataError, match="singular"):
             matrix.solve(torch.ones(4, dtype=F64))
+    for structure in (sm.LowRank(3), sm.HankelLike(1)):  # no pivot of theirs is exactly zero
+        matrix = member(structure, (5, 5))
+        tensors = {name: t.clone() for name, t in matrix.tensors.items()}
+        tensors["left"] = torch.ones_like(tensors["left"])
+        with pytest.raises(DataError, match="singular"):
+            sm.StructuredMatrix(structure, (5, 5), tensors).solve(gaussian(5))
+    with pytest.raises(DataError, match="right hand side"):
+        member(sm.Toeplitz(), (3, 3)).solve(torch.tensor([1.0, torch.inf, 0.0]))
+
+
+@pytest.mark.parametrize("structure", [sm.Toeplitz(), sm.Circulant(), sm.Dense()], ids=str)
+def test_solve_no_right_hand_sides(structure: Structure) -> None:
+    assert member(structure, (5, 5)).solve(torch.ones(5, 0, dtype=F64)).shape == (5, 0)

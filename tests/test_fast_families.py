@@ -62,12 +62,35 @@ def test_circuits_K1_every_permutation_is_projected_exactly(levels: int, seed: i
     torch.testing.assert_close(found.matrix.to_dense(), matrix, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", [(37, 37), (5, 5), (9, 14), (14, 9), (1, 3)], ids=str)
+def test_permutations_of_any_size_are_projected_exactly(shape: tuple[int, int]) -> None:
+    """What padding adds is a permutation too; a rectangle keeps a part of one."""
+    order = torch.randperm(max(shape), generator=torch.Generator().manual_seed(1))
+    matrix = torch.eye(max(shape), dtype=F64)[order][: shape[0], : shape[1]]
+    assert sm.project(matrix, sm.Kaleidoscope()).error < 1e-14
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+@pytest.mark.parametrize("size", [2, 4, 32])
+def test_orthogonal_kaleidoscopes_find_permutations(size: int, dtype: torch.dtype, pairs: int) -> None:
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    matrix = torch.eye(size, dtype=dtype)[order] * normal(size, dtype=dtype).sgn()[:, None]
+    assert sm.project(matrix, sm.OrthogonalButterfly(pairs)).error < 1e-13
+
+
 def test_a_kaleidoscope_holds_both_butterflies() -> None:
     butterfly = drawn(sm.Butterfly(), 16).to_dense()
     for matrix in (butterfly, butterfly.T.contiguous()):
         assert sm.project(matrix, sm.Kaleidoscope()).error < 1e-14
         assert sm.project(matrix, sm.Kaleidoscope(2, 2)).error < 1e-13
     assert sm.project(butterfly.T.contiguous(), sm.Butterfly()).error > 0.1
+
+
+def test_more_sweeps_are_never_worse_for_wide_kaleidoscopes() -> None:
+    wanted = normal(5, 3, seed=3)
+    errors = [sm.project(wanted, sm.Kaleidoscope(2, 2), sweeps=sweeps).error for sweeps in (0, 1, 3, 6)]
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_an_expansion_is_a_power_of_two() -> None:

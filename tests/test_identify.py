@@ -38,6 +38,12 @@ def shuffled(size: int, seed: int = 0) -> torch.Tensor:
         ("discrete Fourier", lambda n: transforms.dft(n).to_dense()),
         ("inverse discrete Fourier", lambda n: transforms.dft(n, inverse=True).to_dense()),
         ("cosine (type II)", lambda n: transforms.dct(n, 2, orthonormal=True).to_dense()),
+        ("cosine (type I)", lambda n: transforms.dct(n, 1, orthonormal=True).to_dense()),
+        ("cosine (type I)", lambda n: transforms.dct(n, 1).to_dense()),
+        ("cosine (type II)", lambda n: transforms.dct(n, 2).to_dense()),
+        ("cosine (type III)", lambda n: transforms.dct(n, 3).to_dense()),
+        ("sine (type II)", lambda n: transforms.dst(n, 2).to_dense()),
+        ("sine (type III)", lambda n: transforms.dst(n, 3).to_dense()),
         ("cosine (type IV)", lambda n: transforms.dct(n, 4).to_dense()),
         ("sine (type I)", lambda n: transforms.dst(n, 1).to_dense()),
         ("Hartley", lambda n: transforms.hartley(n).to_dense()),
@@ -47,14 +53,19 @@ def shuffled(size: int, seed: int = 0) -> torch.Tensor:
 )
 def test_transforms_are_named_in_any_order(name: str, make: object) -> None:
     assert callable(make)
-    matrix = make(32)
-    assert f"a {name} transform" in names(matrix)
-    assert f"a {name} transform, columns reordered" in names(matrix[:, shuffled(32)])
-    rows = [n for n in names(matrix[shuffled(32)]) if name in n]
+    matrix = make(16)
+    article = "an" if name.startswith("inverse") else "a"
+    assert f"{article} {name} transform" in names(matrix)
+    reordered = f"{article} {name} transform, columns reordered"
+    if name.startswith("inverse"):  # which is the Fourier transform, in yet another order
+        reordered = "a discrete Fourier transform, columns reordered"
+    assert reordered in names(matrix[:, shuffled(16)])
+    assert len([n for n in names(matrix[:, shuffled(16)]) if "transform" in n]) == 1
+    rows = [n for n in names(matrix[shuffled(16)]) if name.removeprefix("inverse ") in n]
     assert rows, "the rows reordered"
     if name != "Haar":
-        scaled = names(matrix[:, shuffled(32)] * (1 + torch.rand(32, generator=generator(3))))
-        assert f"a {name} transform, columns reordered, columns scaled" in scaled
+        scaled = names(matrix[:, shuffled(16)] * (1 + torch.rand(16, generator=generator(3))))
+        assert f"{reordered}, columns scaled" in scaled
 
 
 def test_supports_are_named() -> None:
@@ -79,6 +90,18 @@ def test_columns_taken_in_turn_are_a_reordered_structure() -> None:
     assert (trait.name, trait.family) == ("a block diagonal matrix of 4 blocks, columns taken in turn", "Reordered")
     assert trait.numbers == 256
     assert family_of(blocks[:, shuffled(32)]) == "", "an order that has to be stored"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "terms"), [((3, 4), (5, 6), 1), ((3, 4), (5, 6), 2), ((2, 9), (12, 2), 1), ((1, 4), (12, 6), 1)]
+)
+def test_kronecker_products_of_any_shapes_are_named(left: tuple[int, int], right: tuple[int, int], terms: int) -> None:
+    matrix = sum(torch.kron(noise(*left, seed=k), noise(*right, seed=9 + k)) for k in range(terms))
+    assert isinstance(matrix, torch.Tensor)
+    name = "a Kronecker product" if terms == 1 else f"a sum of {terms} Kronecker products"
+    words = f"{name} of {left[0]} x {left[1]} and {right[0]} x {right[1]} matrices"
+    assert words in names(matrix)
+    assert "Kronecker product" not in " ".join(names(noise(*matrix.shape)))
 
 
 def test_ranks_are_named() -> None:
@@ -246,6 +269,15 @@ def test_shuffled_butterflies_and_monarch_matrices_are_put_in_order() -> None:
     assert found.reordered_monarch < 1e-14
     noisy = butterfly[rows][:, columns] + 1e-3 * noise(64, 64)
     assert identify(make_target(noisy), 1e-12)[0].reordered_butterfly is None
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (9, 14), (14, 9)])
+def test_circulant_matrices_of_any_shape_are_named(shape: tuple[int, int]) -> None:
+    matrix = sm.StructuredMatrix.random(sm.Circulant(), shape, generator=generator(), dtype=F64).to_dense()
+    assert names(matrix)[0] == ("a circulant matrix" if shape[0] == shape[1] else "a corner of a circulant matrix")
+    assert family_of(matrix) == "Circulant"
+    toeplitz = sm.StructuredMatrix.random(sm.Toeplitz(), shape, generator=generator(), dtype=F64).to_dense()
+    assert family_of(toeplitz) == "Toeplitz"
 
 
 def test_measures_of_displacement() -> None:

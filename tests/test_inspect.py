@@ -101,6 +101,8 @@ def test_bad_input() -> None:
         sm.inspect(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(ShapeError, match="two axes"):
         sm.inspect(torch.zeros(3))
+    with pytest.raises(ShapeError, match="at least 1"):
+        sm.inspect(torch.zeros(0, 3))
     with pytest.raises(StructureError, match="strictly between 0 and 1"):
         sm.inspect(torch.zeros(3, 3), shares=[2])
     with pytest.raises(StructureError, match="Unknown family 'Magic'"):

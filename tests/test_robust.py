@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 import torch
+from benchmarks import fast_algorithms
 
 import structmat as sm
 from structmat import transforms
+from structmat.errors import DataError, ShapeError
 
 F64 = torch.float64
 
@@ -87,6 +91,26 @@ def test_rigidity_of_low_rank_plus_sparse() -> None:
     assert "at most" in str(found)
 
 
+def test_rigidity_takes_ranks_in_any_order() -> None:
+    """What was found for a higher rank says nothing of a lower one."""
+    matrix = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ordered, other = sm.rigidity(matrix, ranks=[1, 2, 5]), sm.rigidity(matrix, ranks=[5, 1, 2, 1])
+    assert (other.ranks, other.lower, other.upper) == (ordered.ranks, ordered.lower, ordered.upper)
+    assert ordered.upper[0] >= 25  # a generic matrix needs (n - r)^2
+
+
+@pytest.mark.parametrize("rank", [-1, 7, 1.5])
+def test_rigidity_refuses_ranks_that_there_are_not(rank: float) -> None:
+    with pytest.raises(ShapeError, match="from 0 to 6"):
+        sm.rigidity(torch.eye(6), ranks=[rank])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_robust_pca_refuses_weights(weight: float) -> None:
+    with pytest.raises(DataError, match="above 0"):
+        sm.robust_pca(torch.eye(4), weight=weight)
+
+
 def test_rigidity_plot() -> None:
     pytest.importorskip("matplotlib")
     axes = sm.rigidity(transforms.hadamard(4).to_dense()).plot()
@@ -105,6 +129,29 @@ def test_circuits_L1_closed_forms(size: int) -> None:
     assert low == pytest.approx(((1 - levels / size) / size) ** 0.5, rel=1e-9)
     if size == 64:
         assert (round(sparse, 4), round(low, 4)) == (0.1127, 0.1190)
+
+
+PUBLISHED = {  # (Dao et al., ICML 2019): sizes 8, 16, 32, ..., at 2 N log2 N entries, and at rank log2 N
+    "dct": (".107 .164 .167 .143 .111 .0829", ".395 .306 .230 .168 .122 .0870"),
+    "dst": (".107 .164 .167 .143 .111 .0829", ".395 .306 .230 .168 .122 .0870"),
+    "hadamard": (".177 .177 .147 .113 .0834 .0605", ".280 .217 .162 .119 .0859 .0615"),
+    "hartley": (".125 .134 .117 .0997 .0782 .0585", ".280 .217 .162 .119 .0859 .0615"),
+    "legendre": (".0190 .0243 .0184 .0119 .0071 .0041", ".0635 .0433 .0267 .0157 .0089 .0050"),
+    "hilbert": (".0246 .0186 .0115 .0066 .0036 .0020", "1.1e-4 1.7e-5 3.8e-6 1.0e-6 3.2e-7 1.1e-7"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_circuits_L1_published_baselines(name: str) -> None:
+    """The rows of the study's tables that no random matrix enters, to the digits that they have."""
+    for column, published in enumerate(PUBLISHED[name]):
+        for place, printed in enumerate(published.split()):
+            size, levels = 8 << place, 3 + place
+            wanted = fast_algorithms.target(name, size)
+            structure = sm.LowRank(levels) if column else sm.Sparse(nonzeros=2 * size * levels)
+            found = sm.project(wanted, structure).error * float(torch.linalg.norm(wanted)) / size
+            unit = 10.0 ** int(Decimal(printed).as_tuple().exponent)
+            assert found == pytest.approx(float(printed), rel=0, abs=0.6 * unit), (size, column)
 
 
 def test_sparse_plus_low_rank_is_projected_by_robust_pca() -> None:

@@ -142,11 +142,32 @@ def test_what_is_refused() -> None:
         lambda: transforms.haar(6),
         lambda: transforms.permutation([0, 0, 1]),
         lambda: transforms.convolution(torch.zeros(2, 2)),
+        lambda: transforms.dct(4, dtype=torch.int64),
+        lambda: transforms.dst(4, dtype=torch.complex128),
+        lambda: transforms.hartley(4, dtype=torch.complex128),
+        lambda: transforms.haar(4, dtype=torch.int64),
+        lambda: transforms.fourier(4, dtype=torch.float64),
+        lambda: transforms.fourier_monarch(4, 2, dtype=torch.float64),
     ):
         with pytest.raises(ShapeError):
             call()
-    with pytest.raises(DataError):
-        transforms.householder(torch.zeros(3))
+    for refused in (
+        lambda: transforms.householder(torch.zeros(3)),
+        lambda: transforms.householder(torch.tensor([1, 2, 2])),  # factors rounded to integers would be zero
+        lambda: transforms.householder(torch.tensor([1.0, float("nan")])),
+        lambda: transforms.convolution(torch.tensor([1, 2, 3])),
+        lambda: transforms.convolution(torch.tensor([1.0, float("inf")])),
+        lambda: transforms.permutation(torch.tensor([1.7, 0.2])),
+    ):
+        with pytest.raises(DataError):
+            refused()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_reflections_do_not_depend_on_the_length_of_the_vector(scale: float) -> None:
+    v = torch.tensor([3.0, 0.0, 4.0], dtype=torch.float64)
+    wanted = torch.eye(3, dtype=torch.float64) - 2 * torch.outer(v, v) / 25
+    torch.testing.assert_close(transforms.householder(scale * v).to_dense(), wanted, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("size", [2, 12, 64, 30])

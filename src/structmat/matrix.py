@@ -172,7 +172,7 @@ class StructuredMatrix:
         """``x`` with ``S x = b``, for a square matrix and ``b`` (n,) or (n, k).
 
         By the family's own structure where it has one to solve with, else with the dense matrix;
-        :func:`structmat.displacement.solve` says which, and how well.
+        :func:`structmat.displacement.solve` says which, and how well. No gradients flow through it.
 
         Raises:
             ShapeError: the matrix is not square, or ``b`` does not fit it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ _LARGEST_TRANSFORM = 2048
 
 _LARGEST_REARRANGED = 1 << 20
 """Matrices of up to so many entries are rearranged for Kronecker ranks."""
+
+_FEW_PRODUCTS = 8
+"""Sums of up to so many Kronecker products are looked for among factors of any shape."""
 
 _LARGEST_REORDERED = 512
 """Rows and columns of sides up to this are put in order by their quotients."""
@@ -95,22 +99,48 @@ def measured(target: Target, tolerance: float) -> Measures:
 
 
 def _kronecker(target: Target, floor: float) -> tuple[int, tuple[int, int]] | None:
+    """The least number of Kronecker products over factors in the proportions of the whole; or over others, where few
+    are enough: most shapes are only sketched."""
     weight = target.weight
     height, width = weight.shape
     if weight.numel() > _LARGEST_REARRANGED:
         return None
-    best = None
+    best, others = None, []
     for rows in divisors(height):
         for columns in divisors(width):
-            whole = (rows, columns) in ((1, 1), (height, width))
-            if whole or abs(math.log(rows) * math.log(width) - math.log(columns) * math.log(height)) > 1e-9:
-                continue  # factors in the proportions of the whole
-            grid = weight.reshape(rows, height // rows, columns, width // columns).permute(0, 2, 1, 3)
-            values = torch.linalg.svdvals(grid.reshape(rows * columns, -1))
-            rank = int((values > floor).sum())
+            if (rows, columns) in ((1, 1), (height, width), (height, 1), (1, width)):
+                continue  # the whole matrix, and its rank
+            if abs(math.log(rows) * math.log(width) - math.log(columns) * math.log(height)) > 1e-9:
+                others.append((rows, columns))
+                continue
+            rank = int((torch.linalg.svdvals(_rearranged(weight, rows, columns)) > floor).sum())
             if best is None or rank < best[0]:
                 best = rank, (rows, columns)
+    limit = _WORTH * weight.numel() if best is None else min(_WORTH * weight.numel(), _numbers(weight, *best))
+    generator = torch.Generator().manual_seed(0)
+    for shape in others:
+        grid = _rearranged(weight, *shape)
+        most = min(_FEW_PRODUCTS, int(limit / _numbers(weight, 1, shape)))
+        if most == 0:
+            continue
+        sketch = grid @ torch.randn(grid.shape[1], most + 1, generator=generator, dtype=torch.float64).to(grid.dtype)
+        if int((torch.linalg.svdvals(sketch) > floor * math.sqrt(most + 1)).sum()) > most:
+            continue
+        rank = int((torch.linalg.svdvals(grid) > floor).sum())
+        if _numbers(weight, rank, shape) < limit:
+            best, limit = (rank, shape), _numbers(weight, rank, shape)
     return best
+
+
+def _rearranged(weight: Tensor, rows: int, columns: int) -> Tensor:
+    """Each block of a rows x columns grid as a row: Kronecker products with left factors of that shape have rank 1."""
+    grid = weight.reshape(rows, weight.shape[0] // rows, columns, weight.shape[1] // columns)
+    return grid.permute(0, 2, 1, 3).reshape(rows * columns, -1)
+
+
+def _numbers(weight: Tensor, rank: int, left: tuple[int, int]) -> int:
+    """Of so many Kronecker products with left factors of that shape."""
+    return rank * (left[0] * left[1] + weight.numel() // (left[0] * left[1]))
 
 
 def _chains(target: Target) -> tuple[float | None, float | None, float | None, float | None]:
@@ -266,31 +296,49 @@ def by_transform(subject: Subject) -> Iterator[Trait]:
     size = subject.weight.shape[0]
     if size != subject.weight.shape[1] or not 4 <= size <= _LARGEST_TRANSFORM:
         return
-    for name, made in _transforms(size, subject.weight.is_complex()).items():
-        known = made().to_dense()
-        known = known / (torch.linalg.norm(known) / math.sqrt(size))
-        wide = torch.promote_types(known.dtype, subject.weight.dtype)
-        known, wanted = known.to(wide), subject.weight.to(wide)
-        for side in ("columns", "rows"):
-            # W = T P (or P T) for an orthogonal T: what is left is a permutation with factors.
-            left = known.mH @ wanted if side == "columns" else (wanted @ known.mH).mT
-            order = left.abs().argmax(0)
-            values = torch.take_along_dim(left, order[None], 0)[0]
-            error = _beside(left, order, torch.arange(size)) / subject.norm
-            if error > NEAR or len(order.unique()) < size:
-                continue
-            is_plain = bool((values - values.mean()).abs().max() <= NEAR * values.abs().mean())
-            in_order = torch.equal(order, torch.arange(size))
-            words = [f"{side} reordered"] * (not in_order) + [f"{side} scaled"] * (not is_plain)
-            shown = torch.argsort(order)
-            yield Trait(
-                ", ".join([f"a {name} transform", *words]),
-                error,
-                size * (not in_order) + (1 if is_plain else size),
-                None if in_order or side == "columns" else shown,
-                None if in_order or side == "rows" else shown,
-            )
-            break
+    best: dict[str, Trait] = {}
+    for name, known, inverse in _transforms(size, subject.weight.is_complex()):
+        found = _as_transform(subject, name, known().to_dense(), None if inverse is None else inverse().to_dense())
+        # The Fourier transform with its columns reordered is the inverse one, too: the first name stays.
+        names = (name, name.removeprefix("inverse "))
+        if found is not None and all(n not in best or found.numbers < best[n].numbers for n in names):
+            best[name] = found
+    yield from best.values()
+
+
+def _as_transform(subject: Subject, name: str, known: Tensor, inverse: Tensor | None) -> Trait | None:
+    """``W = T P`` or ``P T`` for a known ``T`` and a permutation with factors ``P``. The inverse is needed up to a
+    factor, and where T is not orthogonal up to one."""
+    size = len(known)
+    scale = math.sqrt(size) / float(torch.linalg.norm(known))
+    wide = torch.promote_types(known.dtype, subject.weight.dtype)
+    known, wanted = scale * known.to(wide), subject.weight.to(wide)
+    back = known.mH if inverse is None else inverse.to(wide)
+    for side in ("columns", "rows"):
+        left, moved, goal = (
+            (back @ wanted, known, wanted) if side == "columns" else ((wanted @ back).mT, known.mT, wanted.mT)
+        )
+        order = left.abs().argmax(0)
+        if len(order.unique()) < size:
+            continue
+        moved = moved[:, order]
+        values = (moved.conj() * goal).sum(0) / moved.abs().square().sum(0)
+        error = float(torch.linalg.norm(goal - moved * values)) / subject.norm
+        if error > NEAR:
+            continue
+        is_plain = bool((values - values.mean()).abs().max() <= NEAR * values.abs().mean())
+        in_order = torch.equal(order, torch.arange(size))
+        words = [f"{side} reordered"] * (not in_order) + [f"{side} scaled"] * (not is_plain)
+        shown = torch.argsort(order)
+        article = "an" if name.startswith("inverse") else "a"
+        return Trait(
+            ", ".join([f"{article} {name} transform", *words]),
+            error,
+            size * (not in_order) + (1 if is_plain else size),
+            None if in_order or side == "columns" else shown,
+            None if in_order or side == "rows" else shown,
+        )
+    return None
 
 
 def _beside(matrix: Tensor, rows: Tensor, columns: Tensor) -> float:
@@ -300,21 +348,25 @@ def _beside(matrix: Tensor, rows: Tensor, columns: Tensor) -> float:
     return float(torch.linalg.norm(rest))
 
 
-def _transforms(size: int, is_complex: bool) -> dict[str, Callable[[], StructuredMatrix]]:
-    found: dict[str, Callable[[], StructuredMatrix]] = {}
+_Make = Callable[[], StructuredMatrix]
+
+
+def _transforms(size: int, is_complex: bool) -> Iterator[tuple[str, _Make, _Make | None]]:
+    """Names, transforms, and inverses up to a factor of those that are not orthogonal up to one."""
     if size & (size - 1) == 0:
-        found |= {"Hadamard": lambda: transforms.hadamard(size), "Haar": lambda: transforms.haar(size)}
+        yield "Hadamard", lambda: transforms.hadamard(size), None
+        yield "Haar", lambda: transforms.haar(size), None
     if is_complex:
-        found |= {
-            "discrete Fourier": lambda: transforms.dft(size),
-            "inverse discrete Fourier": lambda: transforms.dft(size, inverse=True),
-        }
-    found["Hartley"] = lambda: transforms.hartley(size)
+        yield "discrete Fourier", lambda: transforms.dft(size), None
+        yield "inverse discrete Fourier", lambda: transforms.dft(size, inverse=True), None
+    yield "Hartley", lambda: transforms.hartley(size), None
+    inverses = {1: 1, 2: 3, 3: 2, 4: 4}
     for kind, numeral in ((1, "I"), (2, "II"), (3, "III"), (4, "IV")):
-        if kind != 1:  # type I is orthogonal with other weights at its ends
-            found[f"cosine (type {numeral})"] = lambda k=kind: transforms.dct(size, k, orthonormal=True)  # type: ignore[misc]
-        found[f"sine (type {numeral})"] = lambda k=kind: transforms.dst(size, k, orthonormal=True)  # type: ignore[misc]
-    return found
+        for name, make in (("cosine", transforms.dct), ("sine", transforms.dst)):
+            yield f"{name} (type {numeral})", partial(make, size, kind, orthonormal=True), None
+            # As it is usually defined, with other weights at one or both ends.
+            if kind in (2, 3) or (kind == 1 and name == "cosine"):
+                yield f"{name} (type {numeral})", partial(make, size, kind), partial(make, size, inverses[kind])
 
 
 def by_butterfly(subject: Subject) -> Iterator[Trait]:

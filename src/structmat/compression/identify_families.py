@@ -91,10 +91,9 @@ def by_displacement(subject: Subject) -> Iterator[Trait]:
     rows, columns = weight.shape
     if min(rows, columns) < 4:
         return
-    if rows == columns:
-        rolled = _rolled(weight)
-        mean = rolled.mean(1, keepdim=True)
-        yield Trait("a circulant matrix", float(torch.linalg.norm(rolled - mean)) / norm, rows, family="Circulant")
+    error = float(torch.linalg.norm(weight - _wrapped_means(weight))) / norm
+    words = "a circulant matrix" if rows == columns else "a corner of a circulant matrix"
+    yield Trait(words, error, max(rows, columns), family="Circulant")
     for name, turned in ((_TOEPLITZ, weight), (_HANKEL, weight.flip(0))):
         error = float(torch.linalg.norm(turned - diagonal_means(turned))) / norm
         yield Trait(f"a {name} matrix", error, rows + columns - 1, family=name)
@@ -127,6 +126,14 @@ def _plus_low_rank(subject: Subject, turned: Tensor, name: str) -> Iterator[Trai
     if found is not None and float(torch.linalg.norm(found.structured)) > NEAR * subject.norm:
         numbers = (found.rank + 1) * (rows + columns) - 1
         yield Trait(f"a {name} matrix plus rank {found.rank}", found.error, numbers, family="Sum")
+
+
+def _wrapped_means(weight: Tensor) -> Tensor:
+    """The means along the diagonals, which wrap around at the longer side."""
+    size = max(weight.shape)
+    place = (torch.arange(weight.shape[0])[:, None] - torch.arange(weight.shape[1])) % size
+    sums = weight.new_zeros(size).index_add(0, place.flatten(), weight.flatten())
+    return (sums / place.flatten().bincount(minlength=size))[place]
 
 
 def _rolled(weight: Tensor) -> Tensor:

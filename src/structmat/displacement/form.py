@@ -36,6 +36,16 @@ class CauchyForm:
     reversed_rows: bool = False
 
 
+_TOO_NEAR = 1e-3
+"""Differences of nodes and eigenvalues of a shift below this would cost more than three digits."""
+
+
+def twisted_distance(nodes: Tensor, size: int) -> Tensor | None:
+    """``1 + nodes**size``, which vanishes where a node is an eigenvalue of ``Z_-1``; None if one nearly is."""
+    apart = 1 + nodes**size
+    return apart if bool((apart.abs() > _TOO_NEAR).all()) else None
+
+
 def of_toeplitz(first: Tensor, *, hankel: bool = False) -> CauchyForm:
     """Generators of the Toeplitz matrix with the entries ``first[i - j + n - 1]``, exact and without arithmetic but
     sums of two entries; of the Hankel matrix ``first[i + j]`` too, by its rows in reverse order."""

@@ -46,6 +46,7 @@ class Operators:
 def shift(size: int, twist: float = 0.0, *, dtype: torch.dtype = torch.float64) -> Tensor:
     """``Z_f`` (size, size): ones below the diagonal and f in the upper right corner, so that ``(Z_f x)[i] = x[i - 1]``
     and ``(Z_f x)[0] = f x[-1]``."""
+    check_shape((size, size))
     matrix = torch.zeros(size, size, dtype=dtype)
     matrix.diagonal(-1).fill_(1.0)
     matrix[0, size - 1] += twist

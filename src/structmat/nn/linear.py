@@ -205,21 +205,7 @@ class StructuredLinear(nn.Module):
 
     def explain(self, batch: int = 1) -> str:
         """What runs for ``batch`` rows: the program, the form of each stage, and the operations."""
-        lines = [table(self._program), ""]
-        ways = {False: "Without gradients", True: "With gradients"}
-        ran = {w: runs_native(self._program, self.tensors(), batch, recorded=w) for w in ways}
-        for recorded, when in ways.items():
-            if ran[recorded]:
-                passes = "in one pass over tiles of the batch" + (" in each direction" if recorded else "")
-                lines.append(f"{when}: native backend, all stages {passes}.")
-        if any(ran.values()):
-            others = [when.lower() for recorded, when in ways.items() if not ran[recorded]]
-            lines.append(f"{' and '.join([*others, 'in compiled graphs']).capitalize()}:")
-        for number, stage in enumerate(stages(self._program), 1):
-            lines.append(f"{number}. {stage}: reference backend, {form(stage).value}")
-        amount = cost(self._program, complex_weights=self._complex)
-        lines.append(f"{batch} rows: {batch * amount.flops} FLOPs, {batch * amount.macs} multiply-adds")
-        return "\n".join(lines)
+        return _explained(self._program, self.tensors(), batch, complex_weights=self._complex)
 
     def extra_repr(self) -> str:
         count = sum(getattr(self, n).numel() for n, s in specs(self.structure, self.matrix.shape).items() if s.learned)
@@ -320,6 +306,14 @@ class FrozenLinear(nn.Module):
         """What the program reads, by name."""
         return {name: getattr(self, name) for name in self._names}
 
+    def explain(self, batch: int = 1) -> str:
+        """What runs for ``batch`` rows, as :meth:`StructuredLinear.explain` says it."""
+        tensors = self.tensors()
+        said = _explained(self.program, tensors, batch, complex_weights=any(t.is_complex() for t in tensors.values()))
+        if self._holds_dense:
+            said += "\nThe dense matrix is held too, for the numbers of rows for which it was measured to be faster."
+        return said
+
     def _is_denser(self, x: Tensor) -> bool:
         """Whether the dense matrix was measured to be the fastest way for so many rows."""
         if self.dense is None or x.dim() == 0 or x.shape[-1] != self.program.in_features:
@@ -330,6 +324,25 @@ class FrozenLinear(nn.Module):
     def extra_repr(self) -> str:
         patterns = [s.pattern if isinstance(s, Contraction) else str(s) for s in stages(self.program)]
         return f"in_features={self.in_features}, out_features={self.out_features}, stages={patterns}"
+
+
+def _explained(program: Program, tensors: Mapping[str, Tensor], batch: int, *, complex_weights: bool) -> str:
+    """What ``explain`` of a layer returns."""
+    lines = [table(program), ""]
+    ways = {False: "Without gradients", True: "With gradients"}
+    ran = {w: runs_native(program, tensors, batch, recorded=w) for w in ways}
+    for recorded, when in ways.items():
+        if ran[recorded]:
+            passes = "in one pass over tiles of the batch" + (" in each direction" if recorded else "")
+            lines.append(f"{when}: native backend, all stages {passes}.")
+    if any(ran.values()):
+        others = [when.lower() for recorded, when in ways.items() if not ran[recorded]]
+        lines.append(f"{' and '.join([*others, 'in compiled graphs']).capitalize()}:")
+    for number, stage in enumerate(stages(program), 1):
+        lines.append(f"{number}. {stage}: reference backend, {form(stage).value}")
+    amount = cost(program, complex_weights=complex_weights)
+    lines.append(f"{batch} rows: {batch * amount.flops} FLOPs, {batch * amount.macs} multiply-adds")
+    return "\n".join(lines)
 
 
 def multiply(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structmat.program.build import build
 from structmat.program.combinators import Chain, Program, Sum, stages
-from structmat.program.derived import derive
+from structmat.program.derived import Derived, derive
 from structmat.program.fixed import Cosine, Hadamard
 from structmat.program.pairs import Pairs, unsigned
 from structmat.program.reference import apply
@@ -20,10 +20,13 @@ from structmat.program.stage import Stage
 from structmat.program.stages import Complex, Crop, Diagonal, Fourier, Pad, Real
 from structmat.program.toeplitz import Convolution
 from structmat.program.written_out import Call, Generated
-from structmat.structure import DENSE_GAIN, Shape, Structure, resolve, specs
+from structmat.structure import DENSE_GAIN, Normal, ParameterSpec, Shape, Structure, resolve, specs
 
 _SAMPLE = 1 << 14
 """Numbers drawn to estimate a variance: its relative error is then about 1 %."""
+
+_MOST_DRAWS = 256
+"""Of tensors with few numbers."""
 
 _TOLERANCE = 0.05
 """Smaller deviations are left alone, so that a structure that padding does not touch is not touched either."""
@@ -51,19 +54,7 @@ def padding_factor(structure: Structure, shape: Shape) -> tuple[float, frozenset
     cut = scaling_cut(program)
     if cut is None or any(map(_has_no_squares, stages(program))):
         return 1.0, frozenset()
-    declared = specs(structure, shape)
-    draws = min(256, math.ceil(_SAMPLE / max(1, sum(spec.numel for spec in declared.values() if spec.learned))))
-    generator = torch.Generator().manual_seed(0)
-    gains = []
-    for _ in range(draws):
-        tensors = {
-            name: spec.init.draw(
-                spec.shape, generator=generator, dtype=spec.dtype or torch.float64, device=torch.device("cpu")
-            )
-            for name, spec in declared.items()
-        }
-        gains.append(_gain(program, tensors))
-    gain = sum(gains) / draws
+    gain = _gain(*_mean_squares(program, specs(structure, shape)))
     if gain <= 0 or abs(gain / DENSE_GAIN - 1) <= _TOLERANCE:
         return 1.0, frozenset()
     return math.sqrt(DENSE_GAIN / gain), cut
@@ -78,9 +69,41 @@ def _has_no_squares(stage: Stage) -> bool:
     )
 
 
-def _gain(program: Program, tensors: Mapping[str, Tensor]) -> float:
-    program, tensors = derive(program, tensors)
-    squares = {name: t.square() if t.is_floating_point() else t for name, t in tensors.items()}
+def _mean_squares(program: Program, declared: Mapping[str, ParameterSpec]) -> tuple[Program, dict[str, Tensor]]:
+    """The program without functions of tensors, and the mean squares of what it reads.
+
+    The mean is taken tensor by tensor, and not of the products: a product of several Gaussian numbers is mostly small
+    and seldom very large, so that its mean would take far more draws.
+    """
+    is_derived = any(isinstance(stage, Derived) for stage in stages(program))
+    squares: dict[str, Tensor] = {}
+    if not is_derived:
+        for name, spec in declared.items():
+            if spec.learned and isinstance(spec.init, Normal):
+                squares[name] = torch.full(spec.shape, spec.init.std**2, dtype=torch.float64)
+    drawn = {name: spec for name, spec in declared.items() if name not in squares}
+    numbers = sum(spec.numel for spec in drawn.values() if spec.learned)
+    draws = min(_MOST_DRAWS, math.ceil(_SAMPLE / numbers)) if numbers else 1
+    generator, made = torch.Generator().manual_seed(0), program
+    for draw in range(draws):
+        tensors = {name: _drawn(spec, generator) for name, spec in drawn.items()}
+        if is_derived:
+            made, tensors = derive(program, tensors)
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                squares[name] = tensor
+            else:
+                square = tensor.square() / draws
+                squares[name] = squares[name] + square if draw else square
+    return made, squares
+
+
+def _drawn(spec: ParameterSpec, generator: torch.Generator) -> Tensor:
+    dtype = spec.dtype or torch.float64
+    return spec.init.draw(spec.shape, generator=generator, dtype=dtype, device=torch.device("cpu"))
+
+
+def _gain(program: Program, squares: Mapping[str, Tensor]) -> float:
     return float(_spread(unsigned(program), squares, torch.ones(1, program.in_features, dtype=torch.float64)).mean())
 
 

@@ -52,7 +52,7 @@ def fit_kaleidoscope(target: Target, patterns: Sequence[Pattern], program: Progr
     """
     size, dtype = target.native[0], target.weight.dtype
     inner = patterns[0][0] * patterns[0][2] * patterns[0][3]
-    starts = [(name, _placed(factors, patterns, inner, dtype)) for name, factors in _starts(target)]
+    starts = [(name, placed(factors, patterns, inner, dtype)) for name, factors in _starts(target)]
     starts = [(name, rescale(program, start, "factor0", target)) for name, start in starts]
     eye = torch.eye(size, dtype=dtype)
     errors = [target.error(apply(program, start, eye).T) for _, start in starts]
@@ -71,22 +71,14 @@ def _starts(target: Target) -> list[tuple[str, dict[int, Tensor]]]:
     patterns = kaleidoscope_patterns(size, 1)
     middle = len(patterns) // 2
     rising = patterns[middle:]
-    up, down = fit_chain(target, rising), fit_chain(_transposed(target), rising)
+    plain = target.replace_sweeps(0)  # the start does not depend on the sweeps, so that more of them are never worse
+    up, down = fit_chain(plain, rising), fit_chain(_transposed(plain), rising)
     found = [
         ("butterfly", {i: up.tensors[f"factor{i}"] for i in range(middle + 1)}),
         ("transposed butterfly", {-i: down.tensors[f"factor{i}"].transpose(1, 2) for i in range(middle + 1)}),
     ]
-    monomial = _monomial(weight)
-    if monomial is not None:
-        order, values = monomial
-        routed = permutation(order.numpy()).stages
-        factors: dict[int, Tensor] = {}
-        for number, stage in enumerate(routed):  # two of them have stride 1, and are one factor here
-            factor = torch.from_numpy(stage.weight.astype(float)).to(weight.dtype)
-            place = number - middle if number <= middle else number - middle - 1
-            factors[place] = torch.einsum("abcd,aced->abed", factor, factors[place]) if place in factors else factor
-        last = factors[middle]
-        factors[middle] = last * values.reshape(1, 2, 1, size // 2)
+    factors = monomial_factors(weight)
+    if factors is not None:
         found.append(("permutation", factors))
     return found
 
@@ -98,16 +90,29 @@ def _transposed(target: Target) -> Target:
     return Target(weight, inputs, target.shape[::-1], target.sweeps, target.seed, outputs)
 
 
-def _monomial(weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """``(p, values)`` with ``W[i, p[i]] = values[i]`` and zeros elsewhere for a permutation ``p``, or None."""
+def monomial_factors(weight: Tensor) -> dict[int, Tensor] | None:
+    """The factors of a matrix (a power of two, square) with at most one entry in each row and column, by their place
+    counted from the middle stride: switches, and the entries in the last of them. None for other matrices."""
     held = weight != 0
-    if int(held.sum()) != len(weight) or not bool((held.sum(0) == 1).all() and (held.sum(1) == 1).all()):
+    if bool((held.sum(0) > 1).any() or (held.sum(1) > 1).any()):
         return None
+    size = len(weight)
     order = held.to(torch.int64).argmax(1)
-    return order, weight[torch.arange(len(weight)), order]
+    empty, free = torch.nonzero(~held.any(1))[:, 0], torch.nonzero(~held.any(0))[:, 0]
+    order[empty] = free  # what is read there is multiplied by zero
+    values = weight[torch.arange(size), order]
+    routed = permutation(order.numpy()).stages
+    middle = len(routed) // 2 - 1
+    factors: dict[int, Tensor] = {}
+    for number, stage in enumerate(routed):  # two of them have stride 1, and are one factor here
+        factor = torch.from_numpy(stage.weight.astype(float)).to(weight.dtype)
+        place = number - middle if number <= middle else number - middle - 1
+        factors[place] = torch.einsum("abcd,aced->abed", factor, factors[place]) if place in factors else factor
+    factors[middle] = factors[middle] * values.reshape(1, 2, 1, size // 2)
+    return factors
 
 
-def _placed(
+def placed(
     factors: Mapping[int, Tensor], patterns: Sequence[Pattern], inner: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Factors of a size in the first product of a larger and wider kaleidoscope, identities elsewhere."""

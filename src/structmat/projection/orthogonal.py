@@ -9,7 +9,7 @@ from torch import Tensor
 
 from structmat.program import Contraction, apply
 from structmat.projection.hierarchical import restrict
-from structmat.projection.kaleidoscope import identity_factor
+from structmat.projection.kaleidoscope import identity_factor, monomial_factors, placed
 from structmat.projection.target import Certificate, Fit, Target
 from structmat.sizes import Pattern
 
@@ -27,7 +27,7 @@ def fit_orthogonal(target: Target, patterns: Sequence[Pattern]) -> Fit:
     program on n vectors, twice.
     """
     size, dtype = target.native[0], target.weight.dtype
-    factors = [identity_factor(pattern, dtype) for pattern in patterns]
+    factors = _start(target.weight, patterns)
     gain = -float("inf")
     for _ in range(_STARTING_SWEEPS + target.sweeps if patterns else 0):
         factors, reached = _sweep(target.weight, factors, patterns)
@@ -39,6 +39,17 @@ def fit_orthogonal(target: Target, patterns: Sequence[Pattern]) -> Fit:
         phases = target.weight.diagonal().clone()
         phases = torch.where(phases == 0, torch.ones_like(phases), phases).sgn()
     return Fit({**tensors, "phases": phases}, Certificate.NONE, 0.0, "coordinate descent by polar factors")
+
+
+def _start(weight: Tensor, patterns: Sequence[Pattern]) -> list[Tensor]:
+    """Identities; or the switches of a permutation with factors, if the patterns hold them and the matrix is one."""
+    size, levels = len(weight), len(weight).bit_length() - 1
+    routed = (
+        monomial_factors(weight.sgn()) if len(patterns) >= 2 * levels - 1 > 0 and bool(weight.any(1).all()) else None
+    )
+    if routed is None or levels == 1:
+        return [identity_factor(pattern, weight.dtype) for pattern in patterns]
+    return list(placed(routed, patterns, size, weight.dtype).values())
 
 
 def _sweep(weight: Tensor, factors: list[Tensor], patterns: Sequence[Pattern]) -> tuple[list[Tensor], float]:

@@ -11,7 +11,7 @@ from structmat.errors import DataError, ShapeError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.refine_outputs import refine_outputs
 from structmat.projection.target import Certificate, Fit, Target
-from structmat.structure import Shape, Structure, resolve
+from structmat.structure import Shape, Structure, check_shape, resolve
 
 DEFAULT_SWEEPS = 20
 """Sweeps that an iterative fit may spend by default."""
@@ -80,6 +80,7 @@ def make_target(
     """Validate a matrix and its weights and bring them to float64 on the CPU."""
     if matrix.dim() != 2:
         raise ShapeError(f"A matrix has two axes (out_features, in_features); got shape {tuple(matrix.shape)}.")
+    check_shape(tuple(matrix.shape))
     if not (matrix.is_floating_point() or matrix.is_complex()):
         raise DataError(f"A matrix of dtype {matrix.dtype} can't be projected; use a floating or complex dtype.")
     wide = torch.complex128 if matrix.is_complex() else torch.float64

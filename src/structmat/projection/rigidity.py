@@ -11,6 +11,7 @@ import torch
 from scipy.linalg import qr
 from torch import Tensor
 
+from structmat.errors import ShapeError
 from structmat.projection.project import make_target
 
 _TRIALS = 256
@@ -85,23 +86,28 @@ def rigidity(matrix: Tensor, ranks: Sequence[int] | None = None, *, seed: int = 
 
     Args:
         matrix: (out, in), real or complex.
-        ranks: from 0 to the smaller size; all (up to 16 of them evenly spaced) if None.
+        ranks: from 0 to the smaller size, in any order; all (up to 16 of them evenly spaced) if None.
         seed: of the random choices.
 
     Cost: some hundred products of the size of the matrix for each rank, and the singular values of all its blocks.
 
     Raises:
-        ShapeError: the matrix has not two axes.
+        ShapeError: the matrix has not two axes, or a rank is none that it can have.
         DataError: an entry is NaN or infinite.
     """
     weight = make_target(matrix).weight
     rows, columns = weight.shape
     least = min(rows, columns)
+    given: Sequence[object] = () if ranks is None else ranks
+    wrong = [rank for rank in given if not (isinstance(rank, int) and 0 <= rank <= least)]
+    if wrong:
+        raise ShapeError(f"Ranks of a {rows} x {columns} matrix are integers from 0 to {least}; got {wrong}.")
     values = torch.linalg.svdvals(weight)
     own = int((values > _EXACT * float(values[0])).sum()) if float(values[0]) > 0 else 0
     if ranks is None:
         step = max(1, -(-least // 16))
-        ranks = sorted({*range(0, least, step), least})
+        ranks = [*range(0, least, step), least]
+    ranks = sorted(set(ranks))
     blocks = _block_ranks(weight, float(values[0]))
     lower, upper = [], []
     for rank in ranks:

@@ -9,6 +9,7 @@ import torch
 from scipy.linalg import svd
 from torch import Tensor
 
+from structmat.errors import DataError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.low_rank import balance
 from structmat.projection.project import make_target
@@ -96,8 +97,10 @@ def robust_pca(matrix: Tensor, *, weight: float | None = None) -> RobustPCA:
 
     Raises:
         ShapeError: the matrix has not two axes.
-        DataError: an entry is NaN or infinite.
+        DataError: an entry is NaN or infinite, or the weight is not above 0.
     """
+    if weight is not None and not 0 < weight < math.inf:
+        raise DataError(f"robust_pca(weight={weight!r}): the weight of the sparse part is a number above 0, or None.")
     given = make_target(matrix).weight
     rows, columns = given.shape
     size = float(torch.linalg.norm(given))

@@ -28,7 +28,7 @@ class RandomOrder:
 def square_only(structure: Structure, shape: Shape) -> str | None:
     """The restriction of families of square matrices."""
     if shape[0] != shape[1]:
-        return f"a {type(structure).__name__} is square. Use the shape ({shape[0]}, {shape[0]})."
+        return f"its matrices are square. Use the shape ({shape[0]}, {shape[0]})."
     return None
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Self, final
 
 import torch
 
-from structmat.displacement.form import CauchyForm, Side
+from structmat.displacement.form import CauchyForm, Side, twisted_distance
 from structmat.program import Generated, Program
 from structmat.program.generated import powers, vandermonde
 from structmat.projection.nodes import Spread, fit_vandermonde
@@ -27,8 +27,9 @@ class Vandermonde(Structure):
     Products with the matrix written out, ``O(out in)``: the fast algorithms are unstable for real nodes. Nodes of
     modulus above 1 make the last columns grow exponentially. Projection: each row is a problem with one unknown, the
     node, solved on a grid and by golden sections from there; no certificate. ``solve`` by elimination on the
-    generators; a square matrix with real nodes has a condition number that grows exponentially with its size. Source:
-    Golub and Van Loan, Matrix Computations, section 4.6; Gautschi 1975.
+    generators, or by LU factors if a node is nearly an n-th root of -1; a square matrix with real nodes has a condition
+    number that grows exponentially with its size.
+    Source: Golub and Van Loan, Matrix Computations, section 4.6; Gautschi 1975.
     """
 
     by_default: ClassVar[bool] = False
@@ -49,12 +50,15 @@ class Vandermonde(Structure):
         found = fit_vandermonde(target)
         return Fit(found, Certificate.NONE, 0.0, "the best node of each row, on a grid and by golden sections")
 
-    def inversion(self, matrix: StructuredMatrix) -> CauchyForm:
+    def inversion(self, matrix: StructuredMatrix) -> CauchyForm | None:
         scale, nodes, size = matrix.tensors["scale"], matrix.tensors["nodes"], matrix.shape[0]
+        apart = twisted_distance(nodes, size)
+        if apart is None:
+            return None
         # diag(d) V - V Z_-1 vanishes but in the last column, d^n + 1.
         right = torch.zeros_like(nodes)
         right[-1] = 1.0
-        left = scale * (nodes**size + 1.0)
+        left = scale * apart
         return CauchyForm(Side.PLAIN, Side.TWISTED, left[:, None], right[:, None], nodes)
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 import torch
 from torch import Tensor
 
-from structmat.displacement.form import CauchyForm, Side
+from structmat.displacement.form import CauchyForm, Side, twisted_distance
 from structmat.program import Chain, Convolution, Generated, Program, apply, convolution
 from structmat.program.generated import powers, vandermonde_krylov
 from structmat.projection.displacement import finished, low_rank_factors
@@ -38,9 +38,10 @@ class VandermondeLike(OfDisplacementRank):
     ``right`` (rank, in), ``nodes`` (out,): ``rank (out + in) + out`` parameters. Products: Fourier transforms, then the
     Krylov matrices ``diag(left[i]) V`` written out, ``O(rank out in)``, since the fast algorithms for Vandermonde
     matrices are unstable for real nodes. Projection: for the nodes of a fresh matrix, spread evenly from -0.7 to 0.7,
-    truncated SVD of the displacement, exact for members with these nodes, then alternating least squares; no
-    certificate. ``solve`` by elimination on the generators. Source: Thomas et al., "Learning compressed transforms with
-    low displacement rank" (NeurIPS 2018).
+    or for nodes that are found, as those of generic members with ``2 (rank + 1) <= in`` are: truncated SVD of the
+    displacement, exact for members with these nodes, then alternating least squares; no certificate. ``solve`` by
+    elimination on the generators, or by LU factors if a node is nearly an n-th root of -1.
+    Source: Thomas et al., "Learning compressed transforms with low displacement rank" (NeurIPS 2018).
 
     Args:
         rank: the displacement rank, or a fraction of the dense parameter count.
@@ -85,9 +86,12 @@ class VandermondeLike(OfDisplacementRank):
         left, right = low_rank_factors(displacement, whole(self.rank))
         return {"left": left, "right": right, "nodes": nodes}
 
-    def inversion(self, matrix: StructuredMatrix) -> CauchyForm:
+    def inversion(self, matrix: StructuredMatrix) -> CauchyForm | None:
         nodes, size = matrix.tensors["nodes"], matrix.shape[0]
-        left = -(1 + nodes**size) * matrix.tensors["left"]
+        apart = twisted_distance(nodes, size)
+        if apart is None:
+            return None
+        left = -apart * matrix.tensors["left"]
         # Z_-1^T h: its last entry is -h[0].
         right = matrix.tensors["right"].roll(-1, 1).clone()
         right[:, -1] = -right[:, -1]

@@ -21,8 +21,12 @@ def permutation(order: Tensor | Sequence[int], *, dtype: torch.dtype = torch.flo
 
     Raises:
         ShapeError: ``order`` is no permutation of 0, 1, 2, ...
+        DataError: it holds numbers that are no integers.
     """
-    index = torch.as_tensor(order, dtype=torch.int64)
+    given = torch.as_tensor(order)
+    if given.is_floating_point() or given.is_complex():
+        raise DataError(f"The places of a permutation are integers; got {given.dtype}. Give int64.")
+    index = given.to(torch.int64)
     if index.dim() != 1 or not len(index) or not torch.equal(index.sort().values, torch.arange(len(index))):
         raise ShapeError(f"A permutation of n places holds 0, 1, ..., n - 1 once each; got shape {tuple(index.shape)}.")
     return StructuredMatrix(Permutation(), (len(index), len(index)), {"order": index}, dtype=dtype)
@@ -35,14 +39,15 @@ def householder(vector: Tensor) -> StructuredMatrix:
     halves the support at each stage; there the sign is changed, and the butterfly turns back.
 
     Args:
-        vector: (n,), not zero.
+        vector: (n,), real or complex, not zero.
 
     Raises:
         ShapeError: it has another number of axes.
-        DataError: it is zero.
+        DataError: it is zero, or holds integers, or entries that are NaN or infinite.
     """
     if vector.dim() != 1 or not len(vector):
         raise ShapeError(f"A reflection has a vector (n,); got shape {tuple(vector.shape)}.")
+    _check_numbers("vector of a reflection", vector)
     if not bool(vector.any()):
         raise DataError("A reflection in the zero vector is not defined. Give a vector that is not zero.")
     size = len(vector)
@@ -50,6 +55,7 @@ def householder(vector: Tensor) -> StructuredMatrix:
     wide = torch.complex128 if vector.is_complex() else torch.float64
     held = torch.zeros(native, dtype=wide)
     held[:size] = vector.detach().to(wide)
+    held /= held.abs().max()  # squares neither overflow nor vanish
     patterns = kaleidoscope_patterns(native, 1)
     if native == 1:
         factor = -torch.ones(1, 1, 1, 1, dtype=vector.dtype)
@@ -89,9 +95,11 @@ def convolution(kernel: Tensor) -> StructuredMatrix:
 
     Raises:
         ShapeError: it has another number of axes.
+        DataError: it holds integers, or entries that are NaN or infinite.
     """
     if kernel.dim() != 1 or not len(kernel):
         raise ShapeError(f"A convolution has a kernel (n,); got shape {tuple(kernel.shape)}.")
+    _check_numbers("kernel of a convolution", kernel)
     size = len(kernel)
     native = 1 << (size - 1).bit_length()
     expansion = 1 if native == size else 2
@@ -119,3 +127,11 @@ def convolution(kernel: Tensor) -> StructuredMatrix:
         return StructuredMatrix(structure, (size, size), {n: t.to(kernel.dtype) for n, t in tensors.items()})
     real = {name: torch.view_as_real(tensor).to(kernel.dtype) for name, tensor in tensors.items()}
     return StructuredMatrix(RealPart(structure), (size, size), real)
+
+
+def _check_numbers(what: str, given: Tensor) -> None:
+    if not (given.is_floating_point() or given.is_complex()):
+        raise DataError(f"The {what} has the dtype {given.dtype}; its factors are no integers. Give a floating dtype.")
+    bad = int((~torch.isfinite(given)).sum())
+    if bad:
+        raise DataError(f"The {what} has {bad} entries that are NaN or infinite. Give finite ones.")

@@ -35,8 +35,9 @@ def fourier(
         ``S`` and ``order`` with ``F @ x == S @ x[order]``; the order is that of reversed digits.
 
     Raises:
-        ShapeError: the radices do not multiply to ``size``, or one is below 2.
+        ShapeError: the radices do not multiply to ``size``, or one is below 2, or ``dtype`` is real.
     """
+    _check_complex(dtype)
     radices = tuple(prime_factors(size) if radices is None else radices)
     if not radices or min(radices) < 2 or math.prod(radices) != size:
         raise ShapeError(
@@ -68,8 +69,9 @@ def fourier_monarch(
         ``S`` and ``order`` with ``F @ x == S @ x[order]``.
 
     Raises:
-        ShapeError: ``blocks`` does not divide ``size``.
+        ShapeError: ``blocks`` does not divide ``size``, or ``dtype`` is real.
     """
+    _check_complex(dtype)
     if size < 1 or blocks < 1 or size % blocks:
         raise ShapeError(
             f"{blocks} blocks do not divide a Fourier transform of size {size}. Use one of {divisors(size)}."
@@ -83,6 +85,11 @@ def fourier_monarch(
         Monarch((blocks, width), 1), (size, size), {"left": roots(exponent, size, dtype), "right": right}
     )
     return matrix, torch.arange(size).reshape(width, blocks).T.flatten()
+
+
+def _check_complex(dtype: torch.dtype) -> None:
+    if not dtype.is_complex:
+        raise ShapeError(f"A Fourier transform is complex; got {dtype}. Use hartley(size) for a real transform.")
 
 
 def roots(exponent: Tensor, order: int, dtype: torch.dtype) -> Tensor:

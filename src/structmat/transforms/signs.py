@@ -47,8 +47,10 @@ def haar(size: int, *, dtype: torch.dtype = torch.float64) -> StructuredMatrix:
     Source: Haar 1910; Mallat 1989.
 
     Raises:
-        ShapeError: ``size`` is no power of two of at least 2.
+        ShapeError: ``size`` is no power of two of at least 2, or ``dtype`` is one of integers.
     """
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise ShapeError(f"The factors of a Haar transform are no integers; got {dtype}. Use a floating dtype.")
     if size < 2 or size & (size - 1):
         raise ShapeError(f"A Haar transform has a size of 2, 4, 8, ...; got {size}. Pad to the next power of two.")
     tensors = {}

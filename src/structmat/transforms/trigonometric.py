@@ -33,8 +33,7 @@ def dft(
         dtype: complex.
 
     Raises:
-        ShapeError: the size is below 1.
-        ShapeError: ``dtype`` is real.
+        ShapeError: the size is below 1, or ``dtype`` is real.
     """
     if not dtype.is_complex:
         raise ShapeError(f"A Fourier transform is complex; got {dtype}. Use hartley(size) for a real one.")
@@ -53,7 +52,7 @@ def hartley(size: int, *, dtype: torch.dtype = torch.float64) -> StructuredMatri
     Source: Bracewell 1983.
 
     Raises:
-        ShapeError: the size is below 1.
+        ShapeError: the size is below 1, or ``dtype`` is not floating.
     """
     ones = torch.ones(max(1, size), dtype=torch.complex128)
     return _real(size, size, ones, (1 + 1j) * ones, dtype)
@@ -69,7 +68,7 @@ def dct(size: int, kind: int = 2, *, orthonormal: bool = False, dtype: torch.dty
         dtype: real.
 
     Raises:
-        ShapeError: there is no such type, or none of this size.
+        ShapeError: there is no such type, or none of this size, or ``dtype`` is not floating.
     """
     _check(size, kind, 2 if kind == 1 else 1, "cosine")
     n = size
@@ -117,7 +116,7 @@ def dst(size: int, kind: int = 2, *, orthonormal: bool = False, dtype: torch.dty
         dtype: real.
 
     Raises:
-        ShapeError: there is no such type, or the size is below 1.
+        ShapeError: there is no such type, or the size is below 1, or ``dtype`` is not floating.
     """
     _check(size, kind, 1, "sine")
     n = size
@@ -172,6 +171,8 @@ def _real(
     out: Tensor | None = None,
 ) -> StructuredMatrix:
     """The upper left corner of the real part of a Fourier transform between factors and permutations."""
+    if not dtype.is_floating_point:
+        raise ShapeError(f"This transform is real; got {dtype}. Use a floating dtype, or dft(size) for a complex one.")
     structure, tensors = _fourier_between(transform, before, after, into=into, out=out)
     if transform != size and structure.patterns is None:
         structure = PermutedButterfly(smallest_chain((transform, transform)))
