@@ -15,7 +15,7 @@ from torch import Tensor
 from structmat.errors import ShapeError, StructureError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.masks import boxcar
-from structmat.projection.windows import Terms, pack, unpack
+from structmat.projection.windows import Terms, pack, runs, unpack
 from structmat.structure import Shape, specs
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.block_tensor_train import BlockTensorTrain
@@ -141,27 +141,6 @@ def full_terms(left: Tensor, right: Tensor) -> Terms:
     """A low-rank matrix: one term with full windows a row of ``left`` (terms, out) and ``right`` (terms, in)."""
     window = torch.tensor([[0, left.shape[1], 0, right.shape[1]]])
     return Terms(left.clone(), right.clone(), window.expand(len(left), 4).clone())
-
-
-def runs(dense: Tensor, support: Tensor) -> Terms:
-    """One term for each cyclic run of the support within a column: a window of the rows, and one column."""
-    m, n = dense.shape
-    windows = []
-    for j in range(n):
-        held = support[:, j]
-        if bool(held.all()):
-            windows.append((0, m, j, 1))
-            continue
-        starts = torch.nonzero(held & ~held.roll(1))[:, 0].tolist()
-        ends = torch.nonzero(held & ~held.roll(-1))[:, 0].tolist()
-        for start in starts:
-            end = min((e for e in ends if e >= start), default=min(ends, default=0))
-            windows.append((start, (end - start) % m + 1, j, 1))
-    table = torch.tensor(windows, dtype=torch.int64).reshape(-1, 4)
-    left = dense.T[table[:, 2]] * boxcar(table[:, 1], table[:, 0], m)
-    right = torch.zeros(len(table), n, dtype=dense.dtype)
-    right[torch.arange(len(table)), table[:, 2]] = 1.0
-    return Terms(left, right, table)
 
 
 # ------------------------------------------------------------------------------------------------------- closure

@@ -2,8 +2,7 @@
 
 Each is in closed form, but for tridiagonal operators and relaxed permutations, which are descents in few unknowns:
 where a matrix is a member, its parameters come out, and the error says whether it is one. Members of what only a longer
-descent could find (cascades of several diagonal layers, windows in general position, real parts of complex butterflies)
-have no detector here.
+descent could find (cascades of several diagonal layers, real parts of complex butterflies) have no detector here.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from structmat.matrix import StructuredMatrix
 from structmat.projection.found_operators import cauchy_angles, subdiagonals, vandermonde_nodes
 from structmat.projection.found_stages import fastfood_tensors, kaleidoscope_factors, relaxed_factors, switch_logits
 from structmat.projection.found_tridiagonals import tridiagonal_members
+from structmat.projection.found_windows import windows_of
 from structmat.projection.plus_low_rank import diagonal_means, support_plus_low_rank, toeplitz_plus_low_rank
 from structmat.projection.project import project_target
 from structmat.projection.simultaneous import factor_grid, monarch_pair
@@ -31,6 +31,7 @@ from structmat.sizes import divisors
 from structmat.structure import Shape, Structure, count_stored
 from structmat.structures.cauchy_like import CauchyLike
 from structmat.structures.fastfood import Fastfood
+from structmat.structures.gblr import GBLR
 from structmat.structures.generators import OfDisplacementRank
 from structmat.structures.kaleidoscope import Kaleidoscope
 from structmat.structures.ldr_subdiagonal import LDRSubdiagonal
@@ -471,6 +472,17 @@ def by_support_and_rank(subject: Subject) -> Iterator[Trait]:
                 return
 
 
+def by_windows(subject: Subject) -> Iterator[Trait]:
+    """Sums of rank-one terms on windows of the rows and of the columns, in fewer numbers than entries."""
+    terms = windows_of(subject.target, subject.tolerance)
+    if terms is not None:
+        shape = (subject.weight.shape[0], subject.weight.shape[1])
+        numbers = count_stored(GBLR(terms.count, *terms.totals), shape)
+        error = float(torch.linalg.norm(subject.weight - terms.dense())) / subject.norm
+        plural = "" if terms.count == 1 else "s"
+        yield Trait(f"a sum of {terms.count} rank-one term{plural} on windows", error, numbers, family="GBLR")
+
+
 def by_orthogonality(subject: Subject) -> Iterator[Trait]:
     """Orthogonal and unitary matrices, up to a factor; orthogonal butterflies."""
     size, columns = subject.weight.shape
@@ -500,6 +512,7 @@ DETECTORS = (
     by_shared_bases,
     by_monarch_pair,
     by_support_and_rank,
+    by_windows,
     by_orthogonality,
 )
 """What is looked for. A detector of another family is one more function here."""

@@ -8,6 +8,7 @@ for the kaleidoscope, which is the factorization of a product of Monarch matrice
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ _STEPS = 30
 _FARTHEST, _PLACES, _FEWEST = 4.0, 8192, 80
 """Logits between minus and plus the first are looked at, at so many places divided by the size, and at least the last;
 an even number leaves out zero, where a relaxed step may have no inverse."""
+
+_ZOOMS, _FINER = 5, 17
+"""Times that places near the lowest are looked at, and how many."""
+
+_LARGEST_POLISHED = 64
+_POLISHED = 4
+"""Steps of Gauss and Newton in all tensors at the end, and the size of matrix up to which they are taken."""
 
 _LOOKED_AT = 6
 """Random combinations of the columns that tell whether rows are parallel."""
@@ -149,7 +157,59 @@ def relaxed_factors(matrix: Tensor) -> dict[str, Tensor] | None:
     for number, (stage, own_size) in enumerate(zip(reversed(stages), reversed(sizes), strict=True)):
         span = 1 << number
         tensors[f"factor0_{number}"] = (stage * (mean / own_size)).reshape(size // (2 * span), 2, 2, span)
-    return tensors
+    return _polished(matrix, tensors) if size <= _LARGEST_POLISHED else tensors
+
+
+def _polished(matrix: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a relaxed permutation and a butterfly after steps of Gauss and Newton, as long as these help."""
+    shapes = [t.shape for t in tensors.values()]
+    place = torch.cat([t.flatten() for t in tensors.values()])
+
+    def parts(place: Tensor) -> list[Tensor]:
+        flat = place.split([shape.numel() for shape in shapes])
+        return [part.reshape(shape) for part, shape in zip(flat, shapes, strict=True)]
+
+    member, slope = _relaxed_member(*parts(place))
+    for _ in range(_POLISHED):
+        step = torch.linalg.lstsq(slope, (matrix - member).reshape(-1, 1), driver="gelsd").solution[:, 0]
+        trial, slope = _relaxed_member(*parts(place + step))
+        if not float(torch.linalg.norm(trial - matrix)) < float(torch.linalg.norm(member - matrix)) / 2:
+            break
+        place, member = place + step, trial
+    return dict(zip(tensors, parts(place), strict=True))
+
+
+def _relaxed_member(logits: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix (n, n) of logits (levels, 3) and of the factors of a butterfly in order of application, and its
+    derivatives (n n, numbers) by all of them."""
+    size = factors[0].numel() // 2
+    eye = torch.eye(size, dtype=logits.dtype)
+    stages, changes = [], []
+    for level, own in enumerate(torch.sigmoid(logits)):
+        block = size >> level
+        halves = torch.arange(block).reshape(2, -1)
+        inner = [torch.cat([halves.flatten()[0::2], halves.flatten()[1::2]])]
+        inner += [torch.cat([halves[0].flip(0), halves[1]]), torch.cat([halves[0], halves[1].flip(0)])]
+        for p, order in zip(own, inner, strict=True):
+            moved = eye[(torch.arange(0, size, block)[:, None] + order).flatten()]
+            stages.append(p * moved + (1 - p) * eye)
+            changes.append(p * (1 - p) * (moved - eye))
+    for factor in factors:
+        a, b, c, d = factor.shape
+        stages.append(torch.einsum("abcd,acdk->abdk", factor, eye.reshape(a, c, d, size)).reshape(size, size))
+    before = [eye]  # products of the stages before each, and after all
+    for stage in stages:
+        before.append(stage @ before[-1])
+    after, slopes = eye, []
+    for number in reversed(range(len(stages))):
+        if number < len(changes):
+            slopes.append((after @ changes[number] @ before[number])[None])
+        else:
+            a, b, c, d = factors[number - len(changes)].shape
+            left, right = after.reshape(size, a, b, d), before[number].reshape(a, c, d, size)
+            slopes.append(torch.einsum("iabd,acdj->abcdij", left, right).reshape(-1, size, size))
+        after = after @ stages[number]
+    return before[-1], torch.cat(slopes[::-1]).flatten(1).mT
 
 
 def _levels(blocks: Tensor, whole: int) -> tuple[list[Tensor], list[Tensor]] | None:
@@ -179,7 +239,8 @@ def _three(blocks: Tensor, whole: int) -> list[Tensor]:
     """Logits (3,) of a level that leave pairs of rows parallel: none, or those that serve alike."""
     is_first = blocks.shape[-1] == whole
     free = torch.tensor([not is_first, not is_first, True])
-    for start in _starts(blocks, is_first):
+    closed = _closed(blocks) if blocks.shape[-1] == 4 and not is_first else blocks.new_zeros(0, 3)
+    for start in chain(closed, _starts(blocks, is_first)):
         place, error = _descended(blocks, start, free)
         logits = _logits(place)
         # Where a step has no inverse all rows are parallel: that says nothing.
@@ -188,45 +249,86 @@ def _three(blocks: Tensor, whole: int) -> list[Tensor]:
     return []
 
 
+def _closed(blocks: Tensor) -> Tensor:
+    """The three logits of blocks of four, (1, 3), in closed form, or none (0, 3).
+
+    What undoes a reversal keeps the even part ``(a, b, b, a)`` of a row and multiplies the odd part
+    ``(c, d, -d, -c)`` by e, as in :func:`_starts`; what undoes the first step multiplies d by ``f = 1 / (1 - 2 p)`` once
+    more. Two rows are parallel in both halves where ``c b' - b c' + f (a d' - d a')`` and
+    ``a b' - b a' + e^2 f (c d' - d c')`` vanish.
+    """
+    a, b = ((blocks + blocks.flip(-1)) / 2)[..., :2].unbind(-1)
+    c, d = ((blocks - blocks.flip(-1)) / 2)[..., :2].unbind(-1)
+
+    def minors(x: Tensor, y: Tensor) -> Tensor:
+        return x[:, :2] * y[:, 2:] - y[:, :2] * x[:, 2:]
+
+    f = -_quotient(minors(c, b).flatten(), minors(a, d).flatten(), 0)
+    logits = [-2 * torch.atanh(1 / f)]
+    for side in (1, 0):
+        squares = -_quotient(minors(a, b)[side::2].flatten(), minors(c, d)[side::2].flatten(), 0) / f
+        logits.insert(0, (2 * torch.atanh(squares.rsqrt())).log())
+    place = torch.stack(logits)[None]
+    return place[torch.isfinite(place).all(1)]
+
+
 def _starts(blocks: Tensor, is_first: bool) -> Tensor:
     """Where to look for three logits, the most promising first: for many of the third the others are known.
 
     What undoes a reversal of probability p keeps what is even and multiplies what is odd by ``e = 1 / (1 - 2 p)``. Two
-    rows are then parallel where ``c + e^2 d`` vanishes, for their minors c in the even and d in the odd part.
+    rows are then parallel where ``c + e^2 d`` vanishes, for their minors c in the even and d in the odd part, and the
+    minors of the even part of one with the odd part of the other.
     """
-    size = blocks.shape[-1]
-    half = size // 2
-    places = max(_FEWEST, _PLACES // size)
+    places = max(_FEWEST, _PLACES // blocks.shape[-1])
     third = torch.linspace(-_FARTHEST, _FARTHEST, places + places % 2, dtype=blocks.dtype)
-    generator = torch.Generator().manual_seed(0)
-    looked_at = torch.randn(half, min(half, _LOOKED_AT), generator=generator, dtype=blocks.dtype)
-    inverse = torch.linalg.inv(torch.stack([_parted(size, torch.stack([logit] * 3)) for logit in third]))
-    parts = [blocks] if is_first else [(blocks + blocks.flip(-1)) / 2, (blocks - blocks.flip(-1)) / 2]
-    products = []
-    for part in parts:
-        pairs = (part @ inverse[:, None]).reshape(len(third), -1, 2, half, 2, half) @ looked_at
-        products.append(pairs[:, :, 0, :, :, :, None] * pairs[:, :, 1, :, :, None, :])
-    sizes = torch.stack([own.square().sum((-2, -1), keepdim=True) for own in products]).sum(0).sqrt()
-    minors = [(own - own.mT) / sizes.clamp(min=1e-300) for own in products]
-    if is_first:
-        error = minors[0].flatten(1).norm(dim=1)
-        none = third.new_full((len(third),), math.log(_CERTAIN))
-        found = torch.stack([none, none, third], 1)
-    else:
-        error, columns = third.new_zeros(len(third)), []
-        for side in range(2):
-            c, d = (own[:, side::2].flatten(1) for own in minors)
-            square = (-(c * d).sum(1) / d.square().sum(1).clamp(min=1e-300)).clamp(min=1 + 1e-6)
-            error = error + (c + square[:, None] * d).norm(dim=1) / c.norm(dim=1).clamp(min=1e-300)
-            columns.append((2 * torch.atanh(square.rsqrt())).log())
-        found = torch.stack([*columns, third], 1)
+    error, found = _others(blocks, third, is_first)
     edge = error.new_tensor([math.inf])
     is_valley = (error <= torch.cat([edge, error[:-1]])) & (error <= torch.cat([error[1:], edge]))
-    # The lowest of the valleys, some of which are narrow, and the lowest of all, at a coarse grain.
+    # The lowest of all, as near as can be; of the valleys, some of which are narrow; and of all at a coarse grain.
+    best, spacing = third[error.argmin()], float(third[1] - third[0])
+    nearest = found[:0]
+    for _ in range(_ZOOMS):
+        error_there, found_there = _others(blocks, best + spacing * torch.linspace(-1, 1, _FINER).to(third), is_first)
+        nearest = found_there[error_there.argmin()][None]
+        best, spacing = nearest[0, 2], spacing * 2 / (_FINER - 1)
     coarse = torch.arange(0, len(third), max(1, len(third) // _FEWEST))
     valleys = is_valley.nonzero()[:, 0]
     chosen = [own[error[own].argsort()[:_TRIED]] for own in (coarse, valleys)]
-    return found[torch.cat(chosen)]
+    return torch.cat([nearest, found[torch.cat(chosen)]])
+
+
+def _others(blocks: Tensor, third: Tensor, is_first: bool) -> tuple[Tensor, Tensor]:
+    """How far rows are from parallel where the third logits are these (places,), infinitely without an inverse, and all
+    three logits there (places, 3), those of the reversals as logarithms."""
+    size = blocks.shape[-1]
+    half = size // 2
+    generator = torch.Generator().manual_seed(0)
+    looked_at = torch.randn(half, min(half, _LOOKED_AT), generator=generator, dtype=blocks.dtype)
+    inverse = torch.linalg.inv_ex(torch.stack([_parted(size, torch.stack([logit] * 3)) for logit in third])).inverse
+    parts = [blocks] if is_first else [(blocks + blocks.flip(-1)) / 2, (blocks - blocks.flip(-1)) / 2]
+    pairs = [(part @ inverse[:, None]).reshape(len(third), -1, 2, half, 2, half) @ looked_at for part in parts]
+    products = [_crossed(own, own) for own in pairs]
+    sizes = torch.stack([own.square().sum((-2, -1), keepdim=True) for own in products]).sum(0).sqrt()
+    minors = [(own - own.mT) / sizes.clamp(min=1e-300) for own in products]
+    if is_first:
+        none = third.new_full((len(third),), math.log(_CERTAIN))
+        return minors[0].flatten(1).norm(dim=1).nan_to_num(math.inf), torch.stack([none, none, third], 1)
+    error, columns = third.new_zeros(len(third)), []
+    mixed = (_crossed(*pairs) + _crossed(*pairs[::-1])) / sizes.clamp(min=1e-300)
+    mixed = mixed - mixed.mT
+    for side in range(2):
+        c, d = (own[:, side::2].flatten(1) for own in minors)
+        square = (-(c * d).sum(1) / d.square().sum(1).clamp(min=1e-300)).clamp(min=1 + 1e-6)
+        error = error + mixed[:, side::2].flatten(1).norm(dim=1) / c.norm(dim=1).clamp(min=1e-300)
+        error = error + (c + square[:, None] * d).norm(dim=1) / c.norm(dim=1).clamp(min=1e-300)
+        columns.append((2 * torch.atanh(square.rsqrt())).log())
+    return error.nan_to_num(math.inf), torch.stack([*columns, third], 1)
+
+
+def _crossed(upper: Tensor, lower: Tensor) -> Tensor:
+    """Products of what upper rows of pairs are with what lower rows are, for pairs (..., two rows, places, halves,
+    combinations) after two axes."""
+    return upper[:, :, 0, :, :, :, None] * lower[:, :, 1, :, :, None, :]
 
 
 def _logits(place: Tensor) -> Tensor:

@@ -129,6 +129,27 @@ def published_cost(windows: Tensor) -> int:
     return int(torch.minimum(rows + columns, rows * columns).sum())
 
 
+def runs(dense: Tensor, support: Tensor) -> Terms:
+    """One term for each cyclic run of the support within a column: a window of the rows, and one column."""
+    m, n = dense.shape
+    windows = []
+    for j in range(n):
+        held = support[:, j]
+        if bool(held.all()):
+            windows.append((0, m, j, 1))
+            continue
+        starts = torch.nonzero(held & ~held.roll(1))[:, 0].tolist()
+        ends = torch.nonzero(held & ~held.roll(-1))[:, 0].tolist()
+        for start in starts:
+            end = min((e for e in ends if e >= start), default=min(ends, default=0))
+            windows.append((start, (end - start) % m + 1, j, 1))
+    table = torch.tensor(windows, dtype=torch.int64).reshape(-1, 4)
+    left = dense.T[table[:, 2]] * boxcar(table[:, 1], table[:, 0], m)
+    right = torch.zeros(len(table), n, dtype=dense.dtype)
+    right[torch.arange(len(table)), table[:, 2]] = 1.0
+    return Terms(left, right, table)
+
+
 # ------------------------------------------------------------------------------------------------------- intervals
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from structmat.errors import ShapeError, StructureError
 from structmat.program import Program, Windowed
+from structmat.projection.found_windows import windows_of
 from structmat.projection.target import Certificate, Fit, Target
-from structmat.projection.windows import low_rank_terms, pack, windowed
+from structmat.projection.windows import low_rank_terms, pack, settle, windowed
 from structmat.structure import (
     DENSE_GAIN,
     Normal,
@@ -67,7 +68,8 @@ class GBLR(Structure):
     The windows of a fresh matrix are even and stay where they are under an optimizer: what moves them is
     :mod:`structmat.learn.windows`. Projection: windowed alternating least squares, in which every interval is the exact
     optimum given the other side, never worse than the low rank matrix of the same totals; optimal where all windows are
-    full; with a lower bound from the rank.
+    full; with a lower bound from the rank. Exact for members whose windows are found
+    (:func:`structmat.projection.found_windows.windowed_terms`), as those in general position are.
     Source: Lee and Kim, "Differentiable Learning of Generalized Structured Matrices for Efficient Deep Neural Networks"
     (ICLR 2024).
 
@@ -139,6 +141,10 @@ class GBLR(Structure):
             found = low_rank_terms(target, terms, rows, columns).canonical()
             return Fit(pack(found), Certificate.OPTIMAL, bound, "truncated SVD")
         certificate = Certificate.BOUND if bound > 0 else Certificate.NONE
+        exact = windows_of(target)
+        if exact is not None and exact.count <= terms and exact.totals[0] <= rows and exact.totals[1] <= columns:
+            exact = settle(target.weight, exact.with_count(terms), rows, columns).canonical()
+            return Fit(pack(exact), certificate, bound, "windows found")
         method = "windowed alternating least squares" if target.sweeps else "truncated SVD, cropped"
         return Fit(pack(windowed(target, terms, rows, columns)), certificate, bound, method)
 
