@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from structmat.errors import ShapeError, StructureError
 from structmat.matrix import StructuredMatrix, draw
+from structmat.modes import is_compiling
 from structmat.nn.convolution.forms import KernelForm
 from structmat.nn.convolution.frozen import FrozenConvolution
 from structmat.nn.convolution.geometry import PADDING_MODES, Geometry, as_padding, as_sizes, places
@@ -147,7 +148,7 @@ class StructuredConvolution(nn.Module, Generic[DenseConv]):
 
     def _writes_kernel(self, x: Tensor, geometry: Geometry) -> bool:
         """Whether patches would have to be written out, and writing the kernel out takes less."""
-        if not self._may_write or torch.compiler.is_compiling():  # compilers do not trace how a matrix is written out
+        if not self._may_write or is_compiling():  # compilers do not trace how a matrix is written out
             return False
         return len(x) * places(geometry.out_sizes(x.shape[2:])) >= KERNEL_ROWS * self._shape[0]
 
