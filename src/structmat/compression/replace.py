@@ -359,9 +359,3 @@ def _copied(model: Model, converted: dict[int, nn.Module]) -> Model:
     """A copy with converted modules (by identity) in the places of theirs."""
     # What the memo holds is not copied but taken from there.
     return copy.deepcopy(model, cast(dict[int, Any], converted))
-
-
-def selected(sites: Sequence[Site], names: Iterable[str]) -> list[Site]:
-    """The sites with these names, in the order of the sites."""
-    wanted = set(names)
-    return [site for site in sites if site.name in wanted]
