@@ -17,8 +17,9 @@ from structmat.circuit.circuit import Circuit
 from structmat.circuit.fields import Field
 from structmat.circuit.kaleidoscope.columns import columns_of, rows_of
 from structmat.circuit.kaleidoscope.product import ButterflyProduct, run, stages_circuit
-from structmat.circuit.kaleidoscope.stage import Stage, power_of_two
+from structmat.circuit.kaleidoscope.stage import Stage
 from structmat.errors import CircuitError
+from structmat.sizes import power_of_two
 
 
 @dataclass(frozen=True, eq=False, repr=False)
