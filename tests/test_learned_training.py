@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import structmat as sm
 from structmat.errors import BudgetError, ModelError, ShapeError, StructureError
 from structmat.learn.order import reorder_hidden
-from structmat.learn.windows import WindowLearner, fit_exactly, hardened, project_widths, soft_threshold
+from structmat.learn.widths import fit_exactly, project_widths, soft_threshold
+from structmat.learn.windows import WindowLearner, hardened
 from structmat.nn import FusedLinear, MatrixConv2d, StructuredLinear, WindowedLinear
 from structmat.projection.masks import quantized_mask
 from structmat.projection.windows import Terms
