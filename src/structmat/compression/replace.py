@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from structmat.compression.budget import flops
 from structmat.compression.calibrate import Calibration
 from structmat.compression.layers import layer_named, layer_of, splitters, structured_layer_of
+from structmat.compression.norms import layer_targets, norm_name
 from structmat.compression.plan import Plan
 from structmat.compression.progress import Progress
 from structmat.compression.running import Forward
 from structmat.compression.scan import Site, adapter_of, parent_and_child, site_of, tied_heads
-from structmat.compression.screen import layer_targets, norm_name, weakest
+from structmat.compression.screen import weakest
 from structmat.compression.sequential import Prefix, corrected, prefix_moments
 from structmat.compression.split import split_, split_apart, whole_again_
 from structmat.compression.workfolder import WorkFolder, digest
