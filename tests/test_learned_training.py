@@ -505,3 +505,8 @@ def test_bad_options() -> None:
     state = learner.state_dict()
     with pytest.raises(ModelError, match="checkpoint is of 3 layers"):
         WindowLearner(network(), 0.4, 10).load_state_dict(state)
+
+
+def test_a_single_layer_is_not_replaced_in_place() -> None:
+    with pytest.raises(ModelError, match="is an nn.Linear"):
+        WindowLearner(nn.Linear(16, 16), 0.5, 10)

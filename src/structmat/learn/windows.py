@@ -135,6 +135,8 @@ class WindowLearner:
     def _replace(
         self, names: Collection[str] | None, exclude: Collection[str], budget: float | Mapping[str, float]
     ) -> dict[str, WindowedLinear]:
+        if isinstance(self.model, nn.Linear):
+            raise ModelError("The model itself is an nn.Linear and can't be replaced in place. Wrap it: nn.Sequential.")
         linears = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
         there = {n: m for n, m in self.model.named_modules() if isinstance(m, WindowedLinear)}
         for name in (*(names or ()), *exclude):
@@ -151,11 +153,9 @@ class WindowLearner:
         generator = torch.Generator().manual_seed(self.seed)
         made: dict[str, WindowedLinear] = {n: m for n, m in there.items() if n not in exclude}
         for name in chosen:
-            parent, _, child = name.rpartition(".")
             share = budget[name] if isinstance(budget, Mapping) else budget
-            layer = self._made(linears[name], share, generator).train(linears[name].training)
-            setattr(self.model.get_submodule(parent), child, layer)
-            made[name] = layer
+            made[name] = self._made(linears[name], share, generator).train(linears[name].training)
+            self.model.set_submodule(name, made[name])
         if not made:
             raise ModelError("The model has no nn.Linear to replace.")
         return made
@@ -334,8 +334,7 @@ class WindowLearner:
         with torch.no_grad():
             self._finish()
         for name, layer in self.layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.harden())
+            self.model.set_submodule(name, layer.harden())
         return self.model
 
     def moved(self) -> dict[str, float]:
@@ -425,6 +424,5 @@ def softened(model: nn.Module, name: str) -> WindowedLinear:
     if layer is None:
         raise ModelError(f"{name!r} is no GBLR layer of the model. They are {', '.join(hardened(model)) or 'none'}.")
     made = WindowedLinear.from_terms(terms_of(layer.matrix), layer.bias).train(layer.training)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, made)
+    model.set_submodule(name, made)
     return made
