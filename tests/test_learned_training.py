@@ -508,5 +508,5 @@ def test_bad_options() -> None:
 
 
 def test_a_single_layer_is_not_replaced_in_place() -> None:
-    with pytest.raises(ModelError, match="is an nn.Linear"):
+    with pytest.raises(ModelError, match="itself is an nn"):
         WindowLearner(nn.Linear(16, 16), 0.5, 10)
