@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "structure", "sizes", "circuit", "places", "files", "processor"}),
+    frozenset({"errors", "structure", "sizes", "circuit", "places", "files", "processor", "modes"}),
     frozenset({"program"}),
     frozenset({"kernels"}),
     frozenset({"matrix"}),

@@ -84,7 +84,7 @@ def test_the_streamed_moment_of_patches_is_that_of_the_unfolding(which: int, mon
         assert gradients is not None
         assert gradients.shape == (sites[0].shape[0],) * 2
     # The same in pieces of one image.
-    monkeypatch.setattr("structmat.nn.convolution.layer.PATCH_NUMBERS", 1)
+    monkeypatch.setattr("structmat.nn.convolution.base.PATCH_NUMBERS", 1)
     pieces = calibrate(model, sites, data).moments["0"]
     torch.testing.assert_close(pieces.second_moment, found.second_moment, rtol=1e-5, atol=1e-6)
 

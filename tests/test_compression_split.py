@@ -15,7 +15,7 @@ from compression_models import gpt2, tokens
 from torch import Tensor, nn
 
 import structmat as sm
-import structmat.compression.screen
+import structmat.compression.norms
 from structmat.compression.budget import Parameters
 from structmat.compression.calibrate import calibrate
 from structmat.compression.candidates import Candidate, LayerScreen
@@ -135,7 +135,7 @@ def test_each_part_gets_what_it_needs(options: dict[str, Any], split: Any) -> No
 def test_parts_are_judged_as_layers_of_their_own_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused model and the one with three layers: the same inputs, gradients, norms and predicted losses. (But that
     damping is by the mean gradient of the whole layer.)"""
-    monkeypatch.setattr(structmat.compression.screen, "OUTPUT_DAMPING", 1e-6)
+    monkeypatch.setattr(structmat.compression.norms, "OUTPUT_DAMPING", 1e-6)
     torch.manual_seed(0)
     fused, apart = Net(), Net(fused=False)
     for one, other in zip(fused.blocks, apart.blocks, strict=True):

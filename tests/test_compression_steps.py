@@ -15,11 +15,12 @@ from torch import nn
 import structmat as sm
 from structmat.compression.calibrate import calibrate
 from structmat.compression.candidates import EXPECTED, Candidate, LayerScreen, layer_from_json, layer_to_json
+from structmat.compression.norms import damped, layer_targets
 from structmat.compression.plan import Plan
 from structmat.compression.replace import replace_layers, to_dense
 from structmat.compression.scan import scan
 from structmat.compression.score import SHARES, Correction, points, score
-from structmat.compression.screen import damped, layer_targets, layer_worker, screen
+from structmat.compression.screen import layer_worker, screen
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError, FormatError, ModelError, ShapeError, StructureError
 from structmat.files import write_atomically

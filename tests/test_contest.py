@@ -13,8 +13,9 @@ from structmat.compression.allocate import allocate
 from structmat.compression.calibrate import calibrate
 from structmat.compression.candidates import EXPECTED, Candidate, LayerScreen
 from structmat.compression.contest import MOST, NEAR, Outcome, contenders, contest, improved
+from structmat.compression.norms import damped
 from structmat.compression.scan import scan
-from structmat.compression.screen import damped, screen
+from structmat.compression.screen import screen
 from structmat.compression.workfolder import WorkFolder
 from structmat.structure import Structure
 

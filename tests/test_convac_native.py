@@ -364,6 +364,21 @@ def test_transforms_run_on_the_reference() -> None:
     torch.testing.assert_close(compiled_net(x), y)
 
 
+def test_many_backward_passes_are_mapped() -> None:
+    """``vmap`` over the gradients that go in, of an outcome that was recorded outside of it."""
+    torch.manual_seed(12)
+    net = network(TREES["quads with gaps"], Scaled())
+    x = torch.randn(4, 3, 15, dtype=F64, requires_grad=True)
+    y = net(x)
+    assert passes(y) > 0
+    grads = torch.randn(3, *y.shape, dtype=F64)
+
+    def back(grad: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+
+    torch.testing.assert_close(torch.func.vmap(back)(grads), torch.stack([back(grad) for grad in grads]))
+
+
 def test_who_watches_a_level_sees_it() -> None:
     net = network(TREES["pairs"], Scaled())
     x, seen = torch.randn(3, 3, 8, dtype=F64), list[str]()

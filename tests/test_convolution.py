@@ -275,7 +275,7 @@ def test_memory_is_that_of_a_few_maps(structure: Structure | KernelForm, maps: f
     assert most <= 1.05 * maps * x.numel() * x.element_size() + 8 * layer.kernel.numel()
 
 
-KERNELS = "structmat.nn.convolution.layer.KERNEL_ROWS"
+KERNELS = "structmat.nn.convolution.base.KERNEL_ROWS"
 
 
 @pytest.mark.parametrize("structure", [sm.Sparse(density=0.3), sm.Circulant(), sm.SparsePlusLowRank(1, 0.2)], ids=str)

@@ -34,7 +34,7 @@ from structmat.program import (
 from structmat.program.circuit import to_circuit
 from structmat.program.reference import Form, form
 from structmat.program.scaling import scaling_cut
-from structmat.program.toeplitz import smooth_size
+from structmat.sizes import smooth_size
 from structmat.testing.oracle import explicit
 
 F64, C128 = torch.float64, torch.complex128

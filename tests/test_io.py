@@ -19,7 +19,7 @@ from torch import nn
 
 import structmat as sm
 from structmat.errors import DataError, FormatError, ModelError
-from structmat.io import HEADER
+from structmat.file_format import HEADER
 from structmat.places import pack, packed_shape, unpack
 
 

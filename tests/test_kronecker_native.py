@@ -215,6 +215,26 @@ def test_transforms_run_on_the_reference() -> None:
     torch.testing.assert_close(along[0], one.squeeze((0, 2)).sum(1))
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("watched", [False, True], ids=["natively", "by parts"])
+def test_many_backward_passes_are_mapped(watched: bool, recompute: bool) -> None:
+    """``vmap`` over the gradients that go in, of an outcome that was recorded outside of it."""
+    torch.manual_seed(6)
+    block = scattered(KroneckerBlock(12, 15, terms=2, inner=torch.tanh, recompute=recompute))
+    if watched:
+        block.chains[0].register_forward_hook(lambda *_: None)
+    x = torch.randn(6, 12, dtype=F64, requires_grad=True)
+    y = block(x)
+    assert is_native(y) is not watched
+    grads = torch.randn(3, *y.shape, dtype=F64)
+
+    def back(grad: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, (x, *block.parameters()), grad, retain_graph=True)
+
+    wanted = [torch.stack(each) for each in zip(*map(back, grads), strict=True)]
+    torch.testing.assert_close(torch.func.vmap(back)(grads), tuple(wanted))
+
+
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="compilers lag behind")
 def test_compilers_see_one_operator() -> None:
     torch.manual_seed(7)

@@ -15,14 +15,8 @@ from torch import Tensor, nn
 import structmat as sm
 from structmat.errors import BudgetError, ModelError, ShapeError, StructureError
 from structmat.learn.order import reorder_hidden
-from structmat.learn.windows import (
-    WindowLearner,
-    fit_exactly,
-    hardened,
-    project_widths,
-    raise_widths,
-    soft_threshold,
-)
+from structmat.learn.widths import fit_exactly, project_widths, raise_widths, soft_threshold
+from structmat.learn.windows import WindowLearner, hardened
 from structmat.nn import FusedLinear, MatrixConv2d, StructuredLinear, WindowedLinear
 from structmat.projection.masks import quantized_mask
 from structmat.projection.windows import Terms
@@ -554,3 +548,8 @@ def test_bad_options() -> None:
     state = learner.state_dict()
     with pytest.raises(ModelError, match="checkpoint is of 3 layers"):
         WindowLearner(network(), 0.4, 10).load_state_dict(state)
+
+
+def test_a_single_layer_is_not_replaced_in_place() -> None:
+    with pytest.raises(ModelError, match="itself is an nn"):
+        WindowLearner(nn.Linear(16, 16), 0.5, 10)

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 import structmat as sm
-from structmat.compression.report_html import read_report, render, verdict, write_html
+from structmat.compression.report_html import render, write_html
+from structmat.compression.report_json import read_report
+from structmat.compression.report_verdict import verdict
 from structmat.errors import FormatError
 
 
@@ -135,6 +137,7 @@ def test_verdict_is_honest(values: dict[str, Any]) -> None:
     for layer in bad["layers"]:
         layer["slower"] = True
     assert "bad: The budget is exceeded" in text(bad)
+    assert "The budget is kept" not in text(bad)
     assert "bad: On this machine the whole model is <strong>2.50 times slower</strong> at batch size 1" in text(bad)
     assert re.search(r"bad: \d+ of \d+ replaced layers run slower", text(bad))
     assert "stopped before it could prove" in text(bad)

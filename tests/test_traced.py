@@ -8,6 +8,7 @@ from market import one_a_family
 from torch import nn
 
 import structmat as sm
+from structmat.nn.kronecker.convolution import KroneckerConv2d
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -41,6 +42,8 @@ MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "frozen": (sm.nn.StructuredLinear(IN, OUT, structure=sm.Monarch(blocks=4)).freeze(2), (IN,)),
     "frozen convolution": (sm.nn.StructuredLinear(IN, OUT, structure=sm.Toeplitz()).freeze(2), (IN,)),
     "image": (sm.nn.StructuredConv2d(3, 8, 3, structure=sm.LowRank(4)), (3, 9, 9)),
+    "patches": (sm.nn.StructuredConv2d(3, 8, 3, structure=sm.Sparse(0.3)), (3, 4, 4)),
+    "Kronecker image": (KroneckerConv2d(4, 6, 3), (4, 9, 9)),
     "block": (sm.nn.KroneckerBlock(IN, OUT, terms=2), (IN,)),
     "network": (sm.nn.KroneckerNetwork([(4, 5), (6, 4), (2, 3)]), (IN,)),
     "circuit": (
@@ -54,6 +57,15 @@ MODULES: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
 def test_other_modules_are_traced(name: str, generator: torch.Generator) -> None:
     module, shape = MODULES[name]
     agree(module.eval(), *(torch.rand(rows, *shape, generator=generator) for rows in (2, 5)))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["learned", "frozen"])
+def test_no_parts_of_a_large_batch_are_recorded(frozen: bool, generator: torch.Generator) -> None:
+    """Rows that are transformed in parts, for the cache, are so only where nobody records."""
+    layer = sm.nn.StructuredLinear(300, 400, structure=sm.Toeplitz())
+    recorded, others = (torch.randn(rows, 300, generator=generator) for rows in (1000, 2200))
+    with torch.no_grad():
+        agree(layer.freeze() if frozen else layer, recorded, others)
 
 
 def test_embeddings_are_traced() -> None:

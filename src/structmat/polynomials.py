@@ -19,6 +19,7 @@ from torch import Tensor
 
 from structmat.errors import ShapeError, StructureError
 from structmat.program.recurrence import jacobi_coefficients
+from structmat.sizes import power_of_two
 
 KINDS = ("chebyshev", "hermite", "jacobi", "laguerre", "legendre")
 
@@ -141,7 +142,7 @@ def synthesis(given: Recurrence, weights: Tensor) -> Tensor:
     count = given.count
     if weights.shape[-1] != count:
         raise ShapeError(f"{count} polynomials take {count} weights; got {weights.shape[-1]}.")
-    size = 1 << max(0, count - 1).bit_length()
+    size = power_of_two(count)
     missing = size - count
     pad = torch.nn.functional.pad
     slopes, offsets, backs = (

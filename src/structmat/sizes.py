@@ -14,6 +14,16 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def is_power_of_two(number: int) -> bool:
+    """Whether it is 1, 2, 4, ..."""
+    return number > 0 and number & (number - 1) == 0
+
+
+def power_of_two(number: int) -> int:
+    """The least power of two that is at least ``number``."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
 @lru_cache(maxsize=4096)
 def divisors(number: int) -> tuple[int, ...]:
     """All divisors in ascending order."""
@@ -50,14 +60,16 @@ def _splits(number: int, count: int, smallest: int) -> list[tuple[int, ...]]:
 
 @lru_cache(maxsize=4096)
 def smooth_size(size: int) -> int:
-    """The smallest number of the form 2^i 3^j 5^k that is at least ``size``: at most 12.5 % more from 8 on."""
-    best = 1 << (size - 1).bit_length()
+    """The smallest number of the form 2^i 3^j 5^k that is at least ``size``: at most 12.5 % more from 8 on.
+
+    Fourier transforms are fast there.
+    """
+    best = power_of_two(size)
     five = 1
     while five < best:
         three = five
         while three < best:
-            quotient = -(-size // three)
-            best = min(best, three << (quotient - 1).bit_length())
+            best = min(best, three * power_of_two(-(-size // three)))
             three *= 3
         five *= 5
     return best

@@ -24,6 +24,11 @@ def starts(counts: Ints) -> Ints:
     return result
 
 
+def is_order(places: Ints) -> bool:
+    """Whether they are 0, 1, 2, ..."""
+    return bool(np.array_equal(places, np.arange(len(places))))
+
+
 def spread(first: Ints, counts: Ints) -> Ints:
     """``first[0], first[0] + 1, ...`` (``counts[0]`` of them), then from ``first[1]``, and so on."""
     begin = starts(counts)

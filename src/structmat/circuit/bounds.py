@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from scipy import linalg
 
 from structmat.errors import CircuitError
+from structmat.sizes import is_power_of_two
 
 
 def morgenstern(matrix: ArrayLike, largest_weight: float = 1.0) -> float:
@@ -73,7 +74,7 @@ def hadamard_rigidity(size: int, rank: int) -> float:
     Raises:
         CircuitError: a size is no power of two, or the rank is too large.
     """
-    if size < 2 or size & (size - 1) or rank < 1 or rank & (rank - 1) or 2 * rank > size:
+    if size < 2 or not is_power_of_two(size) or not is_power_of_two(rank) or 2 * rank > size:
         raise CircuitError(
             f"The bound holds for powers of two with 1 <= rank <= size / 2; got size {size} and rank {rank}."
         )

@@ -147,8 +147,3 @@ def find(name: str, option: str, folder: Path | None = None) -> Callable[..., An
     if not callable(found):
         raise ModelError(f"{option} {name}: {module_name} has no function {attribute}.")
     return found  # type: ignore[no-any-return]
-
-
-def number_of(value: float) -> str:
-    """A count with separators."""
-    return f"{value:,.0f}"

@@ -17,7 +17,9 @@ def report(
 ) -> None:
     """Build report.html again from report.json: one page that loads nothing from elsewhere, to send to anybody."""
     with refusing_bad_input():
-        from structmat.compression.report_html import read_report, verdict_text, write_html
+        from structmat.compression.report_html import write_html
+        from structmat.compression.report_json import read_report
+        from structmat.compression.report_verdict import verdict_text
 
         source = folder / "report.json" if folder.is_dir() else folder
         if not source.is_file():

@@ -34,6 +34,7 @@ from structmat.compression.figures import (
 from structmat.compression.frontier import Point, write_plans
 from structmat.compression.goals import Goal, Goals
 from structmat.compression.make import Maker
+from structmat.compression.norms import check_weight
 from structmat.compression.parts import Split
 from structmat.compression.plan import Plan
 from structmat.compression.report import Report, Totals, environment
@@ -41,7 +42,7 @@ from structmat.compression.report_html import write_html
 from structmat.compression.running import Forward, Loss
 from structmat.compression.scan import Site, adapter_of
 from structmat.compression.score import Measurement, score
-from structmat.compression.screen import check_weight, screen
+from structmat.compression.screen import screen
 from structmat.compression.split import split_, split_apart, whole_again_
 from structmat.compression.untouched import left_as_it_was
 from structmat.compression.watched import as_called, calibrated, called

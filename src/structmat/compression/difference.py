@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from structmat.compression.budget import flops
-from structmat.compression.report_html import read_report
+from structmat.compression.report_json import read_report
 from structmat.errors import FormatError
 from structmat.file_format import HEADER, read_header
 from structmat.io import size_on_disk

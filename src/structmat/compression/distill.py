@@ -135,6 +135,11 @@ class Distill:
             if not is_legal:
                 raise StructureError(f"Distill({name}={getattr(self, name)!r}): {name} is {words}.")
 
+    @property
+    def before(self) -> int:
+        """Steps before distillation."""
+        return self.layerwise + self.blockwise
+
 
 def _is_whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -75,11 +75,11 @@ class Timer:
             return (Timing(BATCHES[0], *self._layers(plan, BATCHES[0])),)
         found: list[ModelTiming] = []
         for size, batch in sized(self.batch, BATCHES).items():
-            with frozen_layers(model, self._rows(plan, size)):
+            with frozen_layers(model, self._rows(size)):
                 found += time_models(original, model, {size: batch}, forward=self.forward, seconds=MODEL_SECONDS)
         return tuple(Timing(t.batch, *self._layers(plan, t.batch), t.before, t.after, t.ratio) for t in found)
 
-    def _rows(self, plan: Plan, batch: int) -> int:
+    def _rows(self, batch: int) -> int:
         """Of the input of a typical layer."""
         counts = [load_of(site, self.seen).rows for site in self.sites]
         return max(1, round(batch * statistics.median(counts))) if counts else batch

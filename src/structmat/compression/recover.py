@@ -17,32 +17,15 @@ from torch import Tensor, nn
 
 from structmat.compression.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from structmat.compression.distill import Distill, Rates, Recovery
-from structmat.compression.fading import Fading
 from structmat.compression.moving import MovingWindows
-from structmat.compression.objectives import (
-    DIVERGENCE,
-    SQUARES,
-    Parts,
-    block_names,
-    distance,
-    padding,
-    structured_names,
-)
+from structmat.compression.objectives import DIVERGENCE, SQUARES, distance
+from structmat.compression.passes import endless
 from structmat.compression.progress import Progress
 from structmat.compression.reconstruct import first_batches, reconstruct
-from structmat.compression.running import (
-    Forward,
-    Loss,
-    call,
-    check_loader,
-    device_of,
-    evaluating,
-    outcome,
-    own_loss,
-    to_device,
-)
+from structmat.compression.running import Forward, Loss, check_loader, device_of, evaluating, to_device
 from structmat.compression.split import split_apart
-from structmat.compression.statistics import normalisations, reestimate, tensors_of
+from structmat.compression.statistics import reestimate, tensors_of
+from structmat.compression.teaching import Teaching
 from structmat.errors import DataError
 from structmat.learn.groups import parameter_groups, recovery_groups
 
@@ -133,7 +116,7 @@ class _Run:
     ) -> None:
         self.moving = moving
         self.model, self.original, self.data, self.settings = model, original, data, settings
-        self.forward, self.loss, self.seed = forward, loss, seed
+        self.forward, self.seed = forward, seed
         self.device = device_of(model)
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.names:
@@ -148,13 +131,10 @@ class _Run:
             group["params"] = [by_parameter[id(p)] for p in group["params"]]
             group["top"] = group["lr"]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
-        self.normalisations = normalisations(model)
+        self.teaching = Teaching(model, original, settings, forward, loss)
         self.buffers = tensors_of(model)  # of these
-        self.fading: Fading | None = None
-        self.parts: dict[str, Parts] = {}
         self.step = 0  # of all phases together
         self.seconds = 0.0
-        self.objective = ""
         self.losses: list[tuple[int, float]] = []
         self.recent: list[float] = []
         self.checks: list[tuple[int, float]] = []
@@ -164,17 +144,12 @@ class _Run:
         self.closed_form: dict[str, Any] | None = None
         self.statistics: dict[str, Any] | None = None
 
-    @property
-    def before(self) -> int:
-        """Steps before distillation."""
-        return self.settings.layerwise + self.settings.blockwise
-
     # ------------------------------------------------------------------------------------------------- the loop
 
     def go(self, folder: Path | None, progress: Progress) -> Recovery:
         settings = self.settings
         if settings.anneal:  # from the factors as they were fitted, also where the run goes on
-            self.fading = Fading(self.model, self.original)
+            self.teaching.fade()
         if folder is not None:
             self._resume(folder)
         started, saved = time.monotonic() - self.seconds, time.monotonic()
@@ -192,7 +167,7 @@ class _Run:
                 self._check()
             if self.best is not None:
                 self._write(self.best)
-            if settings.statistics and not settings.normalise and self.normalisations:
+            if settings.statistics and not settings.normalise and self.teaching.normalisations:
                 batches = first_batches(self.data, STATISTICS_BATCHES, self.seed)
                 found = reestimate(self.model, self.original, batches, forward=self.forward)
                 self.statistics = None if found is None else asdict(found)
@@ -206,7 +181,7 @@ class _Run:
         layerwise = min(self.step, settings.layerwise)
         blockwise = min(self.step - layerwise, settings.blockwise)
         return Recovery(
-            self.objective,
+            self.teaching.objective,
             self.step - layerwise - blockwise,
             layerwise,
             self.seconds,
@@ -226,7 +201,7 @@ class _Run:
         self._read()
         self.closed_form = {"layers": len(changed), "kept": True}
         if self.settings.held_out is not None:
-            before, after = self.checks[-1][1], self._held_out()
+            before, after = self.checks[-1][1], self.teaching.held_out()
             self.closed_form |= {"before": before, "after": after, "kept": after < before}
             if after < before:
                 self.checks, self.best = [(self.step, after)], self._state()
@@ -234,10 +209,10 @@ class _Run:
                 self._write(held)
 
     def _total(self) -> int | None:
-        return None if self.settings.steps is None else self.before + self.settings.steps - self.step
+        return None if self.settings.steps is None else self.settings.before + self.settings.steps - self.step
 
     def _steps(self, started: float) -> Iterator[int]:
-        for batch in _endless(self.data, self.seed, self.step):
+        for batch in endless(self.data, self.seed, self.step):
             share = self._share()
             if share >= 1.0:
                 return
@@ -248,20 +223,15 @@ class _Run:
                 self._note()
                 if self.settings.held_out is not None and not self._fades():
                     self._check()
-                    if self.step > self.before and self.checks[-1][1] > self.checks[0][1]:
+                    if self.step > self.settings.before and self.checks[-1][1] > self.checks[0][1]:
                         self._step_back()
-                    if self.step > self.before and self._has_stalled():
+                    if self.step > self.settings.before and self._has_stalled():
                         return
             yield self.step
 
     def _fades(self) -> bool:
         """Whether something is still added back, so that the model itself says little yet."""
-        return self.step > self.before and self._rest(self._share()) > 0
-
-    def _rest(self, share: float) -> float:
-        """How much of the dense remainders is added at this share of the distillation."""
-        anneal = self.settings.anneal
-        return max(0.0, 1.0 - share / anneal) if anneal else 0.0
+        return self.step > self.settings.before and self.teaching.rest(self._share()) > 0
 
     def _has_stalled(self) -> bool:
         patience = self.settings.patience
@@ -287,15 +257,14 @@ class _Run:
         for start, length in ((0, settings.layerwise), (settings.layerwise, settings.blockwise)):
             if start <= self.step < start + length:
                 return 1.0 if time_share >= 1.0 else (self.step - start) / length
-        done = 0.0 if settings.steps is None else (self.step - self.before) / settings.steps
+        done = 0.0 if settings.steps is None else (self.step - self.settings.before) / settings.steps
         return max(time_share, done)
 
     def _learn(self, batch: Any, share: float) -> None:
         scale = self.caution * _schedule(share, self.settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["top"] * scale
-        with self._as_in_training():
-            value = self._objective(batch, share)
+        value = self.teaching.error(batch, self.step, share)
         if not bool(torch.isfinite(value)):
             raise DataError(
                 f"The loss of recovery is {float(value.detach())} at step {self.step}: look at the data, or lower "
@@ -304,7 +273,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.names.values():
             parameter.grad = None
-        moves = self.moving is not None and self.step >= self.before
+        moves = self.moving is not None and self.step >= self.settings.before
         leaves = self.moving.leaves() if self.moving is not None and moves else []
         torch.autograd.backward(value, inputs=[*self.names.values(), *leaves])
         for name, parameter in self.names.items():
@@ -329,71 +298,6 @@ class _Run:
             self.losses.append((self.step, math.fsum(self.recent) / len(self.recent)))
             self.recent = []
 
-    # --------------------------------------------------------------------------------------------- the objectives
-
-    @contextlib.contextmanager
-    def _as_in_training(self) -> Iterator[None]:
-        """Batch normalisation with the statistics of the batches, if that is asked for."""
-        chosen = self.normalisations.values() if self.settings.normalise else ()
-        for module in chosen:
-            module.training = True
-        try:
-            yield
-        finally:
-            for module in chosen:
-                module.training = False
-
-    def _objective(self, batch: Any, share: float) -> Tensor:
-        if self.step < self.settings.layerwise:
-            return self._parts("layers").error(batch, self.forward)
-        if self.step < self.before:
-            return self._parts("blocks").error(batch, self.forward)
-        added = contextlib.nullcontext() if self.fading is None else self.fading.added(self._rest(share))
-        with added:
-            return self._distance(batch, learns=True)
-
-    def _parts(self, which: str) -> Parts:
-        """Layers or blocks to be reconstructed, or blocks whose outputs are hidden states."""
-        if which not in self.parts:
-            layers = structured_names(self.model)
-            names = layers if which == "layers" else block_names(self.model, self.settings.blocks)
-            self.parts[which] = Parts(self.model, self.original, names, apart=which != "hidden")
-        return self.parts[which]
-
-    def _distance(self, batch: Any, *, learns: bool) -> Tensor:
-        settings = self.settings
-        hidden = self._parts("hidden") if learns and settings.hidden > 0 else None
-        errors: list[Tensor] = []
-        with torch.no_grad(), contextlib.nullcontext() if hidden is None else hidden.teaching():
-            teacher = outcome(call(self.original, batch, self.forward), batch)
-        with contextlib.nullcontext() if hidden is None else hidden.comparing(errors):
-            output = call(self.model, batch, self.forward)
-        self.objective = DIVERGENCE if teacher.classes else SQUARES
-        value = distance(outcome(output, batch), teacher, settings.temperature, padding(batch, teacher))
-        if errors:
-            value = value + settings.hidden * torch.stack(errors).mean()
-        if learns and settings.own_loss > 0:
-            task = own_loss(output, batch, self.loss)
-            if task is None:
-                raise DataError(
-                    f"Distill(own_loss={settings.own_loss}) needs a loss and the batches have no labels. "
-                    f"Pass loss=lambda output, batch: ..."
-                )
-            value = value + settings.own_loss * task
-        return value
-
-    def _held_out(self) -> float:
-        """The distance on the held-out batches."""
-        assert self.settings.held_out is not None
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batch in self.settings.held_out:
-                total += float(self._distance(to_device(batch, self.device), learns=False))
-                count += 1
-        if not count:
-            raise DataError("held_out has no batches. Leave it out, or give some.")
-        return total / count
-
     def _as_deployed(self) -> contextlib.AbstractContextManager[None]:
         """Windows as they will be when they are compact."""
         return contextlib.nullcontext() if self.moving is None else self.moving.as_deployed()
@@ -401,7 +305,7 @@ class _Run:
     def _check(self) -> None:
         """Measure the distance on the held-out batches; keep the state if it is the best."""
         with self._as_deployed():
-            value = self._held_out()
+            value = self.teaching.held_out()
             if value < min((other for _, other in self.checks), default=math.inf):
                 self.best = self._state()
         self.checks.append((self.step, value))
@@ -454,7 +358,7 @@ class _Run:
         facts = {
             "step": self.step,
             "seconds": self.seconds,
-            "objective": self.objective,
+            "objective": self.teaching.objective,
             "losses": self.losses,
             "recent": self.recent,
             "checks": self.checks,
@@ -483,7 +387,7 @@ class _Run:
         if any(key.startswith("best.") for key in tensors):
             self.best = {name: tensor.to(self.device) for name, tensor in _of(tensors, "best.").items()}
         torch.random.set_rng_state(tensors["random"])
-        self.step, self.seconds, self.objective = facts["step"], facts["seconds"], facts["objective"]
+        self.step, self.seconds, self.teaching.objective = facts["step"], facts["seconds"], facts["objective"]
         self.losses = [(int(s), float(v)) for s, v in facts["losses"]]
         self.checks = [(int(s), float(v)) for s, v in facts["checks"]]
         self.recent, self.done = [float(v) for v in facts["recent"]], bool(facts["done"])
@@ -512,35 +416,3 @@ def _schedule(share: float, warmup: float) -> float:
     if share < warmup:
         return max(share, 1e-3) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (share - warmup) / (1.0 - warmup)))
-
-
-def _endless(data: Iterable[Any], seed: int, skip: int) -> Iterator[Any]:
-    """The batches, pass after pass; each pass begins with its own seed, so that one can be entered in the middle."""
-    epoch = 0
-    while True:
-        # The training steps draw from the global generator too: keep the loader's draws apart from theirs.
-        outside = torch.random.get_rng_state()
-        torch.manual_seed(seed + epoch)
-        batches = iter(data)
-        inside = torch.random.get_rng_state()
-        torch.random.set_rng_state(outside)
-        count = 0
-        while True:
-            outside = torch.random.get_rng_state()
-            torch.random.set_rng_state(inside)
-            batch = next(batches, _END)
-            inside = torch.random.get_rng_state()
-            torch.random.set_rng_state(outside)
-            if batch is _END:
-                break
-            count += 1
-            if skip > 0:
-                skip -= 1
-            else:
-                yield batch
-        if count == 0:
-            raise DataError("The data for recovery has no batches.")
-        epoch += 1
-
-
-_END = object()

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from structmat.compression.budget import flops
 from structmat.compression.calibrate import Calibration
 from structmat.compression.layers import layer_named, layer_of, splitters, structured_layer_of
+from structmat.compression.norms import layer_targets, norm_name
 from structmat.compression.plan import Plan
 from structmat.compression.progress import Progress
 from structmat.compression.running import Forward
 from structmat.compression.scan import Site, adapter_of, parent_and_child, site_of, tied_heads
-from structmat.compression.screen import layer_targets, norm_name, weakest
+from structmat.compression.screen import weakest
 from structmat.compression.sequential import Prefix, corrected, prefix_moments
 from structmat.compression.split import split_, split_apart, whole_again_
 from structmat.compression.workfolder import WorkFolder, digest
@@ -359,9 +360,3 @@ def _copied(model: Model, converted: dict[int, nn.Module]) -> Model:
     """A copy with converted modules (by identity) in the places of theirs."""
     # What the memo holds is not copied but taken from there.
     return copy.deepcopy(model, cast(dict[int, Any], converted))
-
-
-def selected(sites: Sequence[Site], names: Iterable[str]) -> list[Site]:
-    """The sites with these names, in the order of the sites."""
-    wanted = set(names)
-    return [site for site in sites if site.name in wanted]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape, unescape
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,8 @@ from typing import Any
 from structmat.compression import report_charts as charts
 from structmat.compression.report import VERSION, Report
 from structmat.compression.report_charts import figure, milliseconds, number, percent
+from structmat.compression.report_json import family, ratio, refusing_damage
+from structmat.compression.report_verdict import Tone, signed, speed, verdict
 from structmat.errors import FormatError
 from structmat.files import write_text
 
@@ -33,19 +32,6 @@ def write_html(report: Report | Mapping[str, Any], path: str | os.PathLike[str])
     return Path(path)
 
 
-def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The plain values of a ``report.json``. Raises :class:`~structmat.errors.FormatError` if it is none."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"{path} can't be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise FormatError(f"{path} is no report of structmat.")
-    return data
-
-
 def render(report: Report | Mapping[str, Any]) -> str:
     """The page: one string of HTML with its styles and drawings inside, no script, nothing loaded from elsewhere.
 
@@ -59,133 +45,8 @@ def render(report: Report | Mapping[str, Any]) -> str:
     version = data.get("structmat_report")
     if version != VERSION:
         raise FormatError(f"This is a report of version {version!r}; this structmat draws version {VERSION}.")
-    try:
+    with refusing_damage():
         return _page(data)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise FormatError(f"The report is damaged: {type(error).__name__}: {error}.") from error
-
-
-# ---------------------------------------------------------------------------------------------------------- facts
-
-
-@dataclass(frozen=True)
-class Remark:
-    """A sentence of the verdict; ``tone`` is "good", "bad" or "plain"."""
-
-    tone: str
-    text: str  # HTML
-
-
-def verdict(data: Mapping[str, Any]) -> list[Remark]:
-    """What a person must know, good or bad, in a few sentences."""
-    remarks = [
-        *_budget_remarks(data["budget"], data.get("tried", ())),
-        *_quality_remarks(data["quality"]),
-        *_time_remarks(data),
-    ]
-    slower = [layer for layer in data["layers"] if layer["slower"] and family(layer) != "Dense"]
-    changed = [layer for layer in data["layers"] if family(layer) != "Dense"]
-    if slower:
-        names = ", ".join(f"<code>{escape(str(layer['name']))}</code>" for layer in slower[:3])
-        more = f" and {len(slower) - 3} more" if len(slower) > 3 else ""
-        remarks.append(
-            Remark("bad", f"{len(slower)} of {len(changed)} replaced layers run slower than dense here: {names}{more}.")
-        )
-    if not data["exact"]:
-        remarks.append(Remark("bad", "The solver was stopped before it could prove that no better choice fits."))
-    return remarks
-
-
-def verdict_text(data: Mapping[str, Any]) -> list[str]:
-    """The verdict as plain text. Raises :class:`~structmat.errors.FormatError` as :func:`render`."""
-    signs = {"good": "+", "bad": "!", "plain": " "}
-    try:
-        return [f"{signs[r.tone]} {unescape(re.sub('<[^>]*>', '', r.text))}" for r in verdict(data)]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise FormatError(f"The report is damaged: {type(error).__name__}: {error}.") from error
-
-
-def _budget_remarks(budget: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> list[Remark]:
-    """That each limit is kept, and the quality that was asked for."""
-    if "allowed" in budget:
-        before, allowed, name = float(budget["before"]), float(budget["allowed"]), escape(str(budget["of"]))
-        bound = before - allowed if budget["better"] == "higher" else before + allowed
-        relation = "at least" if budget["better"] == "higher" else "at most"
-        accepted = [one for one in tried if one["accepted"]]
-        spent = f"{percent(float(budget['spent']) / float(budget['dense']))} of the {escape(str(budget['unit']))}"
-        best = min(accepted, key=lambda one: float(one["cost"]), default=None)
-        end = (
-            f"the smallest one that was found has {figure(float(best['value']))} with {spent}"
-            if best is not None
-            else "no smaller one was found, so that the layers stay as they were"
-        )
-        asked = f"{name.capitalize()} of {relation} {figure(bound)} was asked for (the original has {figure(before)})"
-        remarks = [Remark("good" if best is not None else "plain", f"{asked}; of {len(tried)} models tried {end}.")]
-        return remarks + [_limit_remark(one) for one in budget["goals"]]
-    return [_limit_remark(one) for one in budget.get("goals", (budget,))]
-
-
-def _limit_remark(budget: Mapping[str, Any]) -> Remark:
-    spent, most, dense = float(budget["spent"]), float(budget["limit"]), float(budget["dense"])
-    unit = escape(str(budget["unit"]))
-    where = "the saved model" if budget["budget"] == "Memory" else "the compressible layers"
-    text = (
-        f"The budget is kept: {number(spent)} of at most {number(most)} {unit} in {where}, "
-        f"{percent(spent / dense)} of what they had."
-    )
-    return Remark("good", text) if spent <= most * (1 + 1e-9) else Remark("bad", f"The budget is exceeded: {text}")
-
-
-def _quality_remarks(quality: Mapping[str, Mapping[str, float]]) -> list[Remark]:
-    if "before" not in quality or "after" not in quality:
-        return [Remark("plain", "The quality was not measured: no <code>evaluate</code> function was given.")]
-    remarks = []
-    for name, before in quality["before"].items():
-        after = float(quality["after"][name])
-        text = f"{escape(str(name)).capitalize()}: {figure(float(before))} before, {figure(after)} after compression"
-        last = after
-        if "recovered" in quality:
-            last = float(quality["recovered"][name])
-            text += f", <strong>{figure(last)}</strong> after recovery"
-        remarks.append(Remark("plain", f"{text} ({_signed(last - float(before))})."))
-    return remarks
-
-
-def _time_remarks(data: Mapping[str, Any]) -> list[Remark]:
-    parts, tones = [], []
-    for timing in data["timings"]:
-        if timing["model_before"] is not None and timing["model_after"] is not None:
-            tone, words = _speed(_ratio(timing, "model"))
-            parts.append(f"{words} at batch size {int(timing['batch'])}")
-            tones.append(tone)
-    if not parts:
-        return [Remark("plain", "The whole model was not timed: no data was given to run it on.")]
-    tone = "bad" if "bad" in tones else "good" if "good" in tones else "plain"
-    return [Remark(tone, f"On this machine the whole model is {', '.join(parts)}.")]
-
-
-def _ratio(timing: Mapping[str, Any], kind: str) -> float:
-    """After by before: as it was measured in turns, where it was."""
-    measured = timing.get(f"{kind}_ratio")
-    return float(measured) if measured is not None else float(timing[f"{kind}_after"]) / float(timing[f"{kind}_before"])
-
-
-def _speed(ratio: float) -> tuple[str, str]:
-    if ratio > 1.03:
-        return "bad", f"<strong>{ratio:.2f} times slower</strong>"
-    if ratio < 0.97:
-        return "good", f"{1 / ratio:.2f} times faster"
-    return "plain", "equally fast"
-
-
-def _signed(value: float) -> str:
-    return f"{'+' if value > 0 else '&#8722;' if value < 0 else '&#177;'}{figure(abs(value))}"
-
-
-def family(layer: Mapping[str, Any]) -> str:
-    """The family of a layer or candidate, from its structure's JSON."""
-    structure = layer["structure_json"] if "structure_json" in layer else layer["structure"]
-    return str(structure["family"])
 
 
 def _families(layers: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -196,9 +57,6 @@ def _families(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     tried = dict.fromkeys(family(c) for layer in layers for c in layer["candidates"])
     names = [*sorted(held, key=lambda n: -held[n]), *sorted(n for n in tried if n not in held)]
     return ["Dense", *(name for name in names if name != "Dense")]
-
-
-# ---------------------------------------------------------------------------------------------------------- page
 
 
 def _page(data: Mapping[str, Any]) -> str:
@@ -246,7 +104,7 @@ def _section(title: str, lead: str, body: str) -> str:
 
 
 def _head(data: Mapping[str, Any], title: str) -> str:
-    signs = {"good": "&#10003;", "bad": "!", "plain": "&#183;"}
+    signs = {Tone.GOOD: "&#10003;", Tone.BAD: "!", Tone.PLAIN: "&#183;"}
     items = "".join(
         f'<li class="{r.tone}"><span class="sign" aria-hidden="true">{signs[r.tone]}</span><span>{r.text}</span></li>'
         for r in verdict(data)
@@ -482,7 +340,7 @@ def _quality(data: Mapping[str, Any]) -> str:
             f'<tr><th scope="row">{escape(str(name))}</th>'
             + "".join(
                 f'<td class="num">{figure(float(quality[m][name]))}'
-                + (f" <small>{_signed(float(quality[m][name]) - float(before))}</small>" if m != "before" else "")
+                + (f" <small>{signed(float(quality[m][name]) - float(before))}</small>" if m != "before" else "")
                 + "</td>"
                 for m in moments
             )
@@ -522,12 +380,12 @@ def _times(data: Mapping[str, Any]) -> str:
             if before is None or after is None:
                 cells += "<td></td><td></td>"
                 continue
-            ratio = _ratio(timing, kind)
-            tone, _ = _speed(ratio)
+            times = ratio(timing, kind)
+            tone, _ = speed(times)
             scale = max(float(before), float(after))
             cells += (
                 f"<td>{charts.pair(float(before), float(after), scale)}</td>"
-                f'<td class="num {"slow" if tone == "bad" else ""}">{ratio:.2f}&#215;</td>'
+                f'<td class="num {"slow" if tone is Tone.BAD else ""}">{times:.2f}&#215;</td>'
             )
         rows.append(f"<tr>{cells}</tr>")
     environment = data["environment"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from structmat.compression.calibrate import Calibration
 from structmat.compression.candidates import Candidate, LayerScreen, Screening, with_losses
+from structmat.compression.norms import layer_targets
 from structmat.compression.progress import Progress
 from structmat.compression.running import (
     Forward,
@@ -29,7 +30,6 @@ from structmat.compression.running import (
     to_device,
 )
 from structmat.compression.scan import Site, adapter_of
-from structmat.compression.screen import layer_targets
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.projection.project import project_target
 from structmat.structure import Structure

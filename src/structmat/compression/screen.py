@@ -9,7 +9,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structmat.compression.budget import Budget, Latency, flops, to_json
 from structmat.compression.calibrate import Calibration, Moments
@@ -28,11 +28,12 @@ from structmat.compression.candidates import (
     variant_of,
 )
 from structmat.compression.layers import Load, cost_of, layer_named, splitters
+from structmat.compression.norms import Assessor, layer_targets, norm_name
 from structmat.compression.scan import Site, adapter_of, parent_and_child
 from structmat.compression.stacks import Combination, combinations, scaled
 from structmat.compression.workers import side_by_side
 from structmat.compression.workfolder import WorkFolder, digest
-from structmat.errors import DataError, ShapeError, StructureError
+from structmat.errors import ShapeError, StructureError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.project import fit
 from structmat.projection.target import Certificate, Target
@@ -64,14 +65,6 @@ BEHIND = 1.02
 
 SLACK = 1.05
 """Sizes lie on a grid: what costs this many times as much still counts as no dearer when families are compared."""
-
-INPUT_DAMPING = 1e-3
-"""Share of the mean input energy that is added to every input: calibration data never shows all that a layer may read
-(a rare character, for one), and what a structure does there must not be free."""
-
-OUTPUT_DAMPING = 0.1
-"""Share of the mean gradient energy that is added to every output: the quadratic model is not to be trusted where it
-says that an output does not matter at all."""
 
 
 def screen(
@@ -182,103 +175,6 @@ def stays_linear(model: nn.Module, site: Site) -> str | None:
     return None
 
 
-def layer_targets(
-    site: Site, weights: Tensor, moments: Moments | None, *, sweeps: int, seed: int
-) -> tuple[Target, ...]:
-    """What a layer's structure is fitted to: each of its matrices, in the best norm that the moments allow.
-
-    Args:
-        weights: (copies, out, in).
-
-    Raises:
-        DataError: a weight is NaN or infinite; the message names the layer.
-    """
-    check_weight(site, weights)
-    found = []
-    for copy, weight in enumerate(weights.detach().to(device="cpu", dtype=torch.float64)):
-        second = outputs = None
-        if moments is not None:  # sums of squares: positive semidefinite by their making
-            second = damped(moments.inputs(copy), INPUT_DAMPING)
-            gradients = moments.gradients(copy)
-            if gradients is not None and gradients.dim() and _energy(gradients) > 0:
-                outputs = damped(gradients, OUTPUT_DAMPING)
-        found.append(Target(weight, second, site.shape, sweeps, seed, outputs))
-    return tuple(found)
-
-
-def damped(moment: Tensor, share: float) -> Tensor:
-    """``moment + share * mean(diag(moment)) * I``."""
-    return moment + share * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-
-
-def check_weight(site: Site, weight: Tensor) -> None:
-    """Raise :class:`~structmat.errors.DataError` if a weight is NaN or infinite somewhere; names the layer."""
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise DataError(
-            f"The weight of {site.name} has {bad} entries that are NaN or infinite. Repair the model, or exclude it."
-        )
-
-
-def _energy(gradients: Tensor | None) -> float:
-    """The mean square of a gradient's entry."""
-    if gradients is None:
-        return 0.0
-    return float(gradients.diagonal().mean() if gradients.dim() else gradients)
-
-
-def norm_name(target: Target) -> str:
-    """Which errors the target's norm weighs, for reports."""
-    if target.second_moment is None:
-        return "weights"
-    return "inputs" if target.output_moment is None else "inputs and outputs"
-
-
-class Judge:
-    """Errors and predicted losses of candidates for one matrix.
-
-    The predicted rise of the loss a term of it, if the weight changes by ``D``, is ``1/2 tr(G D C D^T)`` with the
-    second moments ``C`` of the inputs and ``G`` of the gradients of the summed loss in the outputs, times the layer's
-    rows a term: the Kronecker-factored quadratic model (Martens and Grosse 2015). Without gradients it is the squared
-    relative error. Both cost two products in float32. A candidate that is as near to the weight as the layer's dtype
-    can tell loses nothing: exact ones are not ranked by their rounding.
-    """
-
-    def __init__(self, target: Target, gradients: Tensor | None, terms: float, dtype: torch.dtype) -> None:
-        self.target, self.terms = target, terms
-        self.norm = target.norm()
-        self.rounding = 0.5 * torch.finfo(dtype).eps * float(torch.linalg.norm(target.weight))
-        self.inputs = None if target.second_moment is None else target.second_moment.float()
-        self.outputs = None if target.output_moment is None or gradients is None else gradients.float()
-        self.damping = OUTPUT_DAMPING * _energy(gradients)
-        self.level = None if gradients is None or gradients.dim() else float(gradients)
-
-    @property
-    def weighs(self) -> bool:
-        """Whether losses are predicted, and not only relative errors."""
-        return self.outputs is not None or self.level is not None
-
-    def __call__(self, dense: Tensor) -> tuple[float, float]:
-        """The relative error in the target's norm and the predicted loss of a candidate written out (out, in)."""
-        wide = self.target.weight - dense
-        size = float(wide.abs().max())
-        if size == 0.0:
-            return 0.0, 0.0
-        difference = (wide / size).float()  # so that squares neither overflow nor vanish
-        right = difference if self.inputs is None else difference @ self.inputs
-        is_exact = float(torch.linalg.norm(difference)) * size <= self.rounding
-        if self.outputs is None:
-            error = max(0.0, float((difference * right).sum(dtype=torch.float64))) ** 0.5 * size
-            relative = error / self.norm if self.norm > 0 else 0.0
-            loss = relative**2 if self.level is None else 0.5 * self.terms * self.level * error**2
-            return relative, 0.0 if is_exact else loss
-        form = max(0.0, float(((self.outputs @ difference) * right).sum(dtype=torch.float64)))
-        plain = max(0.0, float((difference * right).sum(dtype=torch.float64)))
-        error = (form + self.damping * plain) ** 0.5 * size
-        loss = 0.0 if is_exact else 0.5 * self.terms * form * size**2
-        return error / self.norm if self.norm > 0 else 0.0, loss
-
-
 class LayerWorker:
     """The screening of one layer."""
 
@@ -296,11 +192,11 @@ class LayerWorker:
         self.site, self.targets, self.linear = site, targets, linear
         self.moments, self.terms, self.dtype = moments, terms, dtype
         self.quick_targets = [target.replace_sweeps(0) for target in targets]
-        self.judges = [
-            Judge(target, None if moments is None else moments.gradients(copy), terms, dtype)
+        self.assessors = [
+            Assessor(target, None if moments is None else moments.gradients(copy), terms, dtype)
             for copy, target in enumerate(targets)
         ]
-        self.norm = math.hypot(*(judge.norm for judge in self.judges))
+        self.norm = math.hypot(*(assessor.norm for assessor in self.assessors))
         self.budget, self.load = budget, load
         self.dense_cost = cost_of(budget, site, Dense(), load)
         self.refused: Counter[str] = Counter()
@@ -353,7 +249,7 @@ class LayerWorker:
             f"a part of a {self.site.kind} stays linear",
         )
         worker.run(structures)
-        if any(judge.weighs for judge in worker.judges):
+        if any(assessor.weighs for assessor in worker.assessors):
             return worker.result()
         return scaled(worker.result(), (worker.norm / self.norm) ** 2 if self.norm > 0 else 0.0)
 
@@ -459,12 +355,12 @@ class LayerWorker:
         targets = self.targets if swept else self.quick_targets
         fits = [fit(structure, target) for target in targets]
         judged = [
-            judge(StructuredMatrix(structure, shape, found.tensors).to_dense())
-            for judge, found in zip(self.judges, fits, strict=True)
+            assessor(StructuredMatrix(structure, shape, found.tensors).to_dense())
+            for assessor, found in zip(self.assessors, fits, strict=True)
         ]
-        error = math.hypot(*(own * judge.norm for (own, _), judge in zip(judged, self.judges, strict=True)))
+        error = math.hypot(*(own * assessor.norm for (own, _), assessor in zip(judged, self.assessors, strict=True)))
         error = error / self.norm if self.norm > 0 else 0.0
-        weighed = any(judge.weighs for judge in self.judges)
+        weighed = any(assessor.weighs for assessor in self.assessors)
         is_exact = all(loss == 0.0 for _, loss in judged)
         bound = math.hypot(*(found.lower_bound for found in fits))
         return replace(

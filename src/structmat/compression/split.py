@@ -97,5 +97,4 @@ def split_apart(model: nn.Module, layers: Collection[str] | None = None) -> Iter
 
 def _put(model: nn.Module, names: tuple[str, ...], module: nn.Module) -> None:
     for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        model.set_submodule(name, module)

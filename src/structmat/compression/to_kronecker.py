@@ -217,8 +217,7 @@ def activate_(
     if start is Start.SHIFT:
         _shift(model, held, blocks, calibration, forward)
     for name, block in blocks.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, block)
+        model.set_submodule(name, block)
     return tuple(blocks)
 
 

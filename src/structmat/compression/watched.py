@@ -10,8 +10,9 @@ from torch import nn
 
 from structmat.compression.calibrate import Calibration, calibrate, from_tensors, to_tensors
 from structmat.compression.evaluate import name_of
+from structmat.compression.kept import Skipped
 from structmat.compression.running import Forward, Loss
-from structmat.compression.scan import Scan, Site, Skipped
+from structmat.compression.scan import Scan, Site
 from structmat.compression.workfolder import WorkFolder, digest, form_and_start
 from structmat.errors import ModelError
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from structmat.kernels.operator import fake_outcome
 from structmat.kernels.text import NotNativeError, words_of
 from structmat.program import Program
 
@@ -148,7 +149,7 @@ def define_operators() -> None:
     )
     library.impl("activated", _forward, "CPU")
     library.impl("activated_backward", _backward, "CPU")
-    torch.library.register_fake("structmat::activated", _fake)
+    torch.library.register_fake("structmat::activated", fake_outcome)
     torch.library.register_fake("structmat::activated_backward", _fake_backward)
     torch.library.register_autograd("structmat::activated", _gradients, setup_context=_remember)
 
@@ -166,10 +167,6 @@ def _backward(x: Tensor, grad: Tensor, tensors: list[Tensor], wanted: list[bool]
     held = [t.contiguous() for t in tensors]
     torch.ops.structmat.multiply_backward.default(x.contiguous(), grad.contiguous(), held, found[0], found[1:], program)
     return found
-
-
-def _fake(x: Tensor, tensors: list[Tensor], program: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], int(program.split(maxsplit=2)[1]))
 
 
 def _fake_backward(x: Tensor, grad: Tensor, tensors: list[Tensor], wanted: list[bool], program: str) -> list[Tensor]:

@@ -11,6 +11,7 @@ from structmat.kernels import choice
 from structmat.kernels.choice import native_text
 from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import FEW_ROWS
+from structmat.modes import is_compiling
 from structmat.program import FOR_FEW_ROWS, FOR_NATIVE, FOR_REFERENCE, Program, Writing, reference, stages
 from structmat.program.plain import plain
 from structmat.program.real_form import RealForm, real_form
@@ -39,7 +40,7 @@ def multiply_complex(program: Program, tensors: Mapping[str, Tensor], x: Tensor,
         StructureError: the native backend is forced, and can't run it.
     """
     reference.check_rows(program, x)
-    known = x.dtype in _WHOLE and not torch.compiler.is_compiling()
+    known = x.dtype in _WHOLE and not is_compiling()
     form = parts_form(program, tensors, complex_in=x.is_complex()) if known else None
     if form is not None and (bias is None or form.complex_out or not bias.is_complex()):
         parts = torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x

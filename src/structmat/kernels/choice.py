@@ -11,13 +11,13 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from structmat.errors import StructureError
 from structmat.kernels import tuning
 from structmat.kernels.library import native
 from structmat.kernels.operator import FEW_ROWS
 from structmat.kernels.text import Text, text_of
+from structmat.modes import is_quiet, is_traced
 from structmat.program import FOR_NATIVE, Program, stages
 from structmat.program.combinators import Chain
 from structmat.program.stage import Stage
@@ -80,15 +80,8 @@ def forced() -> Backend:
     return _forced.get()
 
 
-def is_quiet() -> bool:
-    """Whether no transform of torch.func, no differentiation forwards and no ``torch.jit.trace`` is at work."""
-    if torch._C._is_tracing():  # sizes are tensors then, and a graph would hold a choice made for one of them
-        return False
-    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
-
-
 def is_usual() -> bool:
-    """Whether no backend is forced, no autocast is on, and :func:`is_quiet` holds."""
+    """Whether no backend is forced, no autocast is on, and :func:`structmat.modes.is_quiet` holds."""
     return _forced.get() is Backend.AUTO and is_quiet() and not torch.is_autocast_enabled("cpu")
 
 
@@ -106,7 +99,7 @@ def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias
     Raises:
         StructureError: the native backend is forced, and can't run it.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if is_traced():
         return None  # compilers fuse PyTorch's operations, and know nothing of ours
     wanted = _forced.get()
     if wanted is Backend.REFERENCE:

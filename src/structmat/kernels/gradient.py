@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structmat.kernels.choice import is_quiet
 from structmat.kernels.operator import run, run_backward
 from structmat.kernels.text import Text
+from structmat.modes import is_usual_backward
 from structmat.program import Program, reference
 
 Gradients = tuple[Tensor | None, ...]
@@ -43,18 +43,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, *given = ctx.saved_tensors
         wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        differentiated = torch.is_grad_enabled()
         found: Gradients
-        if differentiated or not is_quiet() or _is_batched(grad):
-            found = _by_reference(ctx.program, ctx.text, ctx.biased, x, given, grad, wanted, differentiated)
-        else:
+        if is_usual_backward(grad):
             found = _in_one_pass(ctx.text.biased if ctx.biased else ctx.text.plain, x, given, grad, wanted)
+        else:
+            found = _by_reference(ctx.program, ctx.text, ctx.biased, x, given, grad, wanted)
         return found[0], None, None, None, *found[1:]
-
-
-def _is_batched(grad: Tensor) -> bool:
-    """Whether it is many gradients at a time (``is_grads_batched``, ``jacobian(vectorize=True)``) or a subclass."""
-    return type(grad) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _in_one_pass(words: str, x: Tensor, given: list[Tensor], grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
@@ -73,9 +67,9 @@ def _by_reference(
     given: list[Tensor],
     grad: Tensor,
     wanted: tuple[bool, ...],
-    differentiated: bool,
 ) -> Gradients:
     """The same from PyTorch's operations: to differentiate once more, and for many gradients at a time."""
+    differentiated = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         # Views, so that each gradient is that of one argument alone, even where arguments were computed from another.
         x, *given = (t.view_as(t) for t in (x, *given))

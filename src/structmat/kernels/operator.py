@@ -17,11 +17,13 @@ library decides with the same number), which is faster than PyTorch's products a
 there unless blocks are small."""
 
 
+def fake_outcome(x: Tensor, tensors: list[Tensor], program: str) -> Tensor:
+    """An outcome without data: the text of a program begins with a word and the number of its outputs."""
+    return x.new_empty(*x.shape[:-1], int(program.split(maxsplit=2)[1]))
+
+
 def define_fakes() -> None:
     """What the operators do for tensors without data (meta, tracing)."""
-
-    def outcome(x: Tensor, tensors: list[Tensor], program: str) -> Tensor:
-        return x.new_empty(*x.shape[:-1], int(program.split(maxsplit=2)[1]))
 
     def filled(x: Tensor, tensors: list[Tensor], y: Tensor, program: str) -> None:
         return None
@@ -32,7 +34,7 @@ def define_fakes() -> None:
         return None
 
     def kept(x: Tensor, tensors: list[Tensor], program: str) -> tuple[Tensor, Tensor]:
-        return outcome(x, tensors, program), x.new_empty(0)
+        return fake_outcome(x, tensors, program), x.new_empty(0)
 
     def from_kept(
         x: Tensor,
@@ -65,7 +67,7 @@ def define_fakes() -> None:
 
     torch.library.register_fake("structmat::pool_layer")(pooled)
     torch.library.register_fake("structmat::pool_layer_backward")(pooled_back)
-    torch.library.register_fake("structmat::multiply")(outcome)
+    torch.library.register_fake("structmat::multiply")(fake_outcome)
     torch.library.register_fake("structmat::multiply_keeping")(kept)
     torch.library.register_fake("structmat::multiply_backward_kept")(from_kept)
     torch.library.register_fake("structmat::multiply_into")(filled)

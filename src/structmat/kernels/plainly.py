@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from structmat.kernels.by_parts import runs_native
-from structmat.kernels.choice import Backend, forced, is_quiet, wants_gradient
+from structmat.kernels.choice import Backend, forced, wants_gradient
+from structmat.modes import is_compiling, is_quiet
 from structmat.program import Program
 from structmat.program.plain import plain_form
 
@@ -19,7 +19,7 @@ def plainly(program: Program, tensors: Tensors, x: Tensor, bias: Tensor | None) 
     """The plain form of a program, and its tensors, if the native backend is to run that on these rows; else what was
     given, in which the reference takes fewer steps."""
     form = plain_form(program)
-    if form is None or torch.compiler.is_compiling():
+    if form is None or is_compiling():
         return program, tensors
     if forced() is not Backend.NATIVE and (type(x) is not Tensor or x.device.type != "cpu" or not is_quiet()):
         return program, tensors

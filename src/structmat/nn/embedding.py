@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structmat.errors import ModelError, ShapeError, StructureError
 from structmat.matrix import StructuredMatrix, draw
+from structmat.modes import is_traced
 from structmat.program import Program, build, lookup_cost, table, take_rows
 from structmat.program.scaling import scaling_cut
 from structmat.projection.project import DEFAULT_SWEEPS, project
@@ -98,7 +99,7 @@ class StructuredEmbedding(nn.Module):
         """
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise ShapeError(f"An embedding takes integer positions; got {x.dtype}.")
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
+        if x.device.type == "cpu" and not is_traced() and x.numel():
             least, most = (int(bound) for bound in torch.aminmax(x))
             if least < 0 or most >= self.num_embeddings:
                 raise ShapeError(f"Positions from {least} to {most} are not all among {self.num_embeddings} rows.")

@@ -12,6 +12,7 @@ from torch.nn import functional
 from structmat.errors import StructureError
 from structmat.kernels import affine, apply, convolved, parts_form, quick, runs_native, tuning, writing_for
 from structmat.matrix import StructuredMatrix, draw
+from structmat.modes import is_compiling
 from structmat.program import (
     Contraction,
     Fourier,
@@ -112,7 +113,7 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
-        if not self._complex and not torch.compiler.is_compiling():
+        if not self._complex and not is_compiling():
             found = self._quick(x, self._parameters, self._buffers)
             if found is not None:
                 return found
@@ -279,7 +280,7 @@ class FrozenLinear(nn.Module):
         return torch.view_as_complex(y.contiguous().unflatten(-1, (-1, 2))) if self._on_parts else y
 
     def _product(self, x: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if self._holds_dense and not compiling:
             if self._denser_for != (tuning.generation, torch.get_num_threads()):
                 self._denser_for = tuning.generation, torch.get_num_threads()

@@ -42,6 +42,7 @@ from structmat.program.stages import (
 )
 from structmat.program.toeplitz import Convolution
 from structmat.program.written_out import Call, Generated
+from structmat.sizes import is_power_of_two
 
 __all__ = ["Compiled", "from_circuit", "from_product", "to_circuit"]
 
@@ -359,7 +360,7 @@ class _Writer:
 
     def _cosine(self, stage: Cosine, x: _Value) -> _Value:
         size = stage.size
-        if size & (size - 1):  # no fast circuit is known here: the matrix
+        if not is_power_of_two(size):  # no fast circuit is known here: the matrix
             matrix = cosine_entries(size).numpy()
             weights = self._constants((matrix.T if stage.inverse else matrix).ravel())
             return self._sums(x, np.full(size, size), np.tile(np.arange(size), size), weights)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from structmat.circuit import Circuit, Layer, latest_levels, layers, narrow_levels
-from structmat.circuit.arrays import Ints, Numbers, owners
+from structmat.circuit.arrays import Ints, Numbers, is_order, owners
 from structmat.circuit.kaleidoscope import Kaleidoscope, MonarchProduct
 from structmat.circuit.simplify import prune, without_zero_terms
 from structmat.errors import CircuitError, ShapeError
 from structmat.program.combinators import Chain, Program, stages
-from structmat.program.patterns import Blocks, blocks, is_order
+from structmat.program.patterns import Blocks, blocks
 from structmat.program.simplify import simplify
 from structmat.program.stages import Contraction, Crop, Diagonal, Pad, Permute, Sparse
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from structmat.modes import is_followed
 from structmat.program.toeplitz import Convolution
 
 _AT_ONCE = 1 << 19
@@ -52,12 +53,7 @@ def _kept_spectrum(stage: Convolution, weight: Tensor, dtype: torch.dtype) -> Te
 
     A change in place raises the weight's version, so that the spectrum is computed anew.
     """
-    if (
-        weight.requires_grad
-        or weight.is_inference()
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if weight.requires_grad or weight.is_inference() or is_followed():
         return spectrum(stage, weight.to(dtype))
     kept = _KEPT.get(weight)
     if kept is None or kept[0] != weight._version or kept[1] != (stage, dtype):
@@ -69,7 +65,7 @@ def _kept_spectrum(stage: Convolution, weight: Tensor, dtype: torch.dtype) -> Te
 
 def _may_write(x: Tensor, weight: Tensor) -> bool:
     """Whether results may be put together in place: nothing records or transforms the operations."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_followed():
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from structmat.program.stage import Square, Unweighted, binary_depth
+from structmat.sizes import is_power_of_two
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Hadamard(Square, Unweighted):
 
     def __post_init__(self) -> None:
         assert self.size >= 1, self
-        assert self.size & (self.size - 1) == 0, self
+        assert is_power_of_two(self.size), self
 
     @property
     def levels(self) -> int:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from structmat.program.axes import cut
 from structmat.program.combinators import Chain, Program, Sum, stages, tensor_sizes
 from structmat.program.cost import cost
 from structmat.program.derived import derive, underived
@@ -158,10 +159,10 @@ class _Walk:
         return (_Axis(stage.size, chosen),), inside if values is None else values * inside
 
     def _contraction(self, stage: Contraction, axes: _Axes, values: Tensor | None) -> tuple[_Axes, Tensor] | None:
-        cut = _cut(axes, (stage.a, stage.b, stage.d))
-        if cut is None:
+        parts = _cut(axes, (stage.a, stage.b, stage.d))
+        if parts is None:
             return None
-        a, b, d = cut
+        a, b, d = parts
         weight = self.tensors[stage.weight].reshape(stage.stored_shape)
         weight = weight.transpose(1, 2) if stage.transposed else weight
         c = (_Axis(stage.c),) if stage.c > 1 else ()
@@ -216,14 +217,14 @@ class _Walk:
 
 def _shuffled(stage: Shuffle, axes: _Axes, values: Tensor | None) -> tuple[_Axes, Tensor | None] | None:
     """An array of ``sizes`` came in and its permuted axes went out."""
-    cut = _cut(axes, [stage.sizes[axis] for axis in stage.axes])
-    if cut is None:
+    parts = _cut(axes, [stage.sizes[axis] for axis in stage.axes])
+    if parts is None:
         return None
-    groups = [cut[stage.axes.index(position)] for position in range(len(stage.axes))]
+    groups = [parts[stage.axes.index(position)] for position in range(len(stage.axes))]
     after = tuple(axis for group in groups for axis in group)
     if values is None:
         return after, None
-    dense = [axis for group in cut for axis in group if axis.chosen is None]
+    dense = [axis for group in parts for axis in group if axis.chosen is None]
     values = values.reshape(values.shape[0], *(axis.size for axis in dense))
     where = {id(axis): position for position, axis in enumerate(dense)}
     return after, values.permute(0, *(1 + where[id(axis)] for axis in after if axis.chosen is None))
@@ -244,27 +245,8 @@ def _flat(axes: _Axes) -> Tensor:
 
 
 def _cut(axes: _Axes, sizes: Sequence[int]) -> list[_Axes] | None:
-    """The axes that make up parts of these sizes, split where a part ends within one; None if it can't be."""
-    rest = [axis for axis in axes if axis.size > 1 or axis.chosen is None]
-    if not rest:
-        rest = [*axes]
-    parts: list[_Axes] = []
-    for size in sizes:
-        part: list[_Axis] = []
-        while size > 1:
-            axis = rest.pop(0)
-            if size % axis.size == 0:
-                part.append(axis)
-                size //= axis.size
-            elif axis.size % size == 0:
-                outer, inner = _halves(axis, size)
-                part.append(outer)
-                rest.insert(0, inner)
-                size = 1
-            else:
-                return None
-        parts.append(tuple(part))
-    return parts
+    """The axes that make up parts of these sizes; where there is one position to choose, nothing is to be known."""
+    return cut([axis for axis in axes if axis.size > 1 or axis.chosen is None], sizes, _halves)
 
 
 def _halves(axis: _Axis, outer: int) -> tuple[_Axis, _Axis]:

@@ -81,8 +81,3 @@ def _interleaving(group: Ints, size: int) -> int | None:
         if np.array_equal(digits, np.broadcast_to(digits[:, :1], digits.shape)):
             return d
     return None
-
-
-def is_order(places: Ints) -> bool:
-    """Whether they are 0, 1, 2, ..."""
-    return bool(np.array_equal(places, np.arange(len(places))))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structmat.errors import ShapeError
+from structmat.modes import is_compiling
 from structmat.program.combinators import Chain, Program, Sum
 from structmat.program.convolve import convolve
 from structmat.program.derived import Derived
@@ -201,7 +202,7 @@ def _run(program: Program, tensors: Tensors, x: Tensor) -> Tensor:
     if isinstance(program, Pairs):
         return _pairs(program, tensors, x)
     if isinstance(program, Reorder):
-        index = index_entries(program) if torch.compiler.is_compiling() else index_of(program)
+        index = index_entries(program) if is_compiling() else index_of(program)
         return x.index_select(-1, index.to(x.device))
     if isinstance(program, Hadamard):
         return _hadamard(program, x)
@@ -350,7 +351,7 @@ def _pairs(stage: Pairs, tensors: Tensors, x: Tensor) -> Tensor:
 
 def _fourier_of_pairs(stage: Fourier, conjugate: bool, x: Tensor) -> Tensor:
     size = stage.size
-    if torch.compiler.is_compiling():  # code generators and exporters know no complex numbers
+    if is_compiling():  # code generators and exporters know no complex numbers
         index = torch.arange(size, device=x.device, dtype=torch.float64)
         angle = torch.outer(index, index).remainder(size) * (2 * torch.pi / size)
         cosines, sines = torch.cos(angle), torch.sin(angle) * (1.0 if stage.inverse != conjugate else -1.0)
@@ -375,7 +376,7 @@ def _hadamard(stage: Hadamard, x: Tensor) -> Tensor:
 
 def _cosine(stage: Cosine, x: Tensor) -> Tensor:
     size = stage.size
-    if torch.compiler.is_compiling() or x.numel() == 0 or x.is_complex():
+    if is_compiling() or x.numel() == 0 or x.is_complex():
         matrix = cosine_entries(size).to(device=x.device, dtype=x.dtype)
         return x @ (matrix if stage.inverse else matrix.T)
     # Makhoul 1980: a Fourier transform of the evens, then the odds backwards. Its halves are conjugates, so that the

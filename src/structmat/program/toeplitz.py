@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 from structmat.program.stage import Stage, binary_depth
+from structmat.sizes import smooth_size
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,3 @@ def convolution(
 WRITTEN_OUT = 6
 """A multiplication in a matrix product is so many times faster than one in a Fourier transform (float32, PyTorch 2.13
 on a CPU with AVX-512: at n = 256 both ways take the same time)."""
-
-
-@lru_cache(maxsize=4096)
-def smooth_size(size: int) -> int:
-    """The smallest number of at least ``size`` without prime factors above 5: Fourier transforms are fast there."""
-    best = 1 << max(0, size - 1).bit_length()
-    fives = 1
-    while fives < best:
-        threes = fives
-        while threes < best:
-            twos = threes << max(0, -(-size // threes) - 1).bit_length()
-            best = min(best, twos) if twos >= size else best
-            threes *= 3
-        fives *= 5
-    return best

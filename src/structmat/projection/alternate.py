@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from structmat.matrix import StructuredMatrix
 from structmat.program import Chain, Program, Stage
 from structmat.program import Sparse as SparseStage
 from structmat.projection.low_rank import balance, truncate
-from structmat.projection.project import fit
+from structmat.projection.member import Member, nearest
 from structmat.projection.robust import RobustPCA, robust_pca
 from structmat.projection.sparse import entries, improve
 from structmat.projection.target import Target
@@ -32,14 +30,6 @@ _PATIENCE = 1e-5
 
 _LARGEST_SEPARATED = 1024
 """Sides up to this are separated by robust principal component analysis, some twenty singular value decompositions."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One part of a sum: its tensors and its dense matrix."""
-
-    tensors: Mapping[str, Tensor]
-    dense: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,7 @@ def _separated(parts: Sequence[Structure], target: Target, found: RobustPCA) -> 
     members: list[Member] = []
     for part in parts:
         share = found.low_rank if isinstance(part, LowRank) else found.sparse
-        members.append(_fit(part, Target(share.to(left.dtype), None, target.native, 0)))
+        members.append(nearest(part, Target(share.to(left.dtype), None, target.native, 0)))
         left = left - members[-1].dense
     return _Trial(tuple(members), target.squared(left))
 
@@ -108,7 +98,7 @@ def rank_bound(program: Program) -> int:
 
 
 def _start(parts: Sequence[Structure], target: Target, first: int) -> _Trial:
-    found = {first: _fit(parts[first], target)}
+    found = {first: nearest(parts[first], target)}
     left = target.weight - found[first].dense
     for index, part in enumerate(parts):
         if index != first:
@@ -134,15 +124,10 @@ def _descend(parts: Sequence[Structure], target: Target, trial: _Trial, sweeps: 
     return _Trial(tuple(members), squared)
 
 
-def _fit(part: Structure, target: Target) -> Member:
-    tensors = fit(part, target).tensors
-    return Member(tensors, StructuredMatrix(part, target.shape, tensors).to_dense())
-
-
 def _fit_rest(part: Structure, target: Target, rest: Target) -> Member:
     """A member for what other parts have left of a target whose decomposition is known already."""
     if not isinstance(part, LowRank):
-        return _fit(part, rest)
+        return nearest(part, rest)
     left, right, _ = truncate(target, whole(part.rank))
     member = Member({"left": left, "right": right}, left @ right)
     for _ in range(_SUBSPACE_STEPS):
@@ -160,7 +145,7 @@ def _again(part: Structure, target: Target, current: Member) -> Member:
         support = support.reshape(target.native)
         dense, mask = improve(target, current.dense, support)
         return Member(entries(dense, mask), dense)
-    return _fit(part, target)
+    return nearest(part, target)
 
 
 def _low_rank_step(target: Target, current: Member) -> Member:

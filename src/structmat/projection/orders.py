@@ -18,7 +18,7 @@ from torch import Tensor
 
 from structmat.program import Contraction, chainable
 from structmat.projection.hierarchical import product_pattern
-from structmat.sizes import Pattern
+from structmat.sizes import Pattern, is_power_of_two
 
 _SAMPLES = 24
 """Pieces of each interface that are looked at."""
@@ -78,7 +78,7 @@ def usual_orders(size: int, radices: Sequence[int]) -> dict[str, Tensor]:
     found["backwards"] = natural.flip(0)
     found["digit reversal, backwards"] = reversal.flip(0)
     found["halves exchanged"] = torch.cat([natural[half:], natural[:half]])
-    if size & (size - 1) == 0:
+    if is_power_of_two(size):
         gray = natural ^ (natural >> 1)
         found["Gray code"] = gray
         found["inverse Gray code"] = torch.argsort(gray)

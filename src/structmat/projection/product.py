@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from structmat.matrix import StructuredMatrix
-from structmat.projection.project import fit
+from structmat.projection.member import Member, nearest
 from structmat.projection.target import Target
 from structmat.structure import Structure
 
@@ -19,21 +17,13 @@ _TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True)
-class Factor:
-    """One factor: its tensors and its dense matrix."""
-
-    tensors: Mapping[str, Tensor]
-    dense: Tensor
-
-
-@dataclass(frozen=True)
 class _Trial:
-    left: Factor
-    right: Factor
+    left: Member
+    right: Member
     squared: float
 
 
-def fit_product(left: Structure, right: Structure, inner: int, target: Target) -> tuple[Factor, Factor]:
+def fit_product(left: Structure, right: Structure, inner: int, target: Target) -> tuple[Member, Member]:
     """Members of two resolved structures whose product is near the target.
 
     For a given right factor ``B`` the left one solves a weighted problem of its own: with ``A*`` the least squares
@@ -52,11 +42,11 @@ def fit_product(left: Structure, right: Structure, inner: int, target: Target) -
     starts = []
     for first_left, wanted in ((True, eyes[0]), (False, eyes[1]), (False, half)):
         if first_left:
-            a = _member(left, Target(wanted, None, (rows, inner), target.sweeps, target.seed))
-            b = _member(right, _right_target(a.dense, target, 0))
+            a = nearest(left, Target(wanted, None, (rows, inner), target.sweeps, target.seed))
+            b = nearest(right, _right_target(a.dense, target, 0))
         else:
-            b = _member(right, Target(wanted, target.second_moment, (inner, columns), target.sweeps, target.seed))
-            a = _member(left, _left_target(b.dense, target, target.sweeps))
+            b = nearest(right, Target(wanted, target.second_moment, (inner, columns), target.sweeps, target.seed))
+            a = nearest(left, _left_target(b.dense, target, target.sweeps))
         starts.append(_Trial(a, b, target.squared(target.weight - a.dense @ b.dense)))
     if target.sweeps:
         quick = max(1, target.sweeps // 4)
@@ -96,22 +86,17 @@ def _descend(left: Structure, right: Structure, target: Target, trial: _Trial, s
     inner = min(target.sweeps, _INNER_SWEEPS)
     for _ in range(sweeps):
         before = trial.squared
-        trial = _better(target, trial, _member(left, _left_target(trial.right.dense, target, inner)), trial.right)
+        trial = _better(target, trial, nearest(left, _left_target(trial.right.dense, target, inner)), trial.right)
         if right.weighs_outputs:
             wanted = _right_target(trial.left.dense, target, inner)
         else:
             wanted = _majorised(trial.left.dense, trial.right.dense, target, inner)
-        trial = _better(target, trial, trial.left, _member(right, wanted))
+        trial = _better(target, trial, trial.left, nearest(right, wanted))
         if before - trial.squared <= _PATIENCE * before:
             break
     return trial
 
 
-def _better(target: Target, trial: _Trial, left: Factor, right: Factor) -> _Trial:
+def _better(target: Target, trial: _Trial, left: Member, right: Member) -> _Trial:
     squared = target.squared(target.weight - left.dense @ right.dense)
     return _Trial(left, right, squared) if squared <= trial.squared else trial
-
-
-def _member(structure: Structure, target: Target) -> Factor:
-    tensors = fit(structure, target).tensors
-    return Factor(tensors, StructuredMatrix(structure, target.shape, tensors).to_dense())

@@ -10,6 +10,7 @@ from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Program
 from structmat.projection.blast import blast, lower_bound
 from structmat.projection.target import Certificate, Fit, Target
+from structmat.sizes import round_up
 from structmat.structure import (
     DENSE_GAIN,
     Normal,
@@ -65,7 +66,7 @@ class BLAST(Structure):
         return None
 
     def native_shape(self, shape: Shape) -> Shape:
-        return (-(-shape[0] // self.grid[0]) * self.grid[0], -(-shape[1] // self.grid[1]) * self.grid[1])
+        return round_up(shape[0], self.grid[0]), round_up(shape[1], self.grid[1])
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         (b1, b2), rank = self.grid, whole(self.rank)

@@ -11,6 +11,7 @@ import torch
 
 from structmat.program import Contraction, Program
 from structmat.projection.target import Certificate, Fit, Target
+from structmat.sizes import round_up
 from structmat.structure import DENSE_GAIN, Normal, ParameterSpec, Shape, Structure, check_count
 
 
@@ -35,7 +36,7 @@ class BlockDiagonal(Structure):
         return None
 
     def native_shape(self, shape: Shape) -> Shape:
-        return (_round_up(shape[0], self.blocks), _round_up(shape[1], self.blocks))
+        return (round_up(shape[0], self.blocks), round_up(shape[1], self.blocks))
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:
         rows, columns = shape[0] // self.blocks, shape[1] // self.blocks
@@ -63,13 +64,9 @@ class BlockDiagonal(Structure):
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
         most = min(shape)
-        fitting = (k for k in range(2, most + 1) if _round_up(shape[0], k) * _round_up(shape[1], k) // k <= budget)
+        fitting = (k for k in range(2, most + 1) if round_up(shape[0], k) * round_up(shape[1], k) // k <= budget)
         fewest = next(fitting, None)
         if fewest is None:
             return
         exact = [k for k in range(fewest, min(most, 4 * fewest) + 1) if math.gcd(*shape) % k == 0]
         yield cls(exact[0] if exact else fewest)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

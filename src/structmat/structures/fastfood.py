@@ -12,6 +12,7 @@ from torch import Tensor
 from structmat.program import Chain, Diagonal, Hadamard, Permute, Program
 from structmat.projection.refine import refine, rescale
 from structmat.projection.target import Certificate, Fit, Target
+from structmat.sizes import power_of_two
 from structmat.structure import DENSE_GAIN, Constant, Normal, ParameterSpec, Shape, Structure
 from structmat.structures.permutation import RandomOrder
 
@@ -41,7 +42,7 @@ class Fastfood(Structure):
     by_default: ClassVar[bool] = False
 
     def native_shape(self, shape: Shape) -> Shape:
-        size = 1 << (max(shape) - 1).bit_length()
+        size = power_of_two(max(shape))
         return size, size
 
     def parameters(self, shape: Shape) -> Mapping[str, ParameterSpec]:

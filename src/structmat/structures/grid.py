@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Self
 
 from structmat.errors import StructureError
+from structmat.sizes import round_up
 from structmat.structure import Shape, Structure, check_count, check_size, largest_fitting
 
 
@@ -48,7 +49,7 @@ class OnGrid(Structure):
 
     def native_shape(self, shape: Shape) -> Shape:
         k, l = self.grid
-        return (-(-shape[0] // l) * l, -(-shape[1] // k) * k)
+        return round_up(shape[0], l), round_up(shape[1], k)
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:

@@ -10,6 +10,7 @@ from structmat.errors import StructureError
 from structmat.program import Chain, Contraction, Crop, Pad, Program, Shuffle, Sum
 from structmat.projection.halves import fit_nested, fit_separate
 from structmat.projection.target import Fit, Target
+from structmat.sizes import round_up
 from structmat.structure import (
     DENSE_GAIN,
     Normal,
@@ -74,7 +75,7 @@ class HODLR(Structure):
 
     def native_shape(self, shape: Shape) -> Shape:
         count = 2**self.levels
-        return (-(-shape[0] // count) * count, -(-shape[1] // count) * count)
+        return round_up(shape[0], count), round_up(shape[1], count)
 
     def _block(self, shape: Shape, level: int) -> Shape:
         return shape[0] >> level, shape[1] >> level

@@ -10,7 +10,7 @@ from structmat.chains import OrthogonalBlocks, chain_program, chain_size
 from structmat.program import Chain, Crop, Pad, Program
 from structmat.projection.kaleidoscope import fit_kaleidoscope, kaleidoscope_patterns
 from structmat.projection.target import Fit, Target
-from structmat.sizes import Pattern
+from structmat.sizes import Pattern, is_power_of_two, power_of_two
 from structmat.structure import DENSE_GAIN, ParameterSpec, Shape, Structure, check_count
 
 
@@ -46,13 +46,13 @@ class Kaleidoscope(Structure):
         check_count(self, "expansion", self.expansion)
 
     def restriction(self, shape: Shape) -> str | None:
-        if self.expansion & (self.expansion - 1):
+        if not is_power_of_two(self.expansion):
             power = 1 << self.expansion.bit_length()
             return f"an expansion is a power of two. Use expansion={power // 2} or {power}."
         return None
 
     def native_shape(self, shape: Shape) -> Shape:
-        size = 1 << (max(shape) - 1).bit_length()
+        size = power_of_two(max(shape))
         return size, size
 
     def _patterns(self, shape: Shape) -> tuple[Pattern, ...]:

@@ -14,7 +14,7 @@ from structmat.program import Chain, Contraction, Program, Reorder, Sum
 from structmat.program.fixed import Exchanged
 from structmat.projection.refine import refine, rescale
 from structmat.projection.target import Certificate, Fit, Target
-from structmat.sizes import round_up
+from structmat.sizes import is_power_of_two, round_up
 from structmat.structure import (
     DENSE_GAIN,
     Normal,
@@ -62,7 +62,7 @@ class Pixelfly(Structure):
         check_count(self, "blocks", self.blocks, minimum=2)
         check_size(self, "rank", self.rank)
         levels = self.blocks.bit_length() - 1
-        if self.blocks & (self.blocks - 1):
+        if not is_power_of_two(self.blocks):
             raise StructureError(
                 f"Pixelfly(blocks={self.blocks}): a butterfly grid has a power of two of blocks. "
                 f"Use blocks={1 << levels} or {2 << levels}."

@@ -18,7 +18,7 @@ from structmat.projection.chain import fit_chain
 from structmat.projection.kaleidoscope import kaleidoscope_patterns
 from structmat.projection.refine import refine, rescale
 from structmat.projection.target import Certificate, Fit, Target
-from structmat.sizes import Pattern, smallest_chain, smooth_size
+from structmat.sizes import Pattern, power_of_two, smallest_chain, smooth_size
 from structmat.structure import DENSE_GAIN, Normal, ParameterSpec, Shape, Structure, check_count
 from structmat.structures.permuted_butterfly import PermutedButterfly
 from structmat.structures.product import Product
@@ -62,7 +62,7 @@ class RelaxedButterfly(Structure):
             raise StructureError("RelaxedButterfly(shared=True, twice=True): shared levels have no second first one.")
 
     def native_shape(self, shape: Shape) -> Shape:
-        size = 1 << (max(shape) - 1).bit_length()
+        size = power_of_two(max(shape))
         return size, size
 
     def _patterns(self, size: int) -> tuple[Pattern, ...]:

@@ -16,7 +16,7 @@ from structmat.program.derived import Sinkhorn, Switches
 from structmat.projection.assignment import assigned, assignment
 from structmat.projection.kaleidoscope import kaleidoscope_patterns
 from structmat.projection.target import Certificate, Fit, Target
-from structmat.sizes import Pattern
+from structmat.sizes import Pattern, is_power_of_two
 from structmat.structure import Normal, ParameterSpec, Shape, Structure, check_count
 from structmat.structures.permutation import Permutation, square_only
 
@@ -101,7 +101,7 @@ class SoftPermutation(Structure):
         if size != shape[1]:
             return
         levels = size.bit_length() - 1
-        if size & (size - 1) == 0 and (2 * levels - 1) * (size // 2) <= budget and size > 1:
+        if is_power_of_two(size) and (2 * levels - 1) * (size // 2) <= budget and size > 1:
             yield cls()
         elif size * size <= budget:
             yield cls(20)

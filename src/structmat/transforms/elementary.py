@@ -10,6 +10,7 @@ from torch import Tensor
 from structmat.errors import DataError, ShapeError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.kaleidoscope import identity_factor, kaleidoscope_patterns
+from structmat.sizes import power_of_two
 from structmat.structures.kaleidoscope import Kaleidoscope
 from structmat.structures.permutation import Permutation
 from structmat.structures.real_part import RealPart
@@ -51,7 +52,7 @@ def householder(vector: Tensor) -> StructuredMatrix:
     if not bool(vector.any()):
         raise DataError("A reflection in the zero vector is not defined. Give a vector that is not zero.")
     size = len(vector)
-    native = 1 << (size - 1).bit_length()
+    native = power_of_two(size)
     wide = torch.complex128 if vector.is_complex() else torch.float64
     held = torch.zeros(native, dtype=wide)
     held[:size] = vector.detach().to(wide)
@@ -101,7 +102,7 @@ def convolution(kernel: Tensor) -> StructuredMatrix:
         raise ShapeError(f"A convolution has a kernel (n,); got shape {tuple(kernel.shape)}.")
     _check_numbers("kernel of a convolution", kernel)
     size = len(kernel)
-    native = 1 << (size - 1).bit_length()
+    native = power_of_two(size)
     expansion = 1 if native == size else 2
     inner = expansion * native
     column = torch.zeros(inner, dtype=torch.complex128)

@@ -7,6 +7,7 @@ import torch
 from structmat.errors import ShapeError
 from structmat.matrix import StructuredMatrix
 from structmat.projection.orders import sequency
+from structmat.sizes import is_power_of_two
 from structmat.structures.butterfly import Butterfly
 from structmat.structures.permuted_butterfly import PermutedButterfly
 
@@ -17,7 +18,7 @@ def hadamard(size: int, *, dtype: torch.dtype = torch.float64) -> StructuredMatr
     Raises:
         ShapeError: ``size`` is no power of two of at least 2.
     """
-    if size < 2 or size & (size - 1):
+    if size < 2 or not is_power_of_two(size):
         raise ShapeError(f"A Hadamard butterfly has a size of 2, 4, 8, ...; got {size}. Pad to the next power of two.")
     block = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=dtype)[None, :, :, None]
     tensors = {}
@@ -51,7 +52,7 @@ def haar(size: int, *, dtype: torch.dtype = torch.float64) -> StructuredMatrix:
     """
     if not (dtype.is_floating_point or dtype.is_complex):
         raise ShapeError(f"The factors of a Haar transform are no integers; got {dtype}. Use a floating dtype.")
-    if size < 2 or size & (size - 1):
+    if size < 2 or not is_power_of_two(size):
         raise ShapeError(f"A Haar transform has a size of 2, 4, 8, ...; got {size}. Pad to the next power of two.")
     tensors = {}
     for level in range(size.bit_length() - 1):

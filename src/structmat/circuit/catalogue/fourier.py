@@ -19,6 +19,7 @@ from structmat.circuit.catalogue.published import Published
 from structmat.circuit.circuit import Circuit
 from structmat.circuit.fields import is_prime
 from structmat.errors import CircuitError
+from structmat.sizes import is_power_of_two
 
 
 def fourier(
@@ -218,5 +219,5 @@ def require_power_of_two(size: int, what: str, least: int = 1) -> None:
     Raises:
         CircuitError: the size is no power of two, or too small.
     """
-    if size < least or size & (size - 1):
+    if size < least or not is_power_of_two(size):
         raise CircuitError(f"{what} has a size of {least}, {2 * least}, {4 * least}, ...; got {size}. Pad with zeros.")

@@ -21,6 +21,7 @@ from structmat.circuit.catalogue.products import recombined
 from structmat.circuit.catalogue.published import Published
 from structmat.circuit.circuit import Circuit
 from structmat.errors import CircuitError
+from structmat.sizes import power_of_two
 
 _DIRECT = 8
 """Products of this size and below are written out; Karatsuba's three halves cost more there."""
@@ -120,7 +121,7 @@ def toeplitz(
     # Entry (i, j) is t[n - 1 + i - j]: y[i] is coefficient n - 1 + i of the product of t and x.
     dtype = object if object in (first.dtype, across.dtype) else np.result_type(first, across)
     t = np.concatenate([across[:0:-1].astype(dtype), first.astype(dtype)])
-    size = 1 << (len(t) - 1).bit_length()
+    size = power_of_two(len(t))
     builder = Builder(n)
     if method == "karatsuba":
         zero = builder.sum([])

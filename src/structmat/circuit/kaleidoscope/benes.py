@@ -13,8 +13,9 @@ from scipy.sparse import csgraph
 
 from structmat.circuit.arrays import Bools, Ints
 from structmat.circuit.kaleidoscope.product import ButterflyProduct
-from structmat.circuit.kaleidoscope.stage import Stage, bit_reversal, is_power_of_two
+from structmat.circuit.kaleidoscope.stage import Stage, bit_reversal
 from structmat.errors import CircuitError
+from structmat.sizes import is_power_of_two
 
 
 def permutation(order: ArrayLike) -> ButterflyProduct:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from structmat.circuit.arrays import Ints, Numbers, joined, numbers, owners
+from structmat.circuit.arrays import Ints, Numbers, is_order, joined, numbers, owners
 from structmat.circuit.circuit import Circuit
 from structmat.circuit.evaluate import require_linear
 from structmat.circuit.kaleidoscope.benes import require_permutation
@@ -21,6 +21,7 @@ from structmat.circuit.kaleidoscope.monotone import require_monotone
 from structmat.circuit.kaleidoscope.planning import layer_values, planned
 from structmat.circuit.kaleidoscope.sparse import require_inside, sorted_entries
 from structmat.errors import CircuitError
+from structmat.sizes import round_up
 
 
 def monarch_permutation(order: ArrayLike, block: int) -> MonarchProduct:
@@ -150,7 +151,7 @@ def monarch(circuit: Circuit, *, block: int | None = None, keep_all: bool = Fals
     chosen = max(1, round(needed**0.5)) if block is None else block
     if chosen < 1:
         raise CircuitError(f"The block of a Monarch product has at least one place; got {chosen}.")
-    stream = _Stream(-(-needed // chosen) * chosen, chosen)
+    stream = _Stream(round_up(needed, chosen), chosen)
     for layer in layers:
         stream.entries(owners(layer.start), layer.column, layer_values(circuit, layer))
     stream.route()
@@ -173,7 +174,7 @@ class _Stream:
         self.waiting = self.waiting[found.gather]
         self.route(always=always)
         self.stages += monarch_broadcast(found.source, self.block)
-        if always or not _is_identity(found.sort):
+        if always or not is_order(found.sort):
             self.stages += _routed(found.sort, self.block, across=False)
         within, across = monarch_segment_sums(found.segment, self.block)
         self.stages += [within.columns_scaled(found.scale), across]
@@ -181,17 +182,13 @@ class _Stream:
 
     def route(self, *, always: bool = False) -> None:
         """The permutation that waits."""
-        if always or not _is_identity(self.waiting):
+        if always or not is_order(self.waiting):
             self.stages += _routed(self.waiting, self.block, across=True)
         self.waiting = np.arange(self.size)
 
     def finished(self, in_features: int, out_features: int) -> MonarchProduct:
         """The product of all factors."""
         return MonarchProduct.packed(self.size, self.block, self.stages, in_features, out_features)
-
-
-def _is_identity(order: Ints) -> bool:
-    return bool(np.array_equal(order, np.arange(len(order))))
 
 
 def _require_block(size: int, block: int) -> None:

@@ -10,7 +10,7 @@ from structmat.circuit.kaleidoscope.compiler import kaleidoscope
 from structmat.circuit.kaleidoscope.matrix import Kaleidoscope
 from structmat.circuit.kaleidoscope.monarch import MonarchProduct
 from structmat.circuit.kaleidoscope.planning import GENERIC_WIDTH
-from structmat.circuit.kaleidoscope.stage import power_of_two
+from structmat.sizes import power_of_two
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from structmat.circuit.arrays import Ints, owners
+from structmat.circuit.arrays import Ints, is_order, owners
 from structmat.circuit.circuit import Circuit
 from structmat.circuit.evaluate import require_linear
 from structmat.circuit.kaleidoscope.benes import permutation, permutation_starred
@@ -51,7 +51,7 @@ def kaleidoscope(
             parts = sparse_factors(owners(layer.start), where[layer.column], layer_values(circuit, layer), size)
             stream.permute(parts.gather)
             stream.append(*parts.spread.stages)
-            if full or not _is_identity(parts.sort):
+            if full or not is_order(parts.sort):
                 stream.append(*permutation_starred(parts.sort).stages)
             stream.append(*parts.combine.stages)
             stream.permute(parts.scatter)
@@ -84,14 +84,14 @@ class _Stream:
 
     def append(self, *stages: Stage) -> None:
         """Stages after what is there."""
-        if self.waiting is not None and (self.full or not _is_identity(self.waiting)):
+        if self.waiting is not None and (self.full or not is_order(self.waiting)):
             self._keep(permutation(self.waiting).stages)
         self.waiting = None
         self._keep(stages)
 
     def merge(self, stage: Stage) -> None:
         """One stage, multiplied to the last switches of the permutation before it where they have its stride."""
-        routed = self.waiting is not None and not _is_identity(self.waiting)
+        routed = self.waiting is not None and not is_order(self.waiting)
         self.append()
         if routed and self.stages and self.stages[-1].stride == stage.stride:
             stage = stage.after(self.stages.pop())
@@ -104,7 +104,3 @@ class _Stream:
         """All stages."""
         self.append()
         return self.stages
-
-
-def _is_identity(order: Ints) -> bool:
-    return bool(np.array_equal(order, np.arange(len(order))))

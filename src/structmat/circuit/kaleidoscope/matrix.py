@@ -16,9 +16,11 @@ from structmat.circuit.arrays import Numbers, numbers
 from structmat.circuit.circuit import Circuit
 from structmat.circuit.fields import Field
 from structmat.circuit.kaleidoscope.columns import columns_of, rows_of
+from structmat.circuit.kaleidoscope.cycles import in_cycle
 from structmat.circuit.kaleidoscope.product import ButterflyProduct, run, stages_circuit
-from structmat.circuit.kaleidoscope.stage import Stage, power_of_two
+from structmat.circuit.kaleidoscope.stage import Stage
 from structmat.errors import CircuitError
+from structmat.sizes import power_of_two
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,14 +60,8 @@ class Kaleidoscope:
         """
         cycle = _cycle(size)
         rest = {stride: Stage.identity(size, stride) for stride in set(cycle)}
-        filled: list[Stage] = []
-        for stage in stages:
-            while cycle[len(filled) % len(cycle)] != stage.stride:
-                filled.append(rest[cycle[len(filled) % len(cycle)]])
-            filled.append(stage)
-        while len(filled) % len(cycle):
-            filled.append(rest[cycle[len(filled) % len(cycle)]])
-        return cls(ButterflyProduct(size, tuple(filled)), in_features, out_features)
+        filled = in_cycle(stages, lambda stage: stage.stride, cycle, rest)
+        return cls(ButterflyProduct(size, filled), in_features, out_features)
 
     @property
     def size(self) -> int:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from structmat.circuit.arrays import Ints, Numbers, exact_product, joined, numbers, owners, starts
 from structmat.circuit.fields import Field, natural_field
 from structmat.circuit.kaleidoscope.columns import columns_of, rows_of
+from structmat.circuit.kaleidoscope.cycles import in_cycle
 from structmat.errors import CircuitError
 
 
@@ -166,15 +167,9 @@ class MonarchProduct:
     ) -> MonarchProduct:
         """The product of any stages, with identities between them so that the kinds are as they must be."""
         rest = {across: MonarchStage.identity(size, block, across) for across in (False, True)}
-        filled: list[MonarchStage] = []
-        for stage in stages:
-            while _CYCLE[len(filled) % len(_CYCLE)] != stage.across:
-                filled.append(rest[_CYCLE[len(filled) % len(_CYCLE)]])
-            filled.append(stage)
-        while len(filled) % len(_CYCLE):
-            filled.append(rest[_CYCLE[len(filled) % len(_CYCLE)]])
+        filled = in_cycle(stages, lambda stage: stage.across, _CYCLE, rest)
         inputs, outputs = (size if given is None else given for given in (in_features, out_features))
-        return cls(size, block, tuple(filled), inputs, outputs)
+        return cls(size, block, filled, inputs, outputs)
 
     @property
     def width(self) -> int:

@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike
 
 from structmat.circuit.arrays import Ints
 from structmat.circuit.kaleidoscope.product import ButterflyProduct
-from structmat.circuit.kaleidoscope.stage import Stage, is_power_of_two
+from structmat.circuit.kaleidoscope.stage import Stage
 from structmat.errors import CircuitError
+from structmat.sizes import is_power_of_two
 
 
 def broadcast(source: ArrayLike) -> ButterflyProduct:

@@ -9,9 +9,9 @@ import numpy as np
 from structmat.circuit.arrays import Numbers, exact_product
 from structmat.circuit.circuit import Circuit
 from structmat.circuit.kaleidoscope.recognize import Placed, placed
-from structmat.circuit.kaleidoscope.stage import power_of_two
 from structmat.circuit.schedule import Layer, latest_levels, layers, narrow_levels
 from structmat.circuit.simplify import prune, without_zero_terms
+from structmat.sizes import power_of_two
 
 GENERIC_WIDTH = 3
 """Factors B B* of a layer: one for the permutations before it, two for the sorted, broadcast and summed entries."""

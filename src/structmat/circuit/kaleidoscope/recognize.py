@@ -55,7 +55,7 @@ def placed(size: int, where: Ints, start: Ints, column: Ints, values: Numbers) -
     stride = _common_stride(size, group, members, live)
     if stride is None:
         stride = size // 2
-        order = _paired(size, group, members, live)
+        order = _paired(size, group, members)
         if order is None:
             return None
         moved = np.empty(size, dtype=np.int64)
@@ -106,7 +106,7 @@ def _common_stride(size: int, group: Ints, members: Ints, live: Bools) -> int | 
     return next((s for s in candidates if not live[copied ^ s].any()), None)
 
 
-def _paired(size: int, group: Ints, members: Ints, live: Bools) -> Ints | None:
+def _paired(size: int, group: Ints, members: Ints) -> Ints | None:
     """An order in which every group is a pair at the stride ``size / 2``; the values of no group fill the rest."""
     half = size // 2
     pair = group[:, 0] != group[:, 1]

@@ -16,9 +16,9 @@ from structmat.circuit.kaleidoscope.benes import permutation, permutation_starre
 from structmat.circuit.kaleidoscope.matrix import Kaleidoscope
 from structmat.circuit.kaleidoscope.monotone import broadcast, segment_sums
 from structmat.circuit.kaleidoscope.product import ButterflyProduct
-from structmat.circuit.kaleidoscope.stage import power_of_two
 from structmat.circuit.kaleidoscope.sums import total
 from structmat.errors import CircuitError
+from structmat.sizes import power_of_two
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from structmat.circuit.arrays import Bools, Ints, Numbers, exact_product, joined, numbers
 from structmat.circuit.fields import Field
 from structmat.errors import CircuitError
+from structmat.sizes import is_power_of_two
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -165,16 +166,6 @@ class Stage:
 
     def __repr__(self) -> str:
         return f"<Stage: size {self.size}, stride {self.stride}>"
-
-
-def is_power_of_two(number: int) -> bool:
-    """Whether it is 1, 2, 4, ..."""
-    return number > 0 and number & (number - 1) == 0
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is at least ``number``."""
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def bit_reversal(size: int) -> Ints:

@@ -17,7 +17,7 @@ from structmat.compression.layers.linear import empty_linear
 from structmat.errors import ModelError
 from structmat.matrix import StructuredMatrix
 from structmat.nn.kronecker.block import KroneckerBlock
-from structmat.nn.kronecker.rectified import paths_of, structure_of
+from structmat.nn.kronecker.rectified import PATHS, structure_of
 from structmat.structure import Shape, Structure
 
 
@@ -38,7 +38,7 @@ class KroneckerBlockLayer(Layer):
         return Content(structure, (block.out_features, block.in_features), 1, block.factors()[0].dtype)
 
     def paths(self, module: nn.Module) -> Mapping[str, str]:
-        return paths_of(_block(module)[0])
+        return PATHS
 
     def empty(self, module: nn.Module, structure: Structure, dtype: torch.dtype, **more: Any) -> nn.Module:
         block, _ = _block(module)

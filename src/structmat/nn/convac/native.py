@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from structmat.kernels.choice import is_usual
 from structmat.kernels.library import native
+from structmat.modes import is_compiling, is_usual_backward
 from structmat.nn.convac.options import Pooling
 from structmat.nn.convac.semiring import (
     Log,
@@ -139,7 +140,7 @@ def obstacle(x: Tensor) -> str | None:
     """Why numbers keep a network from running natively, or None."""
     if x.device.type != "cpu" or x.dtype not in DTYPES:
         return f"the numbers are {x.dtype} on {x.device}"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return "compilers see PyTorch's operations"
     if type(x) is not Tensor:
         return f"the input is a {type(x).__name__}"
@@ -220,7 +221,7 @@ class _Pooled(torch.autograd.Function):
         x, scale, weight, made_scale = ctx.saved_tensors
         layer: Layer = ctx.layer
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-        if torch.is_grad_enabled() or type(grad) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad):
+        if not is_usual_backward(grad):
             found = gradients(_Again(layer, scale, made_scale), (x, weight), wanted, grad)
             return None, found[0], None, found[1]
         nothing = x.new_empty(0)

@@ -140,13 +140,9 @@ def _gather(x: Tensor, source: Tensor | None) -> Tensor:
     return x if source is None else x[..., source, :]
 
 
-@final
 @dataclass(frozen=True)
-class Plain(Semiring):
-    """Ordinary arithmetic. For small networks and tests: over- and underflows beyond some tens of patches."""
-
-    def lift(self, x: Tensor, *, logarithm: bool) -> State:
-        return State(_as_values(x, logarithm))
+class _Values(Semiring):
+    """Numbers held as they are; what becomes of their size is left open."""
 
     def linear(self, weights: LinearMap, state: State, source: Tensor | None) -> State:
         return State(weights(state.value))
@@ -162,6 +158,15 @@ class Plain(Semiring):
 
     def values(self, state: State) -> Tensor:
         return state.value
+
+
+@final
+@dataclass(frozen=True)
+class Plain(_Values):
+    """Ordinary arithmetic. For small networks and tests: over- and underflows beyond some tens of patches."""
+
+    def lift(self, x: Tensor, *, logarithm: bool) -> State:
+        return State(_as_values(x, logarithm))
 
 
 @final
@@ -233,7 +238,7 @@ class Scaled(Semiring):
 
 @final
 @dataclass(frozen=True)
-class RootMeanSquare(Semiring):
+class RootMeanSquare(_Values):
     """Values divided by their root mean square over channels after each product, and differentiated through it.
 
     All outputs of a sample are multiplied by one positive number, so that the class with the largest score stays the
@@ -248,26 +253,11 @@ class RootMeanSquare(Semiring):
             x = x - x.detach().amax(0, keepdim=True).clamp(min=torch.finfo(x.dtype).min)
         return self.rescale(State(_as_values(x, logarithm)))
 
-    def linear(self, weights: LinearMap, state: State, source: Tensor | None) -> State:
-        return State(weights(state.value))
-
-    def multiply(self, first: State, second: State) -> State:
-        return State(first.value * second.value)
-
-    def unit(self, like: State, locations: int) -> State:
-        return State(like.value.new_ones(like.value.shape[0], locations, like.value.shape[2]))
-
     def rescale(self, state: State) -> State:
         # A detached power-of-two first: the square of a float32 underflows long before the number does.
         top = state.value.detach().abs().amax(0, keepdim=True)
         value = state.value / torch.where(top > 0, top, 1.0)
         return State(value * torch.rsqrt(value.square().mean(0, keepdim=True) + self.floor))
-
-    def lower(self, state: State) -> Signed:
-        return _signed(state.value)
-
-    def values(self, state: State) -> Tensor:
-        return state.value
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from structmat.nn.convolution.layer import StructuredConvolution
+    from structmat.nn.convolution.base import StructuredConvolution
 
 
 class FrozenConvolution(nn.Module):

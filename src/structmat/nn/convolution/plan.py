@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from structmat.program import Chain, Contraction, Crop, Diagonal, Pad, Program, Shuffle, Sum
+from structmat.program.axes import cut
 
 
 @dataclass(frozen=True)
@@ -233,10 +234,10 @@ def _one(step: Program, state: _State) -> tuple[Plan, _State] | None:
 
 
 def _contraction(stage: Contraction, state: _State) -> tuple[Plan, _State] | None:
-    cut = _cut(state.axes, (stage.a, stage.c, stage.d))
-    if cut is None:
+    parts = cut(state.axes, (stage.a, stage.c, stage.d), _halves)
+    if parts is None:
         return None
-    a, c, d = cut
+    a, c, d = parts
     own = [*(() if stage.shared_a else taps_of(a)), *(() if stage.shared_d else taps_of(d))]
     latent = {*taps_of(a), *taps_of(d)}
     # An axis of the kernel of size 1 is in no part: the first convolution has its stride and padding.
@@ -252,11 +253,11 @@ def _applied(axes: Axes, taps: Sequence[int]) -> Axes:
 
 
 def _shuffle(stage: Shuffle, state: _State) -> tuple[Plan, _State] | None:
-    cut = _cut(state.axes, stage.sizes)
-    if cut is None:
+    parts = cut(state.axes, stage.sizes, _halves)
+    if parts is None:
         return None
-    after = tuple(axis for position in stage.axes for axis in cut[position])
-    sizes = tuple(channels(group) for group in cut)
+    after = tuple(axis for position in stage.axes for axis in parts[position])
+    sizes = tuple(channels(group) for group in parts)
     moved = [position for position in stage.axes if sizes[position] > 1]
     steps: Plan = () if moved == sorted(moved) else (Reorder(sizes, stage.axes),)
     return steps, _State(_merged(after), state.taps)
@@ -290,21 +291,6 @@ def _merged(axes: Axes) -> Axes:
     return tuple(merged)
 
 
-def _cut(axes: Axes, sizes: Sequence[int]) -> list[Axes] | None:
-    """The axes that make up parts of these sizes, channels split where needed; None if taps would have to be."""
-    rest, parts = [*axes], []
-    for size in sizes:
-        part: list[Axis] = []
-        while size > 1:
-            axis = rest.pop(0)
-            if size % axis.size == 0:
-                part.append(axis)
-                size //= axis.size
-            elif axis.tap is None and axis.size % size == 0:
-                part.append(Axis(size))
-                rest.insert(0, Axis(axis.size // size))
-                size = 1
-            else:
-                return None
-        parts.append(tuple(part))
-    return parts
+def _halves(axis: Axis, outer: int) -> tuple[Axis, Axis] | None:
+    """Channels can be split, taps can't."""
+    return None if axis.tap is not None else (Axis(outer), Axis(axis.size // outer))

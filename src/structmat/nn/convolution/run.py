@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structmat.kernels import apply
+from structmat.modes import is_traced
 from structmat.nn.convolution.geometry import Geometry, places
 from structmat.nn.convolution.plan import (
     Add,
@@ -68,7 +69,7 @@ class Run:
             case Scale():
                 return x * self.tensors[step.stage.weight].reshape(-1, *[1] * dims)
             case Reorder():
-                inner = x.reshape(len(x), groups, *step.sizes, *x.shape[2:])
+                inner = x.reshape(x.shape[0], groups, *step.sizes, *x.shape[2:])
                 last = range(2 + len(step.sizes), inner.dim())
                 return inner.permute(0, 1, *(2 + axis for axis in step.axes), *last).reshape(x.shape)
             case Resize():
@@ -100,7 +101,7 @@ class Run:
         y = torch.stack(outcomes)
         index_axes = (*step.a, Axis(step.stage.b), *step.d)
         held = [axis.size for axis in index_axes if axis.tap is None]
-        y = y.reshape(*(axis.size for axis in taps), len(x), self.groups, *held, *y.shape[3:])
+        y = y.reshape(*(axis.size for axis in taps), x.shape[0], self.groups, *held, *y.shape[3:])
         tap_at, channel_at = iter(range(len(taps))), iter(range(len(taps) + 2, y.dim()))
         order = [len(taps), len(taps) + 1]
         for axis in index_axes:
@@ -119,7 +120,7 @@ class Run:
         along = step.along
         if _is_plain(step):
             return self.geometry.convolve(x, kernel, bias, count, along)
-        batch, (shared_a, shared_d) = len(x), (channels(step.a) // a, channels(step.d) // d)
+        batch, (shared_a, shared_d) = x.shape[0], (channels(step.a) // a, channels(step.d) // d)
         sizes = range(7, 7 + self.geometry.dims)
         y = x.reshape(batch, groups, a, shared_a, c, d, shared_d, *x.shape[2:])
         y = y.permute(0, 3, 6, 1, 2, 5, 4, *sizes)
@@ -133,7 +134,7 @@ class Run:
         for tap in step.taps:
             if tap not in spread:
                 x = self.geometry.select(x, tap, 0)
-        x = x.reshape(len(x), self.groups, *(a.size for a in step.axes if a.tap is None), *x.shape[2:])
+        x = x.reshape(x.shape[0], self.groups, *(a.size for a in step.axes if a.tap is None), *x.shape[2:])
         for position, axis in enumerate(step.axes):
             if axis.tap is not None:
                 taps = [self.geometry.select(x, axis.tap, tap) for tap in range(axis.size)]
@@ -148,7 +149,7 @@ class Run:
         ]
         numbers = places(sizes) * self.groups * full(step.axes)
         images = max(1, PATCH_NUMBERS // max(1, numbers))
-        if torch.compiler.is_compiling() or len(x) <= images:
+        if is_traced() or x.shape[0] <= images:
             return self._patches(step, x)
         names = tuple(self.tensors)
 
@@ -163,7 +164,7 @@ class Run:
         dims, groups = self.geometry.dims, self.groups
         held = [axis.size for axis in step.axes if axis.tap is None]
         own, spread = _only(self.geometry, step.taps), taps_of(step.axes)
-        y = own.windows(x.reshape(len(x), groups, *held, *x.shape[2:]))
+        y = own.windows(x.reshape(x.shape[0], groups, *held, *x.shape[2:]))
         # (batch, groups, *channels, *places, *taps) to (groups, batch, *places, *index)
         first = 2 + len(held)
         where, order = iter(range(2, first)), []

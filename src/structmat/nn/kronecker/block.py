@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.errors import ShapeError, StructureError
+from structmat.modes import is_compiling
 from structmat.nn.kronecker.activation import Activation, Slopes, name_of
 from structmat.nn.kronecker.chain import TERM, KroneckerChain, Layout
 from structmat.nn.kronecker.choose import choose
@@ -197,7 +198,7 @@ class KroneckerBlock(nn.Module):
     def _natively(self, rows: Tensor) -> Tensor | None:
         """All of the block in one pass, where that serves."""
         if not self._way.serves((self,)):
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return None
             self._way = fused((self,))
         return run((self,), self._way, rows)

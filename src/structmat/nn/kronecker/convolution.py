@@ -218,7 +218,7 @@ class KroneckerConv2d(nn.Module):
             result: Tensor = self(x[None])[0]
             return result
         (f1, c1, _, _), (f2, c2, h2, w2) = self.sizes.a, self.sizes.b
-        batch, terms = len(x), self.terms
+        batch, terms = x.shape[0], self.terms
         (dh, dw), (ph, pw) = self.dilation, self.padding
         x = F.pad(x, (pw, pw, ph, ph)) if ph or pw else x
         a, b = self.get_parameter("a"), self.get_parameter("b")

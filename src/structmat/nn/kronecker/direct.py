@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from structmat.kernels.choice import is_usual
+from structmat.modes import is_compiling, is_usual_backward
 from structmat.nn.kronecker.activation import Activation
 from structmat.nn.kronecker.recompute import Run, gradients
 
@@ -54,7 +55,7 @@ def is_direct(inner: Activation | None) -> bool:
 
 def takes_direct(x: Tensor, tensors: Sequence[Tensor]) -> bool:
     """Whether tensors are such that the direct way serves: plain, on the CPU, recorded once."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_usual():
+    if not torch.is_grad_enabled() or is_compiling() or not is_usual():
         return False
     if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
@@ -90,7 +91,7 @@ class _Direct(torch.autograd.Function):
         x, *others = ctx.saved_tensors
         tensors, kept = others[: ctx.count], others[ctx.count :]
         wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or type(grad) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad):
+        if not is_usual_backward(grad):
             return None, None, None, *gradients(ctx.run, (x, *tensors), wanted, grad)
         hidden = kept[0] if kept else _hidden(ctx.plan, x, tensors)
         return None, None, None, *_backward(ctx.plan, x, tensors, hidden, grad.contiguous(), wanted)

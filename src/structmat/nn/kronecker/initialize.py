@@ -88,7 +88,7 @@ def calibrate_(blocks: Sequence[KroneckerBlock], batch: Tensor, *, generator: to
     for block in blocks:
         for chain in block.chains:
             for number, gap in enumerate(chain.layout.active):
-                _revive(block, chain, gap.place, number, x, generator)
+                _revive(chain, gap.place, number, x, generator)
         ends = [chain.layout.order[-1] for chain in block.chains]
         size = _rms(block.linear(x))
         for _ in range(_TRIES):
@@ -103,14 +103,8 @@ def calibrate_(blocks: Sequence[KroneckerBlock], batch: Tensor, *, generator: to
         x = block(x)
 
 
-def _revive(
-    block: KroneckerBlock,
-    chain: KroneckerChain,
-    place: int,
-    number: int,
-    x: Tensor,
-    generator: torch.Generator | None,
-) -> None:
+def _revive(chain: KroneckerChain, place: int, number: int, x: Tensor, generator: torch.Generator | None) -> None:
+    """Draw the factor before an activation anew until something passes, and let its outputs have size 1."""
     axis = chain.layout.order[place]
     size = _rms(chain.hidden(x)[number][1])
     for _ in range(_TRIES):

@@ -22,6 +22,7 @@ from structmat.kernels.choice import is_usual
 from structmat.kernels.library import native
 from structmat.kernels.operator import run_backward_kept, run_keeping, run_rows
 from structmat.kernels.text import NotNativeError
+from structmat.modes import is_compiling, is_usual_backward
 from structmat.nn.kronecker.activation import Activation as Function
 from structmat.nn.kronecker.activation import Slopes, name_of, rectify
 from structmat.nn.kronecker.recompute import gradients
@@ -248,7 +249,7 @@ def obstacle(x: Tensor) -> str | None:
     """Why an input keeps blocks from running natively, or None."""
     if x.device.type != "cpu" or x.dtype not in DTYPES:
         return f"the input is {x.dtype} on {x.device}"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         usual = _to_compilers() and not torch.is_autocast_enabled("cpu")
         return None if usual else "there are no native operators, or autocast is on"
     if type(x) is not Tensor:
@@ -282,7 +283,7 @@ def run(blocks: Sequence[KroneckerBlock], way: Fused, x: Tensor) -> Tensor | Non
         if tensor.dtype is not dtype or tensor.device.type != "cpu":
             return None
         tensors.append(tensor)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         made: Tensor = torch.ops.structmat.activated.default(x, tensors, way.text.words)
         return made
     rows = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
@@ -318,7 +319,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, kept, *tensors = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or type(grad) is not Tensor or torch._C._functorch.is_legacy_batchedtensor(grad):
+        if not is_usual_backward(grad):
             again = _Again(ctx.way, ctx.blocks)
             return None, None, *gradients(again, (x, *tensors), wanted, grad)
         if grad.stride(-1) != 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.errors import ShapeError
+from structmat.modes import is_compiling
 from structmat.nn.kronecker.activation import Activation, gain
 from structmat.nn.kronecker.block import KroneckerBlock
 from structmat.nn.kronecker.choose import choose_all
@@ -228,7 +229,7 @@ class KroneckerNetwork(nn.Module):
         """All blocks in one pass, where that serves and nobody watches a single one."""
         way = self._way
         if len(way.recipes) != len(blocks) or not way.serves(blocks):
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return None
             way = self._way = fused(blocks)
         if way.reason or any(has_hooks(block) or type(block) is not KroneckerBlock for block in blocks):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structmat.kernels.choice import is_quiet
+from structmat.modes import is_followed
 
 Run = Callable[[Tensor, Sequence[Tensor]], Tensor]
 """A pure function of an input and of tensors."""
@@ -21,7 +21,7 @@ def recomputed(run: Run, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     keep, it is a plain call.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors))
-    if not wanted or torch.compiler.is_compiling() or not is_quiet():
+    if not wanted or is_followed():
         return run(x, tensors)
     result: Tensor = _Recomputed.apply(run, x, *tensors)  # type: ignore[no-untyped-call]
     return result
@@ -50,11 +50,8 @@ def gradients(run: Run, saved: Sequence[Tensor], wanted: Sequence[bool], grad: T
     """
     differentiated = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        # Views, so that each gradient is that of one argument alone; detached where none of the gradient is wanted.
-        held = [t.view_as(t) if differentiated else t.detach() for t in saved]
-        for t, w in zip(held, wanted, strict=True):
-            if w and not t.requires_grad:
-                t.requires_grad_()
+        # Views, so that each gradient is that of one argument alone, even where arguments were computed from another.
+        held = [t.view_as(t) for t in saved]
         made = run(held[0], held[1:])
         inputs = [t for t, w in zip(held, wanted, strict=True) if w]
         found = iter(torch.autograd.grad(made, inputs, grad, create_graph=differentiated, allow_unused=True))

@@ -60,7 +60,7 @@ def block_of(matrix: StructuredMatrix, bias: Tensor | None) -> KroneckerBlock:
     block = rectified_block(structure, matrix.shape, bias=bias is not None, device="meta", dtype=matrix.dtype)
     block.to_empty(device=matrix.device)
     with torch.no_grad():
-        for name, path in paths_of(block).items():
+        for name, path in PATHS.items():
             block.get_parameter(path).copy_(matrix.tensors[name])
         if block.bias is not None and bias is not None:
             block.bias.copy_(bias)
@@ -79,6 +79,5 @@ def structure_of(block: KroneckerBlock) -> RectifiedKronecker | None:
     return structure if set(shape.orders) == {structure.order} else None
 
 
-def paths_of(block: KroneckerBlock) -> Mapping[str, str]:
-    """Where a block of one order keeps the tensors of its structure: the structure's names to those in the block."""
-    return {name: f"_chains.0.{name}" for name in ("factor0", "factor1", "slope0")}
+PATHS: Mapping[str, str] = {name: f"_chains.0.{name}" for name in ("factor0", "factor1", "slope0")}
+"""Where a block of one order keeps the tensors of its structure: the structure's names to those in the block."""

@@ -46,8 +46,7 @@ def absorb_(model: nn.Module, tolerance: float = SAME) -> tuple[str, ...]:
     found = []
     for name, module in list(model.named_modules()):
         if isinstance(module, KroneckerBlock) and module.outer is None and module.is_linear(tolerance):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, module.to_structured(tolerance))
+            model.set_submodule(name, module.to_structured(tolerance))
             found.append(name)
     return tuple(found)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structmat.kernels import Product, repeated
-from structmat.kernels.choice import is_quiet
+from structmat.modes import is_followed
 from structmat.nn.linear import FrozenLinear, StructuredLinear
 from structmat.nn.recurrent.cells import Cell, State
 from structmat.nn.recurrent.gates import GateLinear
@@ -103,8 +103,7 @@ def may_write(x: Tensor, state: State) -> bool:
     return (
         not torch.is_grad_enabled()
         and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and is_quiet()
+        and not is_followed()
         and (x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type))
         and all(type(part) is Tensor for part in state)
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from structmat.errors import ModelError
 from structmat.kernels import quick, writing_for
+from structmat.modes import is_compiling
 from structmat.nn.linear import FrozenLinear, StructuredLinear, multiply
 from structmat.nn.recurrent.hooks import is_hooked
 from structmat.program import Chain, Pad, Program, Sum, fuse, rename
@@ -78,7 +79,7 @@ class GateLinear(nn.Module):
             y = torch.cat([gate(x) for gate in self.gates().values()], -1)
             return y if self.bias is None else y + self.bias.to(y.dtype)
         tensors = self.tensors()
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             found = quick(program)(x, self._parameters, tensors)
             if found is not None:
                 return found

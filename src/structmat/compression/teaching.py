@@ -1,0 +1,152 @@
+"""What a recovery makes small: how far a model is from the original on a batch, in each phase of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structmat.compression.distill import Distill
+from structmat.compression.fading import Fading
+from structmat.compression.objectives import (
+    DIVERGENCE,
+    SQUARES,
+    Parts,
+    block_names,
+    distance,
+    padding,
+    structured_names,
+)
+from structmat.compression.running import Forward, Loss, call, device_of, outcome, own_loss, to_device
+from structmat.compression.statistics import normalisations
+from structmat.errors import DataError
+
+
+class Teaching:
+    """The original as the teacher of a compressed model.
+
+    Args:
+        model: which learns.
+        original: with its modules taken apart as the model's are, where parts are compared.
+        settings: of the recovery.
+        forward, loss: the user's, see :func:`structmat.compression.recover.recover`.
+
+    Attributes:
+        normalisations: the model's batch normalisations by name.
+        objective: the name of the distance; empty before the first batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, original: nn.Module, settings: Distill, forward: Forward | None, loss: Loss | None
+    ) -> None:
+        self._model, self._original, self._settings = model, original, settings
+        self._forward, self._loss = forward, loss
+        self._fading: Fading | None = None
+        self.normalisations = normalisations(model)
+        self.objective = ""
+
+    def fade(self) -> None:
+        """From now on what the model lacks of the original is added back, less and less."""
+        self._fading = Fading(self._model, self._original)
+
+    def rest(self, share: float) -> float:
+        """How much of that is added at this share of the distillation."""
+        anneal = self._settings.anneal
+        return max(0.0, 1.0 - share / anneal) if anneal else 0.0
+
+    def error(self, batch: Any, step: int, share: float) -> Tensor:
+        """What a step makes small, a differentiable scalar.
+
+        Args:
+            batch: on the device of the model.
+            step: counted from the first one of all phases.
+            share: of its phase that is over.
+
+        Raises:
+            DataError: the task's loss is asked for and there is none.
+        """
+        with self._as_in_training():
+            if step < self._settings.layerwise:
+                return self._layers.error(batch, self._forward)
+            if step < self._settings.before:
+                return self._blocks.error(batch, self._forward)
+            with contextlib.nullcontext() if self._fading is None else self._fading.added(self.rest(share)):
+                return self._lesson(batch)
+
+    def held_out(self) -> float:
+        """The mean distance on the held-out batches.
+
+        Raises:
+            DataError: there are none.
+        """
+        assert self._settings.held_out is not None
+        device, total, count = device_of(self._model), 0.0, 0
+        with torch.no_grad():
+            for batch in self._settings.held_out:
+                total += float(self._distance(to_device(batch, device), None)[0])
+                count += 1
+        if not count:
+            raise DataError("held_out has no batches. Leave it out, or give some.")
+        return total / count
+
+    @contextlib.contextmanager
+    def _as_in_training(self) -> Iterator[None]:
+        """Batch normalisation with the statistics of the batches, if that is asked for."""
+        chosen = self.normalisations.values() if self._settings.normalise else ()
+        for module in chosen:
+            module.training = True
+        try:
+            yield
+        finally:
+            for module in chosen:
+                module.training = False
+
+    @cached_property
+    def _layers(self) -> Parts:
+        return Parts(self._model, self._original, structured_names(self._model), apart=True)
+
+    @cached_property
+    def _blocks(self) -> Parts:
+        return Parts(self._model, self._original, block_names(self._model, self._settings.blocks), apart=True)
+
+    @cached_property
+    def _hidden(self) -> Parts:
+        """Blocks whose outputs are hidden states."""
+        return Parts(self._model, self._original, block_names(self._model, self._settings.blocks), apart=False)
+
+    def _lesson(self, batch: Any) -> Tensor:
+        """The distance, with the errors of hidden states and the task's loss where these are asked for."""
+        settings, errors = self._settings, list[Tensor]()
+        value, output = self._distance(batch, errors if settings.hidden > 0 else None)
+        if errors:
+            value = value + settings.hidden * torch.stack(errors).mean()
+        if settings.own_loss > 0:
+            task = own_loss(output, batch, self._loss)
+            if task is None:
+                raise DataError(
+                    f"Distill(own_loss={settings.own_loss}) needs a loss and the batches have no labels. "
+                    f"Pass loss=lambda output, batch: ..."
+                )
+            value = value + settings.own_loss * task
+        return value
+
+    def _distance(self, batch: Any, errors: list[Tensor] | None) -> tuple[Tensor, Any]:
+        """The distance of the outputs, and the model's output.
+
+        Args:
+            batch: on the device of the model.
+            errors: takes the errors of hidden states; None leaves these alone.
+        """
+        hidden = None if errors is None else self._hidden
+        with torch.no_grad(), contextlib.nullcontext() if hidden is None else hidden.teaching():
+            teacher = outcome(call(self._original, batch, self._forward), batch)
+        comparing = contextlib.nullcontext() if hidden is None or errors is None else hidden.comparing(errors)
+        with comparing:
+            output = call(self._model, batch, self._forward)
+        self.objective = DIVERGENCE if teacher.classes else SQUARES
+        weights = padding(batch, teacher)
+        return distance(outcome(output, batch), teacher, self._settings.temperature, weights), output
