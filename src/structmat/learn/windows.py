@@ -8,8 +8,8 @@
     learner.harden()            # compact layers, within the budget
 
 Widths and locations take normalised gradient steps without momentum; then a proximal step projects the widths on the
-budget, exactly: one shift of all widths, clipped, is the nearest point that spends it. By default every layer keeps the same
-share of its dense numbers and widths compete within it; ``spread`` lets budget move between layers, within bounds.
+budget, exactly: one shift of all widths, clipped, is the nearest point that spends it. By default every layer keeps the
+same share of its dense numbers and widths compete within it; ``spread`` lets budget move between layers, within bounds.
 Source: Lee and Kim, "Differentiable Learning of Generalized Structured Matrices for Efficient Deep Neural Networks"
 (ICLR 2024), with the projection on the true number of multiply-adds in place of their steering of the mean width.
 """
