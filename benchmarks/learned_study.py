@@ -32,6 +32,7 @@ from benchmarks.learned_common import (
     PROJECTED,
     SEEDS,
     SWEPT,
+    chosen,
     prepared,
     sweep_name,
     train,
@@ -266,18 +267,18 @@ def pictures() -> None:
     }
     if not any(points.values()):
         return
-    text = quality_against_cost({m: p for m, p in points.items() if p}, "percent right on MNIST")
-    (folder / "frontier.svg").write_text(text, encoding="utf-8")
+    axes = quality_against_cost({m: p for m, p in points.items() if p}, "percent right on MNIST")
+    axes.figure.savefig(folder / "frontier.svg", metadata={"Date": None})
     if (folder / "film.svg").exists():
         return
     torch.manual_seed(0)
     model = perceptron(HIDDEN)
     learner = prepared(model, LAYERS, "GBLR learned", 0.2, P5_STEPS, 0)
     assert learner is not None
-    train(model, learner, BASE["P5"], P5_STEPS, images(0), F.cross_entropy)
+    train(model, learner, BASE["P5"] * chosen("P5", "GBLR learned"), P5_STEPS, images(0), F.cross_entropy)
     shapes = {n: layer.sizes for n, layer in learner.layers.items()}
     (folder / "film.svg").write_text(film_strip(learner.history, "0", shapes["0"]), encoding="utf-8")
-    (folder / "budgets.svg").write_text(budget_per_layer(learner.history, shapes), encoding="utf-8")
+    budget_per_layer(learner.history, shapes).figure.savefig(folder / "budgets.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -32,15 +32,21 @@ def test_film_strip() -> None:
     history = [Snapshot(0, 21, {"a": WINDOWS}), Snapshot(10, 14, {"a": WINDOWS[:1]})]
     svg = film_strip(history, "a", SHAPE)
     assert texts(svg) == ["step 0", "2 terms, 44%", "step 10", "1 terms, 29%"]
+    coarse = film_strip(history, "a", SHAPE, cells=2)
+    assert coarse.count("<rect") < svg.count("<rect")
     with pytest.raises(StructureError, match="No snapshots of 'b'"):
         film_strip(history, "b", SHAPE)
 
 
 def test_curves() -> None:
+    pytest.importorskip("matplotlib")
     history = [Snapshot(0, 21, {"a": WINDOWS}), Snapshot(10, 14, {"a": WINDOWS[:1]})]
-    svg = budget_per_layer(history, {"a": SHAPE})
-    assert {"a", "0", "10", "0.438", "0.292"} <= set(texts(svg))
-    points = {"low <rank>": [(0.5, 0.9), (0.2, 0.7)], "one": [(0.3, 0.8)]}
-    assert "low <rank>" in texts(quality_against_cost(points, "accuracy"))
+    (line,) = budget_per_layer(history, {"a": SHAPE}).get_lines()
+    assert line.get_xydata().tolist() == [[0, 21 / 48], [10, 14 / 48]]
+    points = {"low <rank>": [(0.5, 0.9), (0.2, 0.7)], "one": [(0.3, 0.8)], **{f"{i}": [(0.1, 0.1)] for i in range(20)}}
+    axes = quality_against_cost(points, "accuracy")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(points)
+    assert axes.get_lines()[0].get_xydata().tolist() == [[0.2, 0.7], [0.5, 0.9]]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.get_lines()}) == len(points)
     with pytest.raises(StructureError, match="nothing to draw"):
         quality_against_cost({}, "accuracy")

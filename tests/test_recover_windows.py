@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import structmat as sm
 from structmat.compression.recover import Distill, distance, recover
+from structmat.compression.report_html import render
 from structmat.compression.running import Outcome
 from structmat.errors import StructureError
 from structmat.structure import count_stored
@@ -43,7 +45,7 @@ def test_windows_move_while_distilling(original: Classifier) -> None:
     model, still = compressed(), compressed()
     before = {n: t.clone() for n, t in model.state_dict().items() if n.endswith("windows")}
     start = far(model, original)
-    recover(model, original, batches(), Distill(steps=80, windows=True, learning_rate=3e-3), show=False)
+    done = recover(model, original, batches(), Distill(steps=80, windows=True, learning_rate=3e-3), show=False)
     recover(still, original, batches(), Distill(steps=80, learning_rate=3e-3), show=False)
     assert far(model, original) < 0.9 * start
     spent = sum(getattr(model, n).matrix.num_parameters for n in ("first", "second"))
@@ -52,6 +54,16 @@ def test_windows_move_while_distilling(original: Classifier) -> None:
     assert any(t.shape != before[n].shape or not torch.equal(t, before[n]) for n, t in moved.items())
     for n, t in still.state_dict().items():
         assert not n.endswith("windows") or torch.equal(t, before[n])
+    assert {film["layer"] for film in done.windows} == {"first", "second"}
+    for film in done.windows:
+        steps = [frame["step"] for frame in film["frames"]]
+        assert steps[0] == 0
+        assert steps[-1] == 80
+        assert len(steps) >= 6
+        assert film["moved"] > 0
+        last = torch.tensor(film["frames"][-1]["windows"])
+        alive = last[(last[:, 1] > 0) & (last[:, 3] > 0)]
+        assert torch.equal(alive.sort(0)[0], moved[f"{film['layer']}.windows"].sort(0)[0].to(alive.dtype))
 
 
 def windowed(original: Classifier) -> Classifier:
@@ -120,6 +132,7 @@ def test_moving_windows_of_a_killed_run_go_on_exactly(original: Classifier, tmp_
         expected.kept_step,
     )
     assert result.layerwise_steps == 4
+    assert result.windows == expected.windows
 
 
 def test_windows_in_recovery_refuse(original: Classifier, student: Classifier) -> None:
@@ -146,3 +159,7 @@ def test_compress_with_windows_that_move(original: Classifier) -> None:
         if isinstance(module, sm.nn.StructuredLinear):
             assert layer.parameters == count_stored(module.structure, (module.out_features, module.in_features))
             assert result.plan.layers[layer.name] == module.structure
+    page = render(result.report)
+    assert "Windows of <code>" in page
+    assert "step 20" in page
+    assert render(json.loads(json.dumps(result.report.to_json()))) == page

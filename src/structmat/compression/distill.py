@@ -159,6 +159,8 @@ class Recovery:
         closed_form: what solving last factors again did, if it was asked for: layers that changed, whether they were
             kept, and the distances on the held-out batches where there are such.
         statistics: what estimating batch statistics again did, if anything was to estimate.
+        windows: windows that moved, over recovery, of the layers where they moved farthest: JSON values with ``layer``,
+            ``shape``, ``moved`` (a share of the side, on average) and ``frames``.
     """
 
     objective: str
@@ -171,3 +173,4 @@ class Recovery:
     blockwise_steps: int = 0
     closed_form: Mapping[str, Any] | None = None
     statistics: Mapping[str, Any] | None = None
+    windows: tuple[Mapping[str, Any], ...] = ()

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from structmat.errors import StructureError
-from structmat.learn.windows import WindowLearner, hardened, softened
+from structmat.learn.windows import Snapshot, WindowLearner, hardened, softened
 
 _RATE = 2e-3
 """Of the windows, in shares of a side a step: what the fit found is near already."""
 
 _PLACES = ("widths", "locations")
+
+_SNAPSHOTS = 6
+"""Of the windows, evenly over recovery."""
+
+_SHOWN = 3
+"""Layers whose windows are part of the report: those that moved farthest."""
 
 
 class MovingWindows:
@@ -52,7 +58,7 @@ class MovingWindows:
             exclude=linears,
             floor=0.0,
             rate=_RATE,
-            snapshots=0,
+            snapshots=_SNAPSHOTS,
             seed=seed,
         )
 
@@ -98,6 +104,26 @@ class MovingWindows:
         """Make the layers compact again, with no more numbers than they had."""
         self.learner.harden()
 
+    def films(self) -> tuple[dict[str, Any], ...]:
+        """Windows over recovery as JSON values, of the layers whose windows moved farthest: ``layer``, its ``shape``,
+        how far they ``moved`` as a share of the side, and ``frames`` of a ``step`` and its ``windows``."""
+        layers = self.learner.layers
+        end = Snapshot(self.learner.step_count, self.learner.cost, {n: x.windows() for n, x in layers.items()})
+        moved = self.learner.moved()
+        return tuple(
+            {
+                "layer": name,
+                "shape": list(layers[name].sizes),
+                "moved": moved[name],
+                "frames": [{"step": s.step, "windows": s.windows[name].tolist()} for s in self._frames(end)],
+            }
+            for name in sorted(moved, key=lambda n: -moved[n])[:_SHOWN]
+        )
+
+    def _frames(self, end: Snapshot) -> list[Snapshot]:
+        """The snapshots, and in place of one at the last step the windows that were kept."""
+        return [*(s for s in self.learner.history if s.step != end.step), end]
+
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def tensors(self) -> dict[str, Tensor]:
@@ -107,14 +133,19 @@ class MovingWindows:
 
     def facts(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""
-        return {"step": self.learner.step_count, "settled": self.learner.settled}
+        history = [[s.step, s.cost, {n: w.tolist() for n, w in s.windows.items()}] for s in self.learner.history]
+        return {"step": self.learner.step_count, "settled": self.learner.settled, "history": history}
 
     def load(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint of the same model, exactly."""
         state = self.learner.state_dict()
         squares = {name: tensors[f"{name}.squares"] for name in state["squares"]}
         contents = [p.detach().clone() for layer in self.learner.layers.values() for p in layer.parameters()]
-        self.learner.load_state_dict(state | dict(facts) | {"squares": squares})
+        history = [
+            (step, cost, {name: torch.tensor(table, dtype=torch.int32) for name, table in windows.items()})
+            for step, cost, windows in facts["history"]
+        ]
+        self.learner.load_state_dict(state | dict(facts) | {"squares": squares, "history": history})
         with torch.no_grad():
             held = (p for layer in self.learner.layers.values() for p in layer.parameters())
             for parameter, content in zip(held, contents, strict=True):

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def recover(
         done = run.go(Path(folder) if folder is not None else None, progress)
     if moving is not None:
         moving.harden()
+        done = replace(done, windows=moving.films())
     return done
 
 

@@ -10,6 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from structmat.compression import report_charts as charts
 from structmat.compression.report import VERSION, Report
 from structmat.compression.report_charts import figure, milliseconds, number, percent
@@ -17,9 +19,14 @@ from structmat.compression.report_json import family, ratio, refusing_damage
 from structmat.compression.report_verdict import Tone, signed, speed, verdict
 from structmat.errors import FormatError
 from structmat.files import write_text
+from structmat.learn.pictures import film_strip
+from structmat.learn.windows import Snapshot
 
 _MULTIPLES = 48
 """Small multiples that are open at first; more fold away."""
+
+_FILM_CELLS = 12
+"""Squares along each side of a frame of moving windows."""
 
 _CARDS = 120
 """Layers of the drawing of the network, likewise."""
@@ -365,7 +372,20 @@ def _quality(data: Mapping[str, Any]) -> str:
         series = {name: line for name, line in series.items() if len(line) > 1}
         if series:
             body += charts.curve(series, "step of recovery")
+        body += "".join(_film(film) for film in recovery.get("windows", ()))
     return _section("Quality", lead, body)
+
+
+def _film(film: Mapping[str, Any]) -> str:
+    """The windows of a layer that moved during recovery."""
+    name = str(film["layer"])
+    frames = [Snapshot(int(f["step"]), 0, {name: torch.tensor(f["windows"])}) for f in film["frames"]]
+    rows, columns = film["shape"]
+    strip = film_strip(frames, name, (int(rows), int(columns)), cells=_FILM_CELLS)
+    return (
+        f'<figure class="film">{strip}<figcaption>Windows of <code>{escape(name)}</code>, darker where more terms '
+        f"cover the matrix; they moved by {float(film['moved']):.1%} of a side on average.</figcaption></figure>"
+    )
 
 
 def _times(data: Mapping[str, Any]) -> str:

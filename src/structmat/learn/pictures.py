@@ -1,9 +1,9 @@
-"""Pictures of learned windows as SVG text: film strips of a layer, budgets of layers, quality against cost."""
+"""Pictures of learned windows: film strips of a layer as SVG text; plots of budgets and of quality against cost."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from structmat.projection.masks import boxcar
 _CELLS = 24
 """Squares along each side of a frame."""
 
-_COLORS = ("#1b6ca8", "#d1782c", "#3a8f4d", "#8a4fb0", "#c0262d", "#5b6670", "#b8860b", "#0f8b8d", "#7a5230")
+_MARKERS = "osD^vPX*"
+"""With the colours of matplotlib these tell 80 curves apart."""
 
 
 def coverage(windows: Tensor, shape: tuple[int, int], cells: int = _CELLS) -> Tensor:
@@ -35,7 +36,9 @@ def coverage(windows: Tensor, shape: tuple[int, int], cells: int = _CELLS) -> Te
     return sides[0].T @ sides[1]
 
 
-def film_strip(history: Sequence[Snapshot], layer: str, shape: tuple[int, int], *, side: int = 132) -> str:
+def film_strip(
+    history: Sequence[Snapshot], layer: str, shape: tuple[int, int], *, side: int = 132, cells: int = _CELLS
+) -> str:
     """The windows of a layer over training, one frame a snapshot: darker where more terms cover the matrix.
 
     Args:
@@ -43,6 +46,7 @@ def film_strip(history: Sequence[Snapshot], layer: str, shape: tuple[int, int], 
         layer: its name.
         shape: (out, in) of the layer.
         side: of a frame, in pixels.
+        cells: squares along each side of a frame.
 
     Raises:
         StructureError: there are no snapshots of such a layer.
@@ -51,7 +55,7 @@ def film_strip(history: Sequence[Snapshot], layer: str, shape: tuple[int, int], 
     if not frames:
         known = sorted({name for s in history for name in s.windows})
         raise StructureError(f"No snapshots of {layer!r} are kept. There are some of {', '.join(known) or 'no layer'}.")
-    grids = [coverage(s.windows[layer], shape) for s in frames]
+    grids = [coverage(s.windows[layer], shape, cells) for s in frames]
     most = max(float(g.max()) for g in grids) or 1.0
     parts = []
     for number, (snapshot, grid) in enumerate(zip(frames, grids, strict=True)):
@@ -74,30 +78,46 @@ def film_strip(history: Sequence[Snapshot], layer: str, shape: tuple[int, int], 
     return _svg(len(frames) * (side + 12), side + 44, parts)
 
 
-def budget_per_layer(history: Sequence[Snapshot], shapes: Mapping[str, tuple[int, int]], *, width: int = 520) -> str:
-    """The share of its dense numbers that each layer holds, over the snapshots: one curve a layer.
+def budget_per_layer(history: Sequence[Snapshot], shapes: Mapping[str, tuple[int, int]], axes: Any = None) -> Any:
+    """Draw the share of its dense numbers that each layer holds, over the snapshots: one curve a layer.
+
+    Needs matplotlib (``pip install structmat[plot]``).
 
     Args:
         history: of a learner.
         shapes: (out, in) of the layers by name.
-        width: of the plot, in pixels.
+        axes: of matplotlib; a new figure's by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        StructureError: no layer has a snapshot.
     """
     curves = {
         name: [(float(s.step), _numbers(s.windows[name]) / (shape[0] * shape[1])) for s in history if name in s.windows]
         for name, shape in shapes.items()
     }
-    return _curves(curves, "step", "share of dense", width)
+    return _curves(curves, "step", "share of dense", axes)
 
 
-def quality_against_cost(points: Mapping[str, Sequence[tuple[float, float]]], quality: str, *, width: int = 520) -> str:
-    """Quality over cost, one curve a method, its points marked.
+def quality_against_cost(points: Mapping[str, Sequence[tuple[float, float]]], quality: str, axes: Any = None) -> Any:
+    """Draw quality over cost, one curve a method, its points marked.
+
+    Needs matplotlib (``pip install structmat[plot]``).
 
     Args:
         points: (cost as a share of dense, quality) by method.
         quality: what is measured: the label of the axis.
-        width: of the plot, in pixels.
+        axes: of matplotlib; a new figure's by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        StructureError: there is no point.
     """
-    return _curves({name: sorted(p) for name, p in points.items()}, "share of dense multiply-adds", quality, width)
+    return _curves({name: sorted(p) for name, p in points.items()}, "share of dense multiply-adds", quality, axes)
 
 
 def _numbers(windows: Tensor) -> int:
@@ -105,40 +125,18 @@ def _numbers(windows: Tensor) -> int:
     return int(windows[alive][:, [1, 3]].sum())
 
 
-def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, width: int) -> str:
-    points = [p for curve in curves.values() for p in curve]
-    if not points:
+def _curves(curves: Mapping[str, Sequence[tuple[float, float]]], across: str, up: str, axes: Any) -> Any:
+    if not any(curves.values()):
         raise StructureError("There is nothing to draw: no curve has a point.")
-    height, left, low, legend = round(0.62 * width), 56, 40, 210
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*points, strict=True))
-    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+    if axes is None:
+        from matplotlib.figure import Figure
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (x - x0) / (x1 - x0) * (width - left - 12),
-            12 + (y1 - y) / (y1 - y0) * (height - low - 12),
-        )
-
-    parts = [
-        f'<rect x="{left}" y="12" width="{width - left - 12}" height="{height - low - 12}" fill="none" stroke="#999"/>',
-        f'<text x="{(left + width) / 2:.0f}" y="{height - 6}" text-anchor="middle">{html.escape(across)}</text>',
-        f'<text x="14" y="{height / 2:.0f}" text-anchor="middle" '
-        f'transform="rotate(-90 14 {height / 2:.0f})">{html.escape(up)}</text>',
-    ]
-    for share in (0.0, 0.5, 1.0):
-        x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
-        parts.append(f'<text x="{place(x, y0)[0]:.1f}" y="{height - low + 14}" text-anchor="middle">{x:.3g}</text>')
-        parts.append(f'<text x="{left - 4}" y="{place(x0, y)[1] + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        axes = Figure(figsize=(8, 4), layout="constrained").subplots()
     for number, (name, curve) in enumerate(curves.items()):
-        color = _COLORS[number % len(_COLORS)]
-        spots = [place(x, y) for x, y in curve]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{color}"/>' for x, y in spots]
-        y = 20 + 16 * number
-        parts.append(f'<line x1="{width}" x2="{width + 18}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="1.6"/>')
-        parts.append(f'<text x="{width + 24}" y="{y + 4}">{html.escape(name)}</text>')
-    return _svg(width + legend, max(height, 24 + 16 * len(curves)), parts)
+        axes.plot(*zip(*curve, strict=True), marker=_MARKERS[number // 10 % len(_MARKERS)], ms=4, label=name)
+    axes.set(xlabel=across, ylabel=up)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return axes
 
 
 def _svg(width: int, height: int, parts: Sequence[str]) -> str:
