@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import structmat as sm
-from structmat.errors import ShapeError, StructureError
+from structmat.errors import DataError, ShapeError, StructureError
 from structmat.polynomials import (
     KINDS,
     Recurrence,
@@ -123,6 +123,9 @@ def test_circuits_P1_analysis_is_the_adjoint(kind: str, size: int) -> None:
 def test_synthesis_refuses() -> None:
     with pytest.raises(ShapeError, match="weights"):
         synthesis(recurrence("legendre", 4), torch.ones(3))
+    for product in (synthesis, analysis):
+        with pytest.raises(DataError, match="real"):
+            product(recurrence("legendre", 4), torch.ones(4, dtype=torch.complex128))
     with pytest.raises(StructureError, match="Known are"):
         recurrence("bessel", 4)
     with pytest.raises(StructureError, match="pair"):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from structmat.errors import ShapeError, StructureError
+from structmat.errors import DataError, ShapeError, StructureError
 from structmat.program.recurrence import jacobi_coefficients
 from structmat.sizes import power_of_two
 
@@ -138,8 +138,11 @@ def synthesis(given: Recurrence, weights: Tensor) -> Tensor:
 
     Raises:
         ShapeError: there are not as many weights as polynomials.
+        DataError: they are complex.
     """
     count = given.count
+    if weights.is_complex():
+        raise DataError("Weights of polynomials are real here. Give the real and the imaginary parts one by one.")
     if weights.shape[-1] != count:
         raise ShapeError(f"{count} polynomials take {count} weights; got {weights.shape[-1]}.")
     size = power_of_two(count)
@@ -175,6 +178,10 @@ def analysis(given: Recurrence, coefficients: Tensor) -> Tensor:
     Args:
         given: the recurrence.
         coefficients: (..., n), float64.
+
+    Raises:
+        ShapeError: there are not as many coefficients as polynomials.
+        DataError: they are complex.
     """
     shape = coefficients.shape
     rows = coefficients.reshape(-1, shape[-1])
