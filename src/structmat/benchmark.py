@@ -120,10 +120,12 @@ class Setting:
         return f"{self.shape[0]}x{self.shape[1]}_{self.batch}_{self.dtype}_{self.work.value}_{self.threads}"
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values."""
         return {**dataclasses.asdict(self), "shape": list(self.shape), "work": self.work.value}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Setting:
+        """Read what :meth:`to_json` gave."""
         return cls(**{**data, "shape": tuple(data["shape"]), "work": Work(data["work"])})
 
     def __str__(self) -> str:

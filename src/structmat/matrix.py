@@ -141,11 +141,13 @@ class StructuredMatrix:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the learned tensors."""
         dtypes = [t.dtype for t in self.tensors.values() if t.is_floating_point() or t.is_complex()]
         return dtypes[0] if dtypes else self._dtype or torch.get_default_dtype()
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors are; the CPU if there are none."""
         for tensor in self.tensors.values():
             return tensor.device
         return torch.device("cpu")

@@ -40,7 +40,9 @@ class Init(Protocol):
 
     def draw(
         self, shape: tuple[int, ...], *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """A fresh tensor of this shape; equal generators draw equal numbers on every device."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class ParameterSpec:
 
     @property
     def numel(self) -> int:
+        """Numbers of the tensor in use."""
         return math.prod(self.shape)
 
     @property

@@ -48,6 +48,7 @@ class Limit:
 
     @property
     def unit(self) -> str:
+        """What is counted, and of which layers."""
         return self.budget.unit + (f" of {self.pattern}" if self.pattern else "")
 
 
@@ -66,6 +67,7 @@ class Spent:
 
     @property
     def left(self) -> float:
+        """What is not spent."""
         return self.limit.most - self.cost
 
 

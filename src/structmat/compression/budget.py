@@ -22,7 +22,9 @@ class Budget(Protocol):
     unit: ClassVar[str]
 
     @property
-    def amount(self) -> int | float: ...
+    def amount(self) -> int | float:
+        """A fraction of the dense cost, strictly between 0 and 1, or an absolute amount."""
+        ...
 
     def cost(self, structure: Structure, shape: Shape, rows: float = 1.0) -> float:
         """What one layer costs: ``rows`` are the input rows that it sees for one sample."""

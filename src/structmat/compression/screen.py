@@ -206,6 +206,15 @@ class LayerWorker:
         self.parts: tuple[LayerScreen, ...] = ()
 
     def run(self, structures: Sequence[Choice] | None, *, forced: bool = False) -> None:
+        """Screen the layer.
+
+        Args:
+            structures: families or single structures to try; None for all usual families.
+            forced: single structures are taken at any cost, and one that the layer can't become is an error.
+
+        Raises:
+            StructureError: a forced structure is none for the layer.
+        """
         for structure in (s for s in structures or () if isinstance(s, Structure)):
             try:
                 self.try_one(resolve(structure, self.site.shape), forced=forced, swept=True)
@@ -320,6 +329,10 @@ class LayerWorker:
     def try_one(
         self, structure: Structure, *, form: str = "", forced: bool = False, swept: bool = False
     ) -> Candidate | None:
+        """Fit a resolved structure, with sweeps or without; None if it was tried before or is refused, see :meth:`run`.
+
+        ``form`` is the name that the layer's adapter has for it, if it is one of its own.
+        """
         if structure in self.seen:
             return None
         self.seen.add(structure)
@@ -373,6 +386,7 @@ class LayerWorker:
         )
 
     def result(self) -> LayerScreen:
+        """What was found, by rising cost."""
         ordered = tuple(sorted(self.found, key=lambda c: (c.cost, c.loss)))
         norm = norm_name(self.targets[0])
         return LayerScreen(self.site.name, self.site.shape, norm, ordered, dict(+self.refused), self.parts)

@@ -21,10 +21,12 @@ class Chain(Remembering):
 
     @property
     def in_features(self) -> int:
+        """Of the first step."""
         return self.steps[0].in_features
 
     @property
     def out_features(self) -> int:
+        """Of the last step."""
         return self.steps[-1].out_features
 
     def __str__(self) -> str:
@@ -45,10 +47,12 @@ class Sum(Remembering):
 
     @property
     def in_features(self) -> int:
+        """Of every part."""
         return self.parts[0].in_features
 
     @property
     def out_features(self) -> int:
+        """Of every part."""
         return self.parts[0].out_features
 
     def __str__(self) -> str:

@@ -25,10 +25,12 @@ class Cost:
 
     @property
     def flops(self) -> int:
+        """Multiplications plus additions."""
         return self.multiplications + self.additions
 
     @property
     def macs(self) -> int:
+        """Multiply-adds."""
         return self.multiplications
 
 

@@ -27,14 +27,17 @@ class Stage(Remembering, ABC):
 
     @property
     @abstractmethod
-    def in_features(self) -> int: ...
+    def in_features(self) -> int:
+        """Numbers that come in."""
 
     @property
     @abstractmethod
-    def out_features(self) -> int: ...
+    def out_features(self) -> int:
+        """Numbers that go out."""
 
     @abstractmethod
-    def transpose(self) -> Stage: ...
+    def transpose(self) -> Stage:
+        """The transposed map (not conjugated), reading the same tensors."""
 
     @property
     @abstractmethod
@@ -52,18 +55,22 @@ class Stage(Remembering, ABC):
 
     @property
     @abstractmethod
-    def multiplications(self) -> int: ...
+    def multiplications(self) -> int:
+        """For one vector, in the arithmetic of its values."""
 
     @property
     @abstractmethod
-    def additions(self) -> int: ...
+    def additions(self) -> int:
+        """Likewise."""
 
     @property
     @abstractmethod
-    def depth(self) -> int: ...
+    def depth(self) -> int:
+        """Levels of gates ``alpha * g + beta * h``."""
 
     @abstractmethod
-    def __str__(self) -> str: ...
+    def __str__(self) -> str:
+        """A line that says what it is, with its sizes."""
 
 
 class Square(Stage):

@@ -115,6 +115,7 @@ class Norm:
 
     @classmethod
     def of(cls, target: Target) -> Norm:
+        """That of a target."""
         sizes = [
             torch.ones(size, dtype=torch.float64) if moment is None else moment.diagonal().real.clamp(min=0.0)
             for moment, size in zip((target.output_moment, target.second_moment), target.native, strict=True)
@@ -125,6 +126,7 @@ class Norm:
 
     @property
     def is_plain(self) -> bool:
+        """Whether it is the Frobenius norm."""
         return self.outputs is None and self.inputs is None
 
     def image(self, difference: Tensor) -> Tensor:

@@ -84,13 +84,16 @@ class Target:
 
     @property
     def native(self) -> Shape:
+        """The shape after padding."""
         return (self.weight.shape[0], self.weight.shape[1])
 
     @property
     def is_padded(self) -> bool:
+        """Whether these shapes differ."""
         return self.native != self.shape
 
     def generator(self) -> torch.Generator:
+        """A fresh one of the seed."""
         return torch.Generator().manual_seed(self.seed)
 
     def replace_weight(self, weight: Tensor) -> Target:

@@ -154,7 +154,7 @@ class StructuredConvolution(nn.Module, Generic[DenseConv]):
         """Whether patches would have to be written out, and writing the kernel out takes less."""
         if not self._may_write or is_compiling():  # compilers do not trace how a matrix is written out
             return False
-        return len(x) * places(geometry.out_sizes(x.shape[2:])) >= KERNEL_ROWS * self._shape[0]
+        return x.shape[0] * places(geometry.out_sizes(x.shape[2:])) >= KERNEL_ROWS * self._shape[0]
 
     def _by_kernel(self, x: Tensor, geometry: Geometry) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,15 +41,13 @@ class Geometry:
 
     @property
     def dims(self) -> int:
+        """Axes of the kernel."""
         return len(self.kernel)
 
     @property
     def taps(self) -> int:
         """Places of the kernel."""
-        taps = 1
-        for size in self.kernel:
-            taps *= size
-        return taps
+        return math.prod(self.kernel)
 
     def reach(self, axis: int) -> int:
         """From the first tap of an axis to the last."""
@@ -66,6 +65,7 @@ class Geometry:
         return (size + before + after - self.reach(axis) - 1) // self.stride[axis] + 1
 
     def out_sizes(self, sizes: Sequence[int]) -> Sizes:
+        """Places of the output for an input of these sizes."""
         return tuple(self.out_size(axis, size) for axis, size in enumerate(sizes))
 
     def check(self, sizes: Sequence[int]) -> None:
