@@ -253,8 +253,8 @@ def _closed(blocks: Tensor) -> Tensor:
     """The three logits of blocks of four, (1, 3), in closed form, or none (0, 3).
 
     What undoes a reversal keeps the even part ``(a, b, b, a)`` of a row and multiplies the odd part
-    ``(c, d, -d, -c)`` by e, as in :func:`_starts`; what undoes the first step multiplies d by ``f = 1 / (1 - 2 p)`` once
-    more. Two rows are parallel in both halves where ``c b' - b c' + f (a d' - d a')`` and
+    ``(c, d, -d, -c)`` by e, as in :func:`_starts`; what undoes the first step multiplies d by ``f = 1 / (1 - 2 p)``
+    once more. Two rows are parallel in both halves where ``c b' - b c' + f (a d' - d a')`` and
     ``a b' - b a' + e^2 f (c d' - d c')`` vanish.
     """
     a, b = ((blocks + blocks.flip(-1)) / 2)[..., :2].unbind(-1)
