@@ -130,8 +130,8 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
         "",
         "Where the own name does not come first, or not at all: fresh learned operators are shifts, whose matrices are "
         "Toeplitz-like; butterflies of rotations are orthogonal butterflies; the other chains of two factors are "
-        "Monarch matrices; a recurrence that is fresh is that of Chebyshev polynomials. The stages of the real part of a "
-        "complex butterfly are not found: it is a chain of two factors too, of more numbers.",
+        "Monarch matrices; a recurrence that is fresh is that of Chebyshev polynomials. The stages of the real part of "
+        "a complex butterfly are not found: it is a chain of two factors too, of more numbers.",
     ]
     for kind in KINDS:
         lines += ["", f"## {_NOTES[kind]}", ""]
