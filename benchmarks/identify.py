@@ -130,11 +130,8 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
         "",
         "Where the own name does not come first, or not at all: fresh learned operators are shifts, whose matrices are "
         "Toeplitz-like; butterflies of rotations are orthogonal butterflies; the other chains of two factors are "
-        "Monarch matrices; a recurrence that is fresh is that of Chebyshev polynomials. The entries that are not zero "
-        "take twice their number where a sparse matrix is named, which is more than the windows of a GBLR matrix take: "
-        "windows in general position are not found. Nor are the stages of the real part of a complex butterfly, which "
-        "is a Monarch matrix too, of more numbers. Relaxed "
-        "permutations with a probability near one half have nearly no inverse, and are found in most cases.",
+        "Monarch matrices; a recurrence that is fresh is that of Chebyshev polynomials. The stages of the real part of "
+        "a complex butterfly are not found: it is a chain of two factors too, of more numbers.",
     ]
     for kind in KINDS:
         lines += ["", f"## {_NOTES[kind]}", ""]
