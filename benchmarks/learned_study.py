@@ -253,8 +253,11 @@ STUDY = Study(FOLDER, "Learned windows beside fixed structures", cells(), tables
 
 def pictures() -> None:
     """Film strip, budgets and quality over cost of one run, beside the tables."""
+    import matplotlib as mpl
+
     from structmat.learn.pictures import budget_per_layer, film_strip, quality_against_cost
 
+    mpl.rcParams["svg.hashsalt"] = FOLDER  # equal figures give equal files
     folder = RESULTS / FOLDER
     done = STUDY.done()
     points = {
