@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from structmat.nn import KroneckerBlock
 from structmat.nn.kronecker import Bias
@@ -48,3 +49,15 @@ def by_hand(block: KroneckerBlock, x: Tensor) -> Tensor:
             else:
                 total = total + left[t] @ torch.tanh(x @ right + c)
     return torch.tanh(total if block.bias is None else total + block.bias.reshape(block.shape.outputs))
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor holds that an operation returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result

@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from kronecker_blocks import Largest
 from torch import Tensor
 
 import structmat as sm
@@ -245,21 +246,11 @@ def test_kronecker_19_lowering_equals_the_dense_matrix(terms: int, pairs: tuple[
 
 def test_kronecker_19_forward_forms_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """No intermediate of a 1024 x 1024 member comes near the size of the matrix."""
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor):
-                largest = max(largest, result.numel())
-            return result
-
     layer = sm.nn.StructuredLinear(1024, 1024, structure=Kronecker(4))
     x = torch.randn(2, 1024)
-    with Watch():
+    with Largest() as watch:
         layer(x)
-    assert 2 * 1024 <= largest < 1024 * 1024 // 4
+    assert 2 * 1024 <= watch.numbers < 1024 * 1024 // 4
 
 
 # ------------------------------------------------------------------------------------------------------- any size

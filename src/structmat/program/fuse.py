@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from structmat.program.combinators import Chain, Program, Sum, rename
+from structmat.program.combinators import Chain, Program, Sum, rename, stages
 from structmat.program.convolve import convolution_matrix
 from structmat.program.plain import plain
 from structmat.program.reference import (
@@ -136,14 +136,8 @@ def fuse(program: Program, tensors: Tensors, writing: Writing = FOR_REFERENCE) -
     if any(t.is_floating_point() or t.is_complex() for t in tensors.values()):  # else nothing says in which precision
         program, tensors = plain(program, tensors)
     result = _fuse(simplify(program), tensors, writing, made)
-    names = {name for stage in _stages(result) for name in (*stage.weights, *stage.indices)}
+    names = {name for stage in stages(result) for name in (*stage.weights, *stage.indices)}
     return result, {name: (made[name] if name in made else tensors[name]) for name in sorted(names)}
-
-
-def _stages(program: Program) -> tuple[Stage, ...]:
-    from structmat.program.combinators import stages
-
-    return stages(program)
 
 
 def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, Tensor]) -> Program:
@@ -180,7 +174,7 @@ def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, 
     if len(done) == 1:
         return done[0]
     fused = Chain(tuple(done))
-    if written_out and sum(s.multiplications for s in _stages(fused)) > fused.out_features * fused.in_features:
+    if written_out and sum(s.multiplications for s in stages(fused)) > fused.out_features * fused.in_features:
         return _whole(fused, tensors, made)
     return fused
 
@@ -188,7 +182,7 @@ def _fuse(program: Program, tensors: Tensors, writing: Writing, made: dict[str, 
 def _whole(program: Program, tensors: Tensors, made: dict[str, Tensor]) -> Contraction:
     """The dense matrix of a program: for those with a written out stage that is larger than it."""
     known = {**tensors, **made}
-    like = next(known[name] for stage in _stages(program) for name in stage.weights)
+    like = next(known[name] for stage in stages(program) for name in stage.weights)
     unit = torch.eye(program.in_features, dtype=like.dtype, device=like.device)
     rows = [apply(program, known, part) for part in unit.split(_ROWS_AT_ONCE)]
     return _dense(program, torch.cat(rows).T, tensors, made)
