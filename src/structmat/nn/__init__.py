@@ -18,6 +18,7 @@ from structmat.nn.kronecker import KroneckerBlock, KroneckerNetwork
 from structmat.nn.linear import StructuredLinear
 from structmat.nn.matrices import FusedLinear, MatrixConv2d
 from structmat.nn.recurrent import StructuredGRU, StructuredLSTM, StructuredRNN
+from structmat.nn.scale import scale_
 from structmat.nn.windows import WindowedLinear
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "TensorialMixture",
     "Tucker",
     "WindowedLinear",
+    "scale_",
 ]
