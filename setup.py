@@ -23,6 +23,7 @@ SOURCES = (
     "execute.cpp",
     "execute_pairs.cpp",
     "execute_vectors.cpp",
+    "recur.cpp",
     "backward_plan.cpp",
     "backward.cpp",
     "pooled.cpp",

@@ -7,6 +7,8 @@
 // A case whose text is "pool SEMIRING LIFTS LOWERS WINDOWS WINDOW IN OUT COPIES" is a layer of a convolutional arithmetic
 // circuit, in both directions: the stride is its number of locations, its tensors are the weights, the index and the scale
 // (of no numbers for none).
+// One whose text is "recur CELL TIMES BACKWARDS" and a program is a recurrent net: the input holds the gates, and the last
+// two tensors are the state before and the memory.
 // Printed are their number, the instruction set, and a digest of what they put out on tiles.
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +21,7 @@
 #include "backward.h"
 #include "execute.h"
 #include "pooled.h"
+#include "recur.h"
 
 namespace {
 
@@ -114,6 +117,28 @@ std::vector<char> pooled(const std::string& text, const structmat::Batch& batch,
   return z;
 }
 
+// All states of a recurrent net.
+std::vector<char> recurred(const std::string& text, const structmat::Batch& batch,
+                           const std::vector<structmat::Array>& tensors, const std::vector<char>& memory, int64_t size,
+                           int repetitions) {
+  structmat::Sequence q{};
+  std::istringstream words(text.substr(6));
+  int cell;
+  words >> cell >> q.times >> q.backwards >> std::ws;
+  std::string program;
+  std::getline(words, program);
+  const bool few = structmat::runs_by_vectors(batch.rows, batch.storage);
+  const structmat::Plan plan = structmat::make_plan(program, few ? structmat::Use::vectors : structmat::Use::tiles);
+  q.cell = structmat::Cell(cell), q.rows = batch.rows, q.size = plan.in_features, q.storage = batch.storage;
+  const int64_t wide = structmat::gates_of(q.cell) * q.size;
+  q.x = batch.x, q.x_row = wide, q.x_time = wide * q.rows;
+  q.start = tensors[tensors.size() - 2].data, q.start_row = q.size;
+  std::vector<char> y(q.times * q.rows * q.size * size), held = memory;
+  q.memory = held.data(), q.y = y.data(), q.y_row = q.size, q.y_time = q.rows * q.size;
+  for (int r = 0; r < repetitions; ++r) structmat::recur(plan, q, tensors.data(), structmat::serially, 2);
+  return y;
+}
+
 // FNV-1a.
 uint64_t digest(uint64_t before, const std::vector<char>& bytes) {
   for (const char byte : bytes) before = (before ^ static_cast<unsigned char>(byte)) * 0x100000001b3u;
@@ -145,6 +170,11 @@ int run(const char* name, const std::string& way, int repetitions) {
     batch.x = x.data();
     if (text.compare(0, 5, "pool ") == 0) {
       digested = digest(digested, pooled(text, batch, tensors, size, repetitions));
+      ++cases;
+      continue;
+    }
+    if (text.compare(0, 6, "recur ") == 0) {
+      digested = digest(digested, recurred(text, batch, tensors, data.back(), size, repetitions));
       ++cases;
       continue;
     }

@@ -28,15 +28,18 @@ int64_t tile_columns(const Plan& plan, int64_t rows, int64_t lanes, int threads)
   return columns;
 }
 
+// What all tiles of a call read: tensors as the kernels take them, and weights in panels.
 template <class Real>
-void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, const Kernels<Real>& kernels,
-                Parallel parallel, int threads) {
-  static thread_local Scratch compressed;
-  Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels, compressed, parallel);
-  const int64_t columns = batch.kept ? shared_columns(plan, batch.rows, kernels.lanes, sizeof(Real))
-                                     : tile_columns<Real>(plan, batch.rows, kernels.lanes, threads);
-  static thread_local Scratch panels;
-  pack_weights<Real>(prepared, plan, kernels, panels, batch.rows >= 2 * columns, parallel);
+Prepared<Real> prepared_for(const Plan& plan, Storage storage, bool many, const Array* tensors,
+                            const Kernels<Real>& kernels, Scratch& compressed, Scratch& panels, Parallel parallel) {
+  Prepared<Real> prepared = prepare<Real>(plan, storage, tensors, kernels, compressed, parallel);
+  pack_weights<Real>(prepared, plan, kernels, panels, many, parallel);
+  return prepared;
+}
+
+template <class Real>
+void run_tiles(const Plan& plan, const Batch& batch, const Prepared<Real>& prepared, const Kernels<Real>& kernels,
+               int64_t columns, Parallel parallel) {
   struct Context {
     const Plan& plan;
     const Batch& batch;
@@ -79,6 +82,38 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
   if (context.failed) throw std::bad_alloc();
 }
 
+template <class Real>
+void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, const Kernels<Real>& kernels,
+                Parallel parallel, int threads) {
+  static thread_local Scratch compressed, panels;
+  const int64_t columns = batch.kept ? shared_columns(plan, batch.rows, kernels.lanes, sizeof(Real))
+                                     : tile_columns<Real>(plan, batch.rows, kernels.lanes, threads);
+  const Prepared<Real> prepared = prepared_for<Real>(plan, batch.storage, batch.rows >= 2 * columns, tensors,
+                                                     kernels, compressed, panels, parallel);
+  run_tiles<Real>(plan, batch, prepared, kernels, columns, parallel);
+}
+
+template <class Real>
+class Tiles : public Product {
+ public:
+  Tiles(const Plan& plan, Storage storage, int64_t rows, const Array* tensors, const Kernels<Real>& kernels,
+        Parallel parallel, int threads)
+      : plan_(plan), kernels_(kernels), columns_(tile_columns<Real>(plan, rows, kernels.lanes, threads)),
+        prepared_(prepared_for<Real>(plan, storage, true, tensors, kernels, compressed_, panels_, parallel)),
+        parallel_(parallel) {}
+  void run(const Batch& batch) override {
+    run_tiles<Real>(plan_, batch, prepared_, kernels_, columns_, parallel_);
+  }
+
+ private:
+  const Plan& plan_;
+  const Kernels<Real>& kernels_;
+  int64_t columns_;
+  Scratch compressed_, panels_;
+  Prepared<Real> prepared_;
+  Parallel parallel_;
+};
+
 int number_of(const char* name) {
   for (int i = 0; i < instruction_sets; ++i)
     if (std::string(name) == instruction_set(i).name) return i;
@@ -114,6 +149,14 @@ void execute(const Plan& plan, const Batch& batch, const Array* tensors, Paralle
     execute_as<double>(plan, batch, tensors, *chosen().wide, parallel, threads);
   else
     execute_as<float>(plan, batch, tensors, *chosen().single, parallel, threads);
+}
+
+std::unique_ptr<Product> product_of(const Plan& plan, Storage storage, int64_t rows, const Array* tensors,
+                                    Parallel parallel, int threads) {
+  if (plan.use == Use::vectors) return vector_product_of(plan, storage, tensors, parallel, threads);
+  if (storage == Storage::f64)
+    return std::make_unique<Tiles<double>>(plan, storage, rows, tensors, *chosen().wide, parallel, threads);
+  return std::make_unique<Tiles<float>>(plan, storage, rows, tensors, *chosen().single, parallel, threads);
 }
 
 }  // namespace structmat

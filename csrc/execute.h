@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
 #include "plan.h"
 
@@ -62,5 +63,18 @@ void execute_pairs(const Plan& plan, const Batch& batch, const Array* tensors, P
 
 // The same for a plan that was made for vectors.
 void execute_vectors(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads);
+
+// A plan with its tensors prepared once, for many batches of equally many rows. Plan and tensors outlive it.
+class Product {
+ public:
+  virtual ~Product() = default;
+  virtual void run(const Batch& batch) = 0;
+};
+
+// For a plan of tiles or of vectors, and numbers that are stored as they are computed.
+std::unique_ptr<Product> product_of(const Plan& plan, Storage storage, int64_t rows, const Array* tensors,
+                                    Parallel parallel, int threads);
+std::unique_ptr<Product> vector_product_of(const Plan& plan, Storage storage, const Array* tensors, Parallel parallel,
+                                           int threads);
 
 }  // namespace structmat

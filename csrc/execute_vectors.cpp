@@ -122,10 +122,9 @@ void run_one(const Instruction& s, const Prepared<Real>& p, const Plan& plan, co
 }
 
 template <class Real>
-void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, const Kernels<Real>& kernels,
-                Parallel parallel, int threads) {
-  static thread_local Scratch compressed, scratch;
-  const Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels, compressed, parallel);
+void run_vectors(const Plan& plan, const Batch& batch, const Prepared<Real>& prepared, const Kernels<Real>& kernels,
+                 Parallel parallel, int threads) {
+  static thread_local Scratch scratch;
   Vectors<Real> v;
   // An odd number of cache lines: neighbouring vectors do not share their places in the cache.
   v.pitch = ((plan.rows * int64_t(sizeof(Real)) / alignment + 1) | 1) * alignment / int64_t(sizeof(Real));
@@ -159,6 +158,33 @@ void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, cons
   }
 }
 
+template <class Real>
+void execute_as(const Plan& plan, const Batch& batch, const Array* tensors, const Kernels<Real>& kernels,
+                Parallel parallel, int threads) {
+  static thread_local Scratch compressed;
+  const Prepared<Real> prepared = prepare<Real>(plan, batch.storage, tensors, kernels, compressed, parallel);
+  run_vectors<Real>(plan, batch, prepared, kernels, parallel, threads);
+}
+
+template <class Real>
+class VectorProduct : public Product {
+ public:
+  VectorProduct(const Plan& plan, Storage storage, const Array* tensors, const Kernels<Real>& kernels,
+                Parallel parallel, int threads)
+      : plan_(plan), kernels_(kernels),
+        prepared_(prepare<Real>(plan, storage, tensors, kernels, compressed_, parallel)), parallel_(parallel),
+        threads_(threads) {}
+  void run(const Batch& batch) override { run_vectors<Real>(plan_, batch, prepared_, kernels_, parallel_, threads_); }
+
+ private:
+  const Plan& plan_;
+  const Kernels<Real>& kernels_;
+  Scratch compressed_;
+  Prepared<Real> prepared_;
+  Parallel parallel_;
+  int threads_;
+};
+
 }  // namespace
 
 void execute_vectors(const Plan& plan, const Batch& batch, const Array* tensors, Parallel parallel, int threads) {
@@ -167,6 +193,13 @@ void execute_vectors(const Plan& plan, const Batch& batch, const Array* tensors,
     execute_as<double>(plan, batch, tensors, *chosen().wide, parallel, threads);
   else
     execute_as<float>(plan, batch, tensors, *chosen().single, parallel, threads);
+}
+
+std::unique_ptr<Product> vector_product_of(const Plan& plan, Storage storage, const Array* tensors, Parallel parallel,
+                                           int threads) {
+  if (storage == Storage::f64)
+    return std::make_unique<VectorProduct<double>>(plan, storage, tensors, *chosen().wide, parallel, threads);
+  return std::make_unique<VectorProduct<float>>(plan, storage, tensors, *chosen().single, parallel, threads);
 }
 
 }  // namespace structmat

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "activations.h"
+#include "cells.h"
 #include "contraction.h"
 #include "gradients.h"
 #include "panels.h"
@@ -414,6 +415,7 @@ constexpr Kernels<Real> table = {load<Real>,
                                  activate<Real>,
                                  activate_vector<Real>,
                                  activate_back<Real>,
+                                 cell<Real>,
                                  widen<Real>,
                                  narrow<Real>,
                                  Vector<Real>::lanes};

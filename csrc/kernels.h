@@ -90,6 +90,10 @@ struct Run {
   int64_t term;
 };
 
+// Kinds of recurrent nets; `gates_of` of them are as wide as the state.
+enum class Cell : int { lstm = 0, gru = 1, tanh = 2, relu = 3 };
+constexpr int64_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+
 template <class Real>
 struct Kernels {
   // Vectors first .. first + count of the batch into a tile; `count` may be less than `columns`.
@@ -164,6 +168,10 @@ struct Kernels {
   void (*activate_vector)(const Activate& stage, const Real* bias, const Real* slope, const Real* x, Real* y);
   void (*activate_back)(const Activate& stage, const Real* bias, const Real* slope, const Real* x, const Real* gy,
                         Real* gx, Real* bias_sums, Real* slope_sums, int64_t columns, bool add);
+
+  // One row of a recurrent net (cells.h): the gates are x + s, of the input and of the state; `before` and `after` are the
+  // state, `memory` that of an LSTM, which changes in place.
+  void (*cell)(Cell kind, const Real* x, const Real* s, const Real* before, Real* memory, Real* after, int64_t size);
 
   // Numbers of any storage as Real, and back.
   void (*widen)(const void* from, Storage storage, Real* to, int64_t count);

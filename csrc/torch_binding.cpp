@@ -13,6 +13,7 @@
 #include "kept_plans.h"
 #include "pages.h"
 #include "pooled.h"
+#include "recur.h"
 
 namespace {
 
@@ -326,6 +327,41 @@ void multiply_backward(Tensor x, Tensor grad, List list, Tensor grad_x, List gra
   structmat::execute_backward(*structmat::backward_plan_of(words, wanted), batch, arrays.data(), places.data(), in_parallel);
 }
 
+// recur(Tensor x, Tensor start, Tensor(a!) memory, Tensor(b!) y, Tensor[] tensors, str program, int kind) -> ()
+//
+// x (times, rows, gates * size), start (rows, size), memory (rows, size) contiguous or without entries where the cell has
+// none, y (times, rows, size); last axes contiguous. `kind` is the cell, plus 4 if the last time is read first.
+void recur(Tensor x, Tensor start, Tensor memory, Tensor y, List list, Text text, int64_t kind) {
+  const Shape in(x), from(start), held(memory), out(y);
+  if (kind < 0 || kind > 7) throw std::invalid_argument("structmat: there is no such cell");
+  structmat::Sequence q{};
+  q.cell = structmat::Cell(kind % 4), q.backwards = kind >= 4;
+  q.storage = storage_of(in.dtype);
+  if (structmat::bytes_of(q.storage) < 4) throw std::invalid_argument("structmat: states are float32 or float64");
+  if (in.dim != 3 || from.dim != 2 || out.dim != 3)
+    throw std::invalid_argument("structmat: gates and outcomes have three axes, a state has two");
+  q.times = in.sizes[0], q.rows = in.sizes[1], q.size = from.sizes[1];
+  const bool has_memory = q.cell == structmat::Cell::lstm;
+  const auto fits = [&](const Shape& own, int64_t width) {
+    const int64_t d = own.dim;
+    return own.dtype == in.dtype && own.sizes[d - 2] == q.rows && own.sizes[d - 1] == width &&
+           (d == 2 || own.sizes[0] == q.times) && (own.strides[d - 1] == 1 || width == 1 || own.count == 0);
+  };
+  if (!fits(in, structmat::gates_of(q.cell) * q.size) || !fits(from, q.size) || !fits(out, q.size) ||
+      (has_memory && (held.dim != 2 || !fits(held, q.size) || !held.is_contiguous())))
+    throw std::invalid_argument("structmat: gates, states and outcomes do not fit together");
+  const std::string words = read(text);
+  const auto plan =
+      structmat::runs_by_vectors(q.rows, q.storage) ? structmat::vector_plan_of(words) : structmat::plan_of(words);
+  const std::vector<Owned> owned = items(list);
+  const std::vector<Array> arrays = arrays_of(owned, *plan, in.dtype);
+  q.x = data_of(x), q.x_time = in.strides[0], q.x_row = in.strides[1];
+  q.start = data_of(start), q.start_row = from.strides[0];
+  q.memory = has_memory ? data_of(memory) : nullptr;
+  q.y = data_of(y), q.y_time = out.strides[0], q.y_row = out.strides[1];
+  structmat::recur(*plan, q, arrays.data(), in_parallel, thread_count());
+}
+
 // Checks that a tensor is contiguous and has these sizes (-1: any), and hands out its data; null if it is empty and may be.
 void* checked(Tensor tensor, int32_t dtype, const std::vector<int64_t>& sizes, bool may_be_empty = false) {
   const Shape shape(tensor);
@@ -459,6 +495,14 @@ void multiply_backward_kept_boxed(Value* stack, uint64_t, uint64_t) {
   multiply_backward(x.get(), grad.get(), tensors.get(), grad_x.get(), grads.get(), text.get(), kept.get());
 }
 
+void recur_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next()), start(given.next()), memory(given.next()), y(given.next());
+  const OwnedList tensors(given.next());
+  const OwnedText text(given.next());
+  recur(x.get(), start.get(), memory.get(), y.get(), tensors.get(), text.get(), given.number());
+}
+
 void pool_layer_boxed(Value* stack, uint64_t, uint64_t) {
   Arguments given(stack);
   const Owned x(given.next()), x_scale(given.next()), weight(given.next()), index(given.next()), z(given.next()),
@@ -496,6 +540,9 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
                          "multiply_backward_kept(Tensor x, Tensor kept, Tensor grad, Tensor[] tensors, "
                          "Tensor(a!) grad_x, Tensor(b!)[] grads, str program) -> ()"));
     require(torch.define(library,
+                         "recur(Tensor x, Tensor start, Tensor(a!) memory, Tensor(b!) y, Tensor[] tensors, str program, "
+                         "int kind) -> ()"));
+    require(torch.define(library,
                          "pool_layer(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor(a!) z, "
                          "Tensor(b!) z_scale, int kind) -> ()"));
     require(torch.define(library,
@@ -507,6 +554,7 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
     require(torch.implement(kernels, "multiply_backward", multiply_backward_boxed, version));
     require(torch.implement(kernels, "multiply_keeping", multiply_keeping_boxed, version));
     require(torch.implement(kernels, "multiply_backward_kept", multiply_backward_kept_boxed, version));
+    require(torch.implement(kernels, "recur", recur_boxed, version));
     require(torch.implement(kernels, "pool_layer", pool_layer_boxed, version));
     require(torch.implement(kernels, "pool_layer_backward", pool_layer_backward_boxed, version));
     return nullptr;

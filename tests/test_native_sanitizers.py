@@ -17,6 +17,8 @@ from native_programs import programs, tensors_of
 from torch import nn
 from torch.nn import functional as F
 
+import structmat as sm
+from structmat.kernels.text import Text, text_of
 from structmat.nn import KroneckerNetwork
 from structmat.nn.kronecker import Slopes
 from structmat.program import Pad, Program
@@ -86,6 +88,27 @@ def pooled_cases() -> list[bytes]:
     return made
 
 
+def recurrent_cases() -> list[bytes]:
+    """Every cell, forwards and backwards, on dense, blocked, sparse and windowed matrices of the state."""
+    made = []
+    families = (sm.Dense(), sm.Monarch(2), sm.LowRank(2), sm.Sparse(0.3), sm.GBLR(2))
+    options = itertools.product(range(4), families, (1, 7, 16, 40), (torch.float32, torch.float64))
+    for number, (cell, family, rows, dtype) in enumerate(options):
+        size, times, wide = 6 + number % 17, 1 + number % 5, (4, 3, 1, 1)[cell]
+        layer = sm.nn.StructuredLinear(size, wide * size, structure=family, dtype=dtype).freeze()
+        text = text_of(layer.program)
+        assert isinstance(text, Text)
+        words = f"recur {cell} {times} {number % 2} {text.biased}"
+        tensors = [layer.tensors()[name] for name in text.names]
+        tensors += [layer.bias, torch.randn(rows, size, dtype=dtype), torch.randn(rows, size, dtype=dtype)]
+        parts = [struct.pack("<q", len(words)), words.encode(), struct.pack("<qqq", rows, STORAGE[dtype], 0)]
+        parts += [held(torch.randn(times, rows, wide * size, dtype=dtype)), struct.pack("<q", len(tensors))]
+        for tensor in tensors:
+            parts += [struct.pack("<q", tensor.numel()), held(tensor)]
+        made.append(b"".join(parts))
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("sanitizers")
 def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
@@ -99,7 +122,7 @@ def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
 
     collect()
     assert len(cases) >= 400
-    cases += activated_cases() + pooled_cases()
+    cases += activated_cases() + pooled_cases() + recurrent_cases()
     for name in instruction_sets():
         done = run(driver, cases, name)
         assert done.returncode == 0, done.stderr[-3000:]

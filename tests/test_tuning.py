@@ -220,6 +220,43 @@ def test_frozen_layers_hold_the_dense_matrix_where_it_is_faster(monkeypatch: pyt
     assert all(layer.dense is None for layer in model)
 
 
+@needs_native
+def test_the_states_of_recurrent_layers_are_timed_for_the_sequences_of_the_example(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            structure = sm.LowRank(4)
+            self.lstm = sm.nn.StructuredLSTM(16, 16, 2, batch_first=True, structure=structure)
+            self.out = sm.nn.StructuredLinear(16, 16, structure=structure)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.lstm(x)[0])
+
+    model = sm.freeze(Last())
+    x = torch.randn(3, 20, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(x)
+    times_of(monkeypatch, 3e-6, 2e-6, 1e-6)
+    found = sm.tune(model, [60], allow_dense=True, example=x)
+    rows = {layer.name: layer.rows for layer in found.layers}
+    assert rows == {"lstm.ih_l0": 60, "lstm.hh_l0": 3, "lstm.ih_l1": 60, "lstm.hh_l1": 3, "out": 60}
+    states = [layer for layer in found.layers if ".hh_" in layer.name]
+    assert all(Way.REFERENCE not in layer.microseconds for layer in states), "all times are one native call"
+    assert all(layer.chosen is Way.DENSE for layer in found.layers)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), before)
+        model.lstm.hh_l0.dense.zero_()
+        assert not torch.allclose(model(x), before), "three sequences multiply the dense matrix"
+        apart = torch.cat([model(x[:1].repeat(9, 1, 1))[:1], model(x[1:2].repeat(9, 1, 1))[:1]])
+    torch.testing.assert_close(apart, before[:2], msg="nine do not")
+    times_of(monkeypatch, 1e-6, 2e-6, 3e-6)
+    found = sm.tune(model, [60], allow_dense=True, example=x, again=True)
+    assert all((layer.chosen is Way.NATIVE) == (".hh_" in layer.name) for layer in found.layers)
+    assert found.dense_bytes == 0
+
+
 def test_dense_is_not_used_unless_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     times_of(monkeypatch, 3e-6, 2e-6, 1e-6)
     sm.tune(sm.freeze(net()), [32], allow_dense=True)

@@ -20,6 +20,8 @@ from structmat.kernels import native, tuning
 from structmat.kernels.choice import NATIVE_DTYPES
 from structmat.kernels.text import Text, text_of
 from structmat.nn.linear import FrozenLinear, StructuredLinear
+from structmat.nn.recurrent.cells import Cell
+from structmat.nn.recurrent.directions import natively
 from structmat.program.plain import plain_form
 
 FEWEST_TURNS = 3
@@ -29,6 +31,9 @@ PASSES = 3
 
 MOST_OTHERS = 1 << 24
 """Numbers read before a pass in place of what else a model holds, at most: more than any cache keeps."""
+
+_TIMES = 16
+"""Of the sequences that the matrices of a state are timed on."""
 
 Run = Callable[[], object]
 Times = dict[tuning.Way, list[list[float]]]
@@ -42,11 +47,13 @@ class Swept:
         key: of its program among all measurements.
         layer: whose dense matrix is held, if it is to be timed too.
         dtype: of its input.
+        cell: of a recurrent layer whose state it multiplies, natively and for all times in one call; else None.
     """
 
     key: str
     layer: StructuredLinear | FrozenLinear
     dtype: torch.dtype
+    cell: Cell | None = None
 
     @property
     def ways(self) -> tuple[tuning.Way, ...]:
@@ -58,7 +65,16 @@ class Swept:
             ways.append(tuning.Way.NATIVE)
         if isinstance(self.layer, FrozenLinear) and self.layer.dense is not None:
             ways.append(tuning.Way.DENSE)
-        return tuple(ways)
+        return tuple(way for way in ways if self.cell is None or way is not tuning.Way.REFERENCE)
+
+    def call(self, x: Tensor) -> Run:
+        """What is timed, on rows (rows, in_features)."""
+        if self.cell is None:
+            return lambda: self.layer(x)
+        cell, layer = self.cell, self.layer
+        gates = x.new_zeros(_TIMES, len(x), layer.out_features)
+        state, y = (x,) * (1 + cell.has_memory), x.new_empty(_TIMES, *x.shape)
+        return lambda: natively(cell, layer, gates, state, y, backwards=False)
 
 
 def microseconds(
@@ -82,7 +98,7 @@ def microseconds(
     for swept in layers:
         for way in swept.ways:
             members.setdefault(way, []).append(swept)
-    runs = {way: [_call(s.layer, inputs[s.layer.in_features, s.dtype]) for s in own] for way, own in members.items()}
+    runs = {way: [s.call(inputs[s.layer.in_features, s.dtype]) for s in own] for way, own in members.items()}
     with torch.inference_mode(), ExitStack() as stack:
         choosers = {key: stack.enter_context(tuning.trying(key, rows)) for key in dict.fromkeys(s.key for s in layers)}
 
@@ -132,7 +148,3 @@ def timed(
         if collects:
             gc.enable()
     return times
-
-
-def _call(layer: StructuredLinear | FrozenLinear, x: Tensor) -> Run:
-    return lambda: layer(x)

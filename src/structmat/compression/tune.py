@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from structmat.compression.layers.convolution import ConvolutionLayer
 from structmat.compression.progress import Progress
@@ -18,8 +19,12 @@ from structmat.compression.sweeps import Swept, microseconds
 from structmat.compression.timing import interleaved
 from structmat.errors import ModelError
 from structmat.kernels import tuning
+from structmat.kernels.recurrence import is_native
 from structmat.nn.convolution import FrozenConvolution
 from structmat.nn.linear import FrozenLinear, StructuredLinear
+from structmat.nn.recurrent import FrozenRecurrent, Recurrent
+from structmat.nn.recurrent.cells import Cell
+from structmat.nn.recurrent.directions import state_name
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,15 @@ def tune(
 
     Args:
         model: with :class:`StructuredLinear` layers, or frozen ones (:func:`structmat.freeze`).
-        batch_sizes: numbers of rows that reach a layer, all leading axes together.
+        batch_sizes: numbers of rows that reach a layer, all leading axes together. The state of a recurrent layer is
+            multiplied time by time: with an ``example`` its matrices are timed for the sequences in that instead.
         allow_dense: let frozen layers hold their dense matrix too, where it is the fastest for one of the numbers.
         seconds: to spend on each program and number of rows.
         again: measure anew what is known.
-        example: a batch, as of :func:`structmat.compress`. The model is run on it once, so that frozen convolutions are
-            timed at the sizes that reach them: as they are and with their dense kernel, the faster of which they hold
-            from then on (if ``allow_dense``; in this process only). Without it convolutions stay as they are.
+        example: a batch, as of :func:`structmat.compress`. The model is run on it once, so that frozen convolutions
+            and the states of recurrent layers are timed at the sizes that reach them. Convolutions are timed as they
+            are and with their dense kernel, the faster of which they hold from then on (if ``allow_dense``; in this
+            process only); without an example they stay as they are.
         forward: ``forward(model, batch)``, if the example is none of the usual.
         progress: show a bar.
 
@@ -118,30 +125,35 @@ def tune(
     frozen = (*layers.values(), *convolutions.values())
     if allow_dense and not any(isinstance(layer, FrozenLinear | FrozenConvolution) for layer in frozen):
         raise ModelError("allow_dense=True needs frozen layers: tune structmat.freeze(model).")
-    programs = {name: tuning.name_of(layer.program, _dtype(layer)) for name, layer in layers.items()}
     found: list[TunedLayer] = []
     dense_bytes = 0
     others = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     others -= sum(t.numel() for layer in layers.values() for t in (*layer.parameters(), *layer.buffers()))
+    seen = _Seen() if example is None else _run_once(model, convolutions, example, forward)
+    asked = {name: [seen.states[name].sequences] if name in seen.states else sizes for name in layers}
+    swept = {name: _swept(layer, seen.states.get(name)) for name, layer in layers.items()}
+    programs = {name: own.key for name, own in swept.items()}
+    every = sorted({rows for own in asked.values() for rows in own})
     with Progress(progress) as bar:
-        for rows in bar.track(sizes, "tune", total=len(sizes)):
-            todo = {
-                name: layer
+        for rows in bar.track(every, "tune", total=len(every)):
+            todo = [
+                swept[name]
                 for name, layer in layers.items()
-                if again or _is_new(programs[name], rows, allow_dense and isinstance(layer, FrozenLinear))
-            }
+                if rows in asked[name]
+                and (again or _is_new(programs[name], rows, allow_dense and isinstance(layer, FrozenLinear)))
+            ]
             if todo:
-                _measure(todo, rows, allow_dense, seconds * len({programs[name] for name in todo}), others)
+                _measure(todo, rows, allow_dense, seconds * len({own.key for own in todo}), others)
     for name, layer in layers.items():
         with_dense = allow_dense and isinstance(layer, FrozenLinear)
-        own = [_tuned(name, programs[name], rows, with_dense) for rows in sizes]
+        own = [_tuned(name, programs[name], rows, with_dense) for rows in asked[name]]
         if isinstance(layer, FrozenLinear):
             layer.hold_dense(any(entry.chosen is tuning.Way.DENSE for entry in own))
             if layer.dense is not None:
                 dense_bytes += layer.dense.numel() * layer.dense.element_size()
         found += own
     if example is not None and convolutions:
-        found += _tuned_convolutions(model, convolutions, example, forward, allow_dense, seconds)
+        found += _tuned_convolutions(convolutions, seen.inputs, allow_dense, seconds)
         dense_bytes += sum(
             t.numel() * t.element_size()
             for c in convolutions.values()
@@ -156,14 +168,11 @@ def _is_new(program: str, rows: int, with_dense: bool) -> bool:
     return times is None or (with_dense and tuning.Way.DENSE not in times)
 
 
-def _measure(
-    layers: Mapping[str, StructuredLinear | FrozenLinear], rows: int, with_dense: bool, seconds: float, others: int
-) -> None:
+def _measure(swept: Sequence[Swept], rows: int, with_dense: bool, seconds: float, others: int) -> None:
     """Time all layers together, and note what was found."""
-    for layer in layers.values():
-        if isinstance(layer, FrozenLinear):
-            layer.hold_dense(with_dense)
-    swept = [Swept(tuning.name_of(layer.program, _dtype(layer)), layer, _dtype(layer)) for layer in layers.values()]
+    for own in swept:
+        if isinstance(own.layer, FrozenLinear):
+            own.layer.hold_dense(with_dense)
     for program, times in microseconds(swept, rows, seconds, others).items():
         tuning.note(program, {rows: times})
 
@@ -179,31 +188,89 @@ def _has_convolutions(model: nn.Module) -> bool:
     return any(isinstance(m, FrozenConvolution) or ConvolutionLayer().is_structured(m) for m in model.modules())
 
 
-def _tuned_convolutions(
-    model: nn.Module,
-    layers: Mapping[str, FrozenConvolution],
-    example: Any,
-    forward: Forward | None,
-    allow_dense: bool,
-    seconds: float,
-) -> list[TunedLayer]:
-    """Frozen convolutions, timed on what they get."""
-    inputs: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class _State:
+    """Of a recurrent layer.
+
+    Args:
+        cell: whose it is, if all times are made in one native call; else None.
+        sequences: how many are read at a time.
+    """
+
+    cell: Cell | None
+    sequences: int
+
+
+def _swept(layer: StructuredLinear | FrozenLinear, state: _State | None) -> Swept:
+    """A layer as it is timed."""
+    dtype = _dtype(layer)
+    if state is None or state.cell is None or not is_native(layer.program, dtype):
+        return Swept(tuning.name_of(layer.program, dtype), layer, dtype)
+    return Swept(state_name(state.cell, layer.program, dtype), layer, dtype, state.cell)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What reaches layers when the model is run.
+
+    Args:
+        inputs: of convolutions, by name.
+        states: of recurrent layers, by the names of the matrices that multiply them.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, _State] = field(default_factory=dict)
+
+
+def _run_once(
+    model: nn.Module, convolutions: Mapping[str, FrozenConvolution], example: Any, forward: Forward | None
+) -> _Seen:
+    """Run the model on an example and look."""
+    seen = _Seen()
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
-            inputs[name] = given[0]
+            seen.inputs[name] = given[0]
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    found = []
+    def count(name: str, layer: Recurrent | FrozenRecurrent) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        states = [".".join(filter(None, (name, own))) for own, _ in layer.named_children() if not own.startswith("ih")]
+
+        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
+            cell = None if layer.options.proj_size or isinstance(given[0], PackedSequence) else layer.cell
+            state = _State(cell, _sequences(given[0], layer.options.batch_first))
+            seen.states.update(dict.fromkeys(states, state))
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in convolutions.items()]
+    handles += [
+        module.register_forward_pre_hook(count(name, module))
+        for name, module in model.named_modules()
+        if isinstance(module, Recurrent | FrozenRecurrent)
+    ]
     try:
         with evaluating(model), torch.inference_mode():
             call(model, to_device(example, device_of(model)), forward)
     finally:
         for handle in handles:
             handle.remove()
+    return seen
+
+
+def _sequences(x: Tensor | PackedSequence, batch_first: bool) -> int:
+    """How many sequences the input of a recurrent layer holds."""
+    if isinstance(x, PackedSequence):
+        return int(x.batch_sizes[0])
+    return 1 if x.dim() < 3 else x.shape[0 if batch_first else 1]
+
+
+def _tuned_convolutions(
+    layers: Mapping[str, FrozenConvolution], inputs: Mapping[str, Tensor], allow_dense: bool, seconds: float
+) -> list[TunedLayer]:
+    """Frozen convolutions, timed on what they get."""
+    found = []
     for name, x in inputs.items():
         layer = layers[name]
         held = layer.dense is not None

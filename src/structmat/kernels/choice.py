@@ -99,6 +99,20 @@ def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias
     Raises:
         StructureError: the native backend is forced, and can't run it.
     """
+    text = possible_text(program, tensors, x, bias)
+    if text is None or _forced.get() is Backend.NATIVE:
+        return text
+    rows = x.numel() // max(1, x.shape[-1])
+    recorded = wants_gradient(x, tensors.values(), bias)
+    return text if prefers_native(program, rows, x.dtype, recorded) else None
+
+
+def possible_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Text | None:
+    """The program's text if the native backend can run it on these tensors, whatever is faster.
+
+    Raises:
+        StructureError: the native backend is forced, and can't run it.
+    """
     if is_traced():
         return None  # compilers fuse PyTorch's operations, and know nothing of ours
     wanted = _forced.get()
@@ -108,9 +122,7 @@ def native_text(program: Program, tensors: Mapping[str, Tensor], x: Tensor, bias
     if reason is None:
         text = text_of(program)
         assert isinstance(text, Text)
-        rows = x.numel() // max(1, x.shape[-1])
-        recorded = wants_gradient(x, tensors.values(), bias)
-        return text if wanted is Backend.NATIVE or prefers_native(program, rows, x.dtype, recorded) else None
+        return text
     if wanted is Backend.NATIVE:
         raise StructureError(f"The native backend can't run this: {reason}. Use backend('auto').")
     return None

@@ -47,6 +47,11 @@ def define_fakes() -> None:
     ) -> None:
         return None
 
+    def recurred(
+        x: Tensor, start: Tensor, memory: Tensor, y: Tensor, tensors: list[Tensor], program: str, kind: int
+    ) -> None:
+        return None
+
     def pooled(
         x: Tensor, x_scale: Tensor, weight: Tensor, index: Tensor, z: Tensor, z_scale: Tensor, kind: int
     ) -> None:
@@ -65,6 +70,7 @@ def define_fakes() -> None:
     ) -> None:
         return None
 
+    torch.library.register_fake("structmat::recur")(recurred)
     torch.library.register_fake("structmat::pool_layer")(pooled)
     torch.library.register_fake("structmat::pool_layer_backward")(pooled_back)
     torch.library.register_fake("structmat::multiply")(fake_outcome)
@@ -190,6 +196,12 @@ def _is_by_address() -> bool:
 def multiplier() -> Callable[..., Tensor]:
     """What :func:`run_rows` calls, for those who call it many times."""
     return _called("multiply")
+
+
+@cache
+def recurrence() -> Callable[..., None] | None:
+    """The operator for all times of a recurrent net, or None where it is not PyTorch that calls the library."""
+    return None if _is_by_address() else _called("recur")
 
 
 @cache

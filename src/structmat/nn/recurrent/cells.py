@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from structmat.kernels import Product
+from structmat.kernels.recurrence import NativeCell
 
 State = tuple[Tensor, ...]
 """Of one direction: (hidden,) or, for an LSTM, (hidden, memory)."""
@@ -30,6 +31,11 @@ class Cell(ABC):
 
     adds_biases: bool = True
     """Whether the two biases are only ever used as their sum."""
+
+    @property
+    @abstractmethod
+    def native(self) -> NativeCell:
+        """The same equations in the native backend."""
 
     @abstractmethod
     def step(self, x: Tensor, s: Tensor, state: State) -> State:
@@ -62,6 +68,7 @@ class LSTMCell(Cell):
 
     gates = ("i", "f", "g", "o")
     has_memory = True
+    native = NativeCell.LSTM
 
     def step(self, x: Tensor, s: Tensor, state: State) -> State:
         before = x + s
@@ -94,6 +101,7 @@ class GRUCell(Cell):
 
     gates = ("r", "z", "n")
     adds_biases = False
+    native = NativeCell.GRU
 
     def step(self, x: Tensor, s: Tensor, state: State) -> State:
         hidden = state[0]
@@ -129,6 +137,10 @@ class ElmanCell(Cell):
     is_rectified: bool = False
 
     gates = ("h",)
+
+    @property
+    def native(self) -> NativeCell:
+        return NativeCell.RELU if self.is_rectified else NativeCell.TANH
 
     def step(self, x: Tensor, s: Tensor, state: State) -> State:
         return (torch.relu(x + s) if self.is_rectified else torch.tanh(x + s),)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from structmat.kernels import Product, repeated
+from structmat.kernels import Product, repeated, tuning
+from structmat.kernels.recurrence import recur
 from structmat.modes import is_followed
 from structmat.nn.linear import FrozenLinear, StructuredLinear
 from structmat.nn.recurrent.cells import Cell, State
 from structmat.nn.recurrent.gates import GateLinear
 from structmat.nn.recurrent.hooks import is_hooked
+from structmat.program import Program, build
+from structmat.structures.dense import Dense
 
 
 def run_direction(
@@ -47,6 +50,9 @@ def run_direction(
     if sizes is not None:
         return _packed(cell, recurrent, projection, gates, sizes, state, backwards)
     if y is not None:
+        end = None if projection is not None else natively(cell, recurrent, gates, state, y, backwards=backwards)
+        if end is not None:
+            return y, end
         order = (gates.flip(0), y.unbind(0)[::-1]) if backwards else (gates, y.unbind(0))
         product = for_many_calls(recurrent, state[0], len(gates))
         second = None if projection is None else for_many_calls(projection, state[-1], len(gates))
@@ -107,6 +113,47 @@ def may_write(x: Tensor, state: State) -> bool:
         and (x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type))
         and all(type(part) is Tensor for part in state)
     )
+
+
+def natively(
+    cell: Cell, recurrent: nn.Module, gates: Tensor, state: State, y: Tensor, *, backwards: bool
+) -> State | None:
+    """All times in one call of the native backend, see :func:`structmat.kernels.recurrence.recur`; None where the
+    matrix of the state must be called as a module, or is no program."""
+    if is_hooked(recurrent):
+        return None
+    found = _product(recurrent, cell, state[0])
+    return None if found is None else recur(cell.native, *found, gates, state, y, backwards=backwards)
+
+
+_WEIGHT = "weight"
+
+
+def state_name(cell: Cell, program: Program, dtype: torch.dtype) -> str:
+    """What measurements of a matrix of the state are found by: it is multiplied in one call for all times, which is
+    another thing than a call a time."""
+    return f"{tuning.name_of(program, dtype)} in {cell.native.name}"
+
+
+_WAYS = (tuning.Way.NATIVE, tuning.Way.DENSE)
+
+
+def _product(layer: nn.Module, cell: Cell, like: Tensor) -> tuple[Program, Mapping[str, Tensor], Tensor | None] | None:
+    """A layer as the program that it multiplies rows like these by, what that reads, and the bias."""
+    if type(layer) is nn.Linear:
+        return _dense(layer.out_features, layer.in_features), {_WEIGHT: layer.weight}, layer.bias
+    if not isinstance(layer, StructuredLinear | FrozenLinear | GateLinear) or layer.program is None:
+        return None
+    if isinstance(layer, FrozenLinear) and layer.dense is not None:
+        name = state_name(cell, layer.program, layer.dense.dtype)
+        if tuning.best(name, like.shape[0], _WAYS) is tuning.Way.DENSE:
+            return _dense(layer.out_features, layer.in_features), {_WEIGHT: layer.dense}, layer.bias
+    return layer.program, layer.tensors(), layer.bias
+
+
+@lru_cache(maxsize=256)
+def _dense(out_features: int, in_features: int) -> Program:
+    return build(Dense(), (out_features, in_features))
 
 
 _FEW_CALLS = 4

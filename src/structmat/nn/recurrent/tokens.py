@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from structmat.nn.recurrent.cells import Cell, State
-from structmat.nn.recurrent.directions import may_write
+from structmat.nn.recurrent.directions import may_write, natively
 from structmat.nn.recurrent.options import Options
 from structmat.nn.recurrent.sequences import Given
 
@@ -39,7 +39,12 @@ def run_token(
         inputs, recurrent, projection = own["ih" + suffix], own["hh" + suffix], own.get("hr" + suffix)
         assert inputs is not None, suffix
         assert recurrent is not None, suffix
-        after = cell.step(inputs(y), recurrent(state[0]), state)
+        gates, out = inputs(y), y.new_empty(1, rows, options.state_size)
+        after = None
+        if projection is None:
+            after = natively(cell, recurrent, gates.unsqueeze(0), state, out, backwards=False)
+        if after is None:
+            after = cell.step(gates, recurrent(state[0]), state)
         if projection is not None:
             after = (projection(after[0]), *after[1:])
         ends.append(after)
