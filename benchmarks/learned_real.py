@@ -22,6 +22,9 @@ RECOVERED = ("every family", "GBLR", "GBLR, windows moving")
 CLOCKED_STEPS = 40
 """Of recovery, whose median says how many fit."""
 
+LOOKS = 8
+"""At the held-out batches, which say which state is kept."""
+
 RATE = 1e-3
 """Of the recovery, as ``compress`` has it by default."""
 
@@ -61,7 +64,8 @@ def run_real(model: str, method: str, share: float, seed: int) -> dict[str, Any]
     seconds = statistics.median(b - a for a, b in itertools.pairwise(clocked.times[warm:]))
     steps = max(1, round(60 * real.minutes / seconds))
     before = real.evaluate(compressed.model)
-    recover(compressed.model, original, (), settings(steps=steps, data=real.training(seed)), seed=seed)
+    whole = settings(steps=steps, data=real.training(seed), held_out=real.held_out(), check_every=max(1, steps // LOOKS))
+    recover(compressed.model, original, (), whole, seed=seed)
     parameters = compressed.report.parameters
     return {
         "original": real.evaluate(original),
