@@ -270,7 +270,7 @@ def step_seconds(cell: Cell) -> dict[str, Any]:
 
 
 def recovery_settings(cell: Cell, steps: int, rate: float) -> Any:
-    """The same for every method, but that batch normalisation of fresh networks learns its statistics."""
+    """The same for every method of a model, but that batch normalisation of fresh networks always learns."""
     import structmat as sm
 
     real = MODELS[cell.model]
@@ -280,7 +280,8 @@ def recovery_settings(cell: Cell, steps: int, rate: float) -> Any:
         held_out=real.held_out(),
         learning_rate=rate,
         closed_form=True,
-        normalise=cell.method == SMALL,
+        temperature=real.temperature,
+        normalise=real.normalise or cell.method == SMALL,
         check_every=max(1, steps // 8),
     )
 

@@ -40,6 +40,9 @@ class RealModel:
         includes_fitting: whether the minutes are for compressing and recovery together.
         convolutional: whether it has convolutions.
         forward: ``forward(model, batch)``, where a batch is none of the usual.
+        temperature: of the distillation; above 1 where what counts is which class is largest, and the original is sure
+            of nearly all that it was trained on.
+        normalise: whether batch normalisation learns its statistics in recovery.
     """
 
     name: str
@@ -59,6 +62,8 @@ class RealModel:
     includes_fitting: bool = False
     convolutional: bool = False
     forward: Callable[[nn.Module, Any], Any] | None = None
+    temperature: float = 1.0
+    normalise: bool = False
 
 
 def require_data() -> None:

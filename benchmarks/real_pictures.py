@@ -108,6 +108,8 @@ def _model(count: int) -> RealModel:
         narrow=lambda width: ResNet(count, width).eval(),
         width=16,
         convolutional=True,
+        temperature=4.0,
+        normalise=True,
     )
 
 
