@@ -64,7 +64,8 @@ def run_real(model: str, method: str, share: float, seed: int) -> dict[str, Any]
     seconds = statistics.median(b - a for a, b in itertools.pairwise(clocked.times[warm:]))
     steps = max(1, round(60 * real.minutes / seconds))
     before = real.evaluate(compressed.model)
-    whole = settings(steps=steps, data=real.training(seed), held_out=real.held_out(), check_every=max(1, steps // LOOKS))
+    every = max(1, steps // LOOKS)
+    whole = settings(steps=steps, data=real.training(seed), held_out=real.held_out(), check_every=every)
     recover(compressed.model, original, (), whole, seed=seed)
     parameters = compressed.report.parameters
     return {
