@@ -38,9 +38,9 @@ FIXED: Mapping[str, Callable[[float], Structure]] = {
 }
 LEARNED: Mapping[str, dict[str, Any]] = {
     "GBLR frozen": {"frozen": True, "start": "random"},
-    "GBLR equal": {"start": "random"},
-    "GBLR learned": {"start": "random", "spread": 2.0},
-    "GBLR learned, published start": {"start": "weights"},
+    "GBLR equal": {"start": "random", "spread": 1.0},
+    "GBLR learned": {"start": "random"},
+    "GBLR learned, published start": {"start": "weights", "spread": 1.0},
 }
 """Windows from scratch. The published start, the split of a dense initialisation under full windows, is one more."""
 
@@ -178,7 +178,16 @@ def project(
     """Give the named trained layers the nearest member of each, in place; or windows that start there and move."""
     if method == "GBLR, windows moving":
         return WindowLearner(
-            model, share, steps, layers=names, start="projected", start_budget=share, rate=2e-3, seed=seed, settle=0.1
+            model,
+            share,
+            steps,
+            layers=names,
+            start="projected",
+            start_budget=share,
+            rate=2e-3,
+            spread=1.0,
+            seed=seed,
+            settle=0.1,
         )
     for name in names:
         linear = model.get_submodule(name)

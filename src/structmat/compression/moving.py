@@ -57,6 +57,7 @@ class MovingWindows:
             steps,
             exclude=linears,
             floor=0.0,
+            spread=1.0,
             rate=_RATE,
             snapshots=_SNAPSHOTS,
             seed=seed,
