@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from structmat.compression.checkpoint import NAME
 from structmat.compression.recover import DIVERGENCE, SQUARES, Distill, distance, recover
 from structmat.compression.running import Outcome
+from structmat.compression.teaching import Teaching
 from structmat.errors import DataError, FormatError, StructureError
 
 
@@ -236,3 +237,32 @@ def test_bad_data(original: Classifier, student: Classifier) -> None:
     bad = [(torch.full((16, 10), float("nan")), torch.arange(16) % 4)]
     with pytest.raises(DataError, match="nan at step 0"):
         recover(student, original, bad, show=False)
+
+
+@pytest.mark.parametrize(
+    ("distances", "lowered_at"),
+    [
+        ([1, 9, 9, 2, 1.2, 1.1, 1, 0.9, 0.8], []),  # shaken while the rate is high, and near in the end
+        ([1, 9, 9, 9, 1.6, 1.1, 1, 0.9, 0.8], [40]),
+        ([1, 9, 9, 9, 2.0, 9, 1.7, 9, 9], [40, 60]),
+        ([1, 31, 9, 9, 1.0, 9, 1.0, 9, 9], [10]),
+        ([1, 31, 31, 9, 1.6, 9, 1.0, 9, 9], [10, 20, 40]),
+    ],
+)
+def test_the_rate_is_lowered_where_it_leads_away_for_good(
+    original: Classifier,
+    student: Classifier,
+    distances: list[float],
+    lowered_at: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By scripted looks: beyond 30 times the start at once, beyond 1.5 times after half and three quarters."""
+    script = iter(distances)
+    monkeypatch.setattr(Teaching, "held_out", lambda _: float(next(script)))
+    settings = Distill(steps=80, held_out=batches(1), check_every=10)
+    with caplog.at_level("INFO", logger="structmat.compression.recover"):
+        found = recover(student, original, batches(), settings, show=False)
+    lowered = [int(r.getMessage().split()[2]) for r in caplog.records if "farther from the original" in r.getMessage()]
+    assert lowered == lowered_at
+    assert found.kept_step == 10 * distances.index(min(distances))

@@ -57,9 +57,9 @@ class Distill:
         weight_decay: for matrices that are not structured; structured tensors never decay.
         data: batches to train on, if others than those of calibration.
         held_out: batches to be judged by: the state that is nearest to the original on them is kept, so that recovery
-            never ends farther from the original than it began; where a look finds the model farther away than at the
-            start, the best state is taken up again with a third of the learning rate. Without them the last state is
-            kept.
+            never ends farther from the original than it began; where a look finds the model 30 times as far away as at
+            the start, or half as far again after half or three quarters of the steps, the best state is taken up again
+            with a third of the learning rate. Without them the last state is kept.
         windows: let the structure move while distilling: the windows of GBLR layers are learned, each layer at the
             numbers that it holds (see :class:`structmat.learn.windows.WindowLearner`), then made compact again. The
             state that ``held_out`` judges and keeps has its windows in whole numbers already. Needs ``steps``, and

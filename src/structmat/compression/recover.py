@@ -34,6 +34,13 @@ logger = logging.getLogger(__name__)
 _STEP_BACK = 1 / 3
 """What the learning rate is multiplied by when the model has moved away from the original."""
 
+_JUDGED = (0.5, 0.75)
+"""Shares of the steps from which on a look says whether it has. Not before: at its highest the rate shakes a model that
+is near the original by several times its distance, and most of that is gone when the rate has fallen."""
+
+_FAR, _WILD = 1.5, 30.0
+"""Away is beyond so many times the distance of the start; at any look, where it is beyond the second."""
+
 CLOSED_FORM_BATCHES = 24
 """At most so many of the first batches are read to solve last factors again."""
 
@@ -141,6 +148,7 @@ class _Run:
         self.checks: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] | None = None
         self.caution = 1.0  # factor of all learning rates
+        self.judged = 0  # how often it was asked whether that shall be lower
         self.done = False
         self.closed_form: dict[str, Any] | None = None
         self.statistics: dict[str, Any] | None = None
@@ -224,8 +232,7 @@ class _Run:
                 self._note()
                 if self.settings.held_out is not None and not self._fades():
                     self._check()
-                    if self.step > self.settings.before and self.checks[-1][1] > self.checks[0][1]:
-                        self._step_back()
+                    self._judge(self._share())
                     if self.step > self.settings.before and self._has_stalled():
                         return
             yield self.step
@@ -241,8 +248,16 @@ class _Run:
         values = [value for _, value in self.checks]
         return len(values) - 1 - values.index(min(values)) >= patience
 
-    def _step_back(self) -> None:
-        """The rate was too high for a model that is as near as this one: on from the best state with a lower one."""
+    def _judge(self, share: float) -> None:
+        """Where the rate was too high for a model that is as near as this one: on from the best state with a lower
+        one."""
+        if self.step <= self.settings.before:
+            return
+        due = sum(share >= at for at in _JUDGED)
+        most = (_FAR if due > self.judged else _WILD) * self.checks[0][1]
+        self.judged = due
+        if self.checks[-1][1] <= most:
+            return
         assert self.best is not None
         logger.info("recovery: step %d is farther from the original than the start; on with a lower rate", self.step)
         self._write(self.best)
@@ -364,6 +379,7 @@ class _Run:
             "recent": self.recent,
             "checks": self.checks,
             "caution": self.caution,
+            "judged": self.judged,
             "closed_form": self.closed_form,
             "statistics": self.statistics,
             "done": self.done,
@@ -392,7 +408,7 @@ class _Run:
         self.losses = [(int(s), float(v)) for s, v in facts["losses"]]
         self.checks = [(int(s), float(v)) for s, v in facts["checks"]]
         self.recent, self.done = [float(v) for v in facts["recent"]], bool(facts["done"])
-        self.caution = float(facts["caution"])
+        self.caution, self.judged = float(facts["caution"]), int(facts["judged"])
         self.closed_form, self.statistics = facts["closed_form"], facts["statistics"]
         if self.moving is not None:
             self.moving.load(facts["moving"], _of(tensors, "moving."))
