@@ -18,11 +18,10 @@ from torch import Tensor
 
 from structmat.kernels import native, tuning
 from structmat.kernels.choice import NATIVE_DTYPES
-from structmat.kernels.text import Text, text_of
+from structmat.kernels.text import Text, running_text
 from structmat.nn.linear import FrozenLinear, StructuredLinear
 from structmat.nn.recurrent.cells import Cell
 from structmat.nn.recurrent.directions import natively
-from structmat.program.plain import plain_form
 
 FEWEST_TURNS = 3
 """Of the ways; in each a way makes one pass over the layers to warm up, and then ``PASSES``."""
@@ -59,8 +58,7 @@ class Swept:
     def ways(self) -> tuple[tuning.Way, ...]:
         """In which it can run."""
         ways = [tuning.Way.REFERENCE]
-        form = plain_form(self.layer.program)
-        text = text_of(self.layer.program if form is None else form.program)
+        text = running_text(self.layer.program)
         if native().available and isinstance(text, Text) and self.dtype in NATIVE_DTYPES:
             ways.append(tuning.Way.NATIVE)
         if isinstance(self.layer, FrozenLinear) and self.layer.dense is not None:

@@ -12,9 +12,8 @@ from structmat.kernels.choice import possible_text
 from structmat.kernels.library import native
 from structmat.kernels.operator import arguments, recurrence
 from structmat.kernels.plainly import plainly
-from structmat.kernels.text import Text, text_of
+from structmat.kernels.text import Text, running_text
 from structmat.program import Program
-from structmat.program.plain import plain_form
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -33,9 +32,9 @@ _BACKWARDS = 4
 
 def is_native(program: Program, dtype: torch.dtype) -> bool:
     """Whether :func:`recur` takes a state's matrix, if nothing else speaks against it."""
-    form = plain_form(program)
-    text = text_of(program if form is None else form.program)
-    return isinstance(text, Text) and dtype in _DTYPES and native().available and recurrence() is not None
+    return (
+        isinstance(running_text(program), Text) and dtype in _DTYPES and native().available and recurrence() is not None
+    )
 
 
 def recur(

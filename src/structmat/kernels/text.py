@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from structmat.program import Cosine, Derived, Hadamard, Pairs, Program, Reorder
 from structmat.program.combinators import Chain, Sum
+from structmat.program.plain import plain_form
 from structmat.program.stage import Stage
 from structmat.program.stages import (
     Complex,
@@ -57,6 +58,12 @@ def text_of(program: Program) -> Text | str:
     if kept is None:
         kept = program.__dict__[_KEPT] = _text_of(program)
     return kept
+
+
+def running_text(program: Program) -> Text | str:
+    """The text of what runs natively for a program: of its plain form, where some of its stages follow from others."""
+    form = plain_form(program)
+    return text_of(program if form is None else form.program)
 
 
 def _text_of(program: Program) -> Text | str:

@@ -22,10 +22,9 @@ import torch
 
 from structmat.files import write_text
 from structmat.kernels.library import native
-from structmat.kernels.text import Text, text_of
+from structmat.kernels.text import Text, running_text
 from structmat.processor import processor_generation
 from structmat.program import Program
-from structmat.program.plain import plain_form
 
 FORMAT = 1
 """Of the file; others are not read."""
@@ -81,8 +80,7 @@ def name_of(program: Program, dtype: torch.dtype) -> str:
     """What a program and a dtype are found by: a digest of the form of the stages, whatever they hold."""
     kept: dict[torch.dtype, str] = program.__dict__.setdefault("_tuning_name", {})
     if dtype not in kept:
-        found = plain_form(program)
-        text = text_of(program if found is None else found.program)
+        text = running_text(program)
         form = text.plain if isinstance(text, Text) else repr(program)
         kept[dtype] = f"{hashlib.sha256(form.encode()).hexdigest()[:24]} {str(dtype).removeprefix('torch.')}"
     return kept[dtype]
