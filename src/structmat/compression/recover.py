@@ -408,7 +408,7 @@ class _Run:
         self.losses = [(int(s), float(v)) for s, v in facts["losses"]]
         self.checks = [(int(s), float(v)) for s, v in facts["checks"]]
         self.recent, self.done = [float(v) for v in facts["recent"]], bool(facts["done"])
-        self.caution, self.judged = float(facts["caution"]), int(facts["judged"])
+        self.caution, self.judged = float(facts["caution"]), int(facts.get("judged", 0))  # older ones lack it
         self.closed_form, self.statistics = facts["closed_form"], facts["statistics"]
         if self.moving is not None:
             self.moving.load(facts["moving"], _of(tensors, "moving."))
