@@ -8,12 +8,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import Tensor, nn
+from recurrent_layers import KINDS, dense, flat
 
 import structmat as sm
 from structmat.kernels.recurrence import NativeCell
-from structmat.nn import StructuredGRU, StructuredLSTM, StructuredRNN
-from structmat.nn.recurrent import Recurrent, directions
+from structmat.nn import StructuredGRU, StructuredLSTM
+from structmat.nn.recurrent import directions
 from structmat.nn.recurrent.cells import State
 from structmat.structure import Structure
 
@@ -22,28 +22,12 @@ pytestmark = pytest.mark.skipif(
     reason="there are no operators of the native backend",
 )
 
-KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "LSTM": (StructuredLSTM, {}),
-    "GRU": (StructuredGRU, {}),
-    "tanh": (StructuredRNN, {}),
-    "relu": (StructuredRNN, {"nonlinearity": "relu"}),
-}
+UNPROJECTED = sorted(KINDS.keys() - {"projected"})
 
 STRUCTURES: tuple[Structure, ...] = (
     sm.Dense(), sm.LowRank(2), sm.Monarch(2), sm.Sparse(0.3), sm.GBLR(2), sm.Butterfly(), sm.Toeplitz(),
     sm.Sum(sm.LowRank(1), sm.Sparse(nonzeros=7)),
 )  # fmt: skip
-
-
-def twin(layer: Recurrent) -> nn.RNNBase:
-    """PyTorch's layer with the same outputs."""
-    found = getattr(layer, {StructuredLSTM: "to_lstm", StructuredGRU: "to_gru", StructuredRNN: "to_rnn"}[type(layer)])()
-    assert isinstance(found, nn.RNNBase)
-    return found
-
-
-def flat(outcome: Any) -> list[Tensor]:
-    return [outcome] if isinstance(outcome, Tensor) else [t for part in outcome for t in flat(part)]
 
 
 @pytest.fixture
@@ -62,7 +46,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @given(
-    kind=st.sampled_from(sorted(KINDS)),
+    kind=st.sampled_from(UNPROJECTED),
     structure=st.sampled_from(STRUCTURES),
     sizes=st.tuples(st.integers(1, 9), st.integers(4, 37), st.integers(1, 6), st.integers(1, 40)),
     flags=st.tuples(*[st.booleans()] * 5),
@@ -92,14 +76,14 @@ def test_it_computes_what_pytorch_does(
     kept = [part.clone() for part in parts]
     run = layer.freeze() if freezes else layer
     with torch.no_grad():
-        found, wanted = flat(run(x, *state)), flat(twin(layer)(x, *state))
+        found, wanted = flat(run(x, *state)), flat(dense(layer)(x, *state))
     exact = dtype is torch.float64
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9 if exact else 1e-4, atol=1e-11 if exact else 1e-5)
     assert all(torch.equal(a, b) for a, b in zip(parts, kept, strict=True)), "a state that was given has changed"
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", UNPROJECTED)
 @pytest.mark.parametrize("rows", [1, 9])
 def test_it_runs_where_nothing_is_recorded_and_nowhere_else(kind: str, rows: int, count: list[int]) -> None:
     made, more = KINDS[kind]
@@ -126,7 +110,7 @@ def test_it_runs_where_nothing_is_recorded_and_nowhere_else(kind: str, rows: int
 def test_projected_states_are_made_time_by_time(count: list[int]) -> None:
     layer = StructuredLSTM(5, 8, proj_size=3, structure=sm.LowRank(2))
     with torch.no_grad():
-        torch.testing.assert_close(layer(torch.ones(4, 2, 5)), twin(layer)(torch.ones(4, 2, 5)))
+        torch.testing.assert_close(layer(torch.ones(4, 2, 5)), dense(layer)(torch.ones(4, 2, 5)))
     assert count == []
 
 
@@ -136,7 +120,7 @@ def test_what_is_no_number_stays_none_and_large_gates_saturate() -> None:
     x[1, 4] = float("nan")
     x[0, 2] = 1e30
     with torch.no_grad():
-        found, wanted = layer(x)[0], twin(layer)(x)[0]
+        found, wanted = layer(x)[0], dense(layer)(x)[0]
     assert torch.equal(found.isnan(), wanted.isnan())
     assert found[1, 4].isnan().all()
     torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from recurrent_layers import KINDS, dense, flat
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -19,27 +20,9 @@ from structmat.nn import StructuredGRU, StructuredLSTM, StructuredRNN
 from structmat.nn.recurrent import FrozenRecurrent, GateLinear, Recurrent, second_moments
 from structmat.structure import Structure, count_parameters
 
-KINDS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "LSTM": (StructuredLSTM, {}),
-    "projected": (StructuredLSTM, {"proj_size": 3}),
-    "GRU": (StructuredGRU, {}),
-    "tanh": (StructuredRNN, {}),
-    "relu": (StructuredRNN, {"nonlinearity": "relu"}),
-}
-
 STRUCTURES: tuple[Structure, ...] = (
     sm.LowRank(2), sm.Monarch(2), sm.BlockDiagonal(2), sm.Dense(), sm.Sum(sm.LowRank(1), sm.Sparse(nonzeros=7)),
 )  # fmt: skip
-
-
-def dense(layer: Recurrent) -> nn.RNNBase:
-    """PyTorch's layer with the same outputs."""
-    if isinstance(layer, StructuredLSTM):
-        return layer.to_lstm()
-    if isinstance(layer, StructuredGRU):
-        return layer.to_gru()
-    assert isinstance(layer, StructuredRNN)
-    return layer.to_rnn()
 
 
 def again(twin: nn.RNNBase, structure: Structure, **more: Any) -> Recurrent:
@@ -50,13 +33,6 @@ def again(twin: nn.RNNBase, structure: Structure, **more: Any) -> Recurrent:
         return StructuredGRU.from_gru(twin, structure, **more)
     assert isinstance(twin, nn.RNN)
     return StructuredRNN.from_rnn(twin, structure, **more)
-
-
-def flat(outcome: Any) -> list[Tensor]:
-    """All tensors of an outcome, in order."""
-    if isinstance(outcome, PackedSequence):
-        return [outcome.data]
-    return [outcome] if isinstance(outcome, Tensor) else [t for part in outcome for t in flat(part)]
 
 
 def assert_equal_outcomes(found: Any, wanted: Any) -> None:

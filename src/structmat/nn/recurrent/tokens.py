@@ -39,9 +39,9 @@ def run_token(
         inputs, recurrent, projection = own["ih" + suffix], own["hh" + suffix], own.get("hr" + suffix)
         assert inputs is not None, suffix
         assert recurrent is not None, suffix
-        gates, out = inputs(y), y.new_empty(1, rows, options.state_size)
-        after = None
+        gates, after = inputs(y), None
         if projection is None:
+            out = y.new_empty(1, rows, options.state_size)
             after = natively(cell, recurrent, gates.unsqueeze(0), state, out, backwards=False)
         if after is None:
             after = cell.step(gates, recurrent(state[0]), state)
