@@ -61,33 +61,31 @@ inline void set(Real& to, Real value, bool add) {
   to = add ? to + value : value;
 }
 
-// Sums of runs, those of each term, and their products with the other side: threads share the runs, then the rows.
+// The sums of terms, then their products with the other side: threads share the terms, then the rows.
 template <class Real>
-void windowed(const Task<Real>& task, const Sides<Real>& sides, Parallel parallel, int threads) {
+void windowed(const Task<Real>& task, const Prepared<Real>& prepared, size_t number, Parallel parallel, int threads) {
   static thread_local Scratch scratch;
   const Instruction& s = task.s;
-  const int64_t reads = sides.read->size();
-  Real* sums = static_cast<Real*>(scratch.reserve((reads + s.entries) * int64_t(sizeof(Real))));
   struct Both {
     const Task<Real>& task;
-    const Sides<Real>& sides;
-    const Real* x;
-    Real *sums, *terms, *y;
-  } both{task, sides, nullptr, sums, sums + reads, nullptr};
+    WindowSide read, written;
+    const Real *from, *onto, *x;
+    Real *terms, *y;
+  } both{task, prepared.windows[number].right, prepared.windows[number].left, prepared.learned[s.other],
+         prepared.learned[s.tensor], nullptr, nullptr, nullptr};
+  if (s.transposed) std::swap(both.read, both.written), std::swap(both.from, both.onto);
+  both.terms = static_cast<Real*>(scratch.reserve(s.entries * int64_t(sizeof(Real))));
   const bool together = threads > 1 && s.left + s.right > alone;
   const auto shared = [&](int64_t count, Body body) { together ? parallel(count, body, &both) : body(0, count, &both); };
   for (int64_t v = 0; v < task.v.count; ++v) {
     both.x = task.v.memory + v * task.v.pitch + s.from, both.y = task.v.memory + v * task.v.pitch + s.to;
-    shared(reads, [](int64_t begin, int64_t end, void* opaque) {
+    shared(s.entries, [](int64_t begin, int64_t end, void* opaque) {
       const Both& b = *static_cast<const Both*>(opaque);
-      b.task.kernels.read_vector(b.sides.read->data(), begin, end, b.sides.from, b.x, b.sums);
+      b.task.kernels.read_vector(b.read, begin, end, b.from, b.x, b.terms);
     });
-    std::fill_n(both.terms, s.entries, Real(0));
-    for (int64_t k = 0; k < reads; ++k) both.terms[(*sides.read)[k].term] += sums[k];
     shared(s.rows, [](int64_t begin, int64_t end, void* opaque) {
       const Both& b = *static_cast<const Both*>(opaque);
-      b.task.kernels.write_vector(b.sides.written->data(), b.sides.written->size(), b.sides.onto, b.terms, b.y, begin,
-                                  end);
+      b.task.kernels.write_vector(b.written, b.task.s.entries, b.onto, b.terms, b.y, begin, end);
     });
   }
 }
@@ -141,7 +139,7 @@ void run_vectors(const Plan& plan, const Batch& batch, const Prepared<Real>& pre
       const Rows& r = prepared.rows[k];
       sparse<Real>({kernels, s, prepared.values[k], v}, {r.start, r.column}, parallel, threads);
     } else if (s.kind == Instruction::windowed) {
-      windowed<Real>({kernels, s, nullptr, v}, Sides<Real>(s, prepared, k), parallel, threads);
+      windowed<Real>({kernels, s, nullptr, v}, prepared, k, parallel, threads);
     } else {
       for (int64_t i = 0; i < v.count; ++i)
         run_one<Real>(s, prepared, plan, kernels, v.memory + i * v.pitch + s.from, v.memory + i * v.pitch + s.to);

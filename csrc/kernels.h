@@ -90,6 +90,13 @@ struct Run {
   int64_t term;
 };
 
+// One side of a windowed matrix as it stands: location and width of a term, and four numbers on those of the next; where
+// the contents of each begin; how many rows the side has.
+struct WindowSide {
+  const int64_t *windows, *beginnings;
+  int64_t size;
+};
+
 // Kinds of recurrent nets; `gates_of` of them are as wide as the state.
 enum class Cell : int { lstm = 0, gru = 1, tanh = 2, relu = 3 };
 constexpr int64_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
@@ -135,9 +142,9 @@ struct Kernels {
                            int64_t vectors, bool add, int64_t begin, int64_t end);
   void (*sparse_vectors)(const Compressed& matrix, const Real* values, const Real* x, Real* y, int64_t pitch,
                          int64_t vectors, bool add, int64_t begin, int64_t end);
-  // Of one vector, runs in any order: the sum of each run begin .. end; rows begin .. end of the outcome.
-  void (*read_vector)(const Run* runs, int64_t begin, int64_t end, const Real* contents, const Real* x, Real* sums);
-  void (*write_vector)(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t begin,
+  // Of one vector: the sums of terms begin .. end; rows begin .. end of the outcome, of all terms.
+  void (*read_vector)(const WindowSide& side, int64_t begin, int64_t end, const Real* contents, const Real* x, Real* z);
+  void (*write_vector)(const WindowSide& side, int64_t terms, const Real* contents, const Real* z, Real* y, int64_t begin,
                        int64_t end);
 
   // What follows goes backwards: from the gradient of a stage's outcome to that of its input (where `gx` is not null,

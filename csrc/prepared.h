@@ -141,7 +141,7 @@ inline void check_index(const int64_t* index, int64_t count, int64_t size) {
     if (index[i] < 0 || index[i] >= size) throw std::invalid_argument("structmat: an index is out of range");
 }
 
-// Sparse matrices are compressed into memory that is used again at the next call.
+// Sparse matrices and windows are brought into memory that is used again at the next call.
 template <class Real>
 Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, const Kernels<Real>& kernels,
                        Scratch& compressed, Parallel parallel) {
@@ -166,18 +166,34 @@ Prepared<Real> prepare(const Plan& plan, Storage storage, const Array* tensors, 
   const size_t instructions = plan.instructions.size();
   p.rows.resize(instructions), p.windows.resize(instructions), p.values.assign(instructions, nullptr);
   p.panels.resize(instructions, {});
-  int64_t numbers = 0;
-  for (const Instruction& s : plan.instructions)
-    if (s.kind == Instruction::sparse) numbers += Rows::numbers(s);
-  int32_t* memory = numbers ? static_cast<int32_t*>(compressed.reserve(numbers * int64_t(sizeof(int32_t)))) : nullptr;
+  const bool by_vectors = plan.use == Use::vectors;
+  int64_t sparse = 0, windowed = 0;  // bytes
+  for (const Instruction& s : plan.instructions) {
+    if (s.kind == Instruction::sparse) sparse += Rows::numbers(s) * int64_t(sizeof(int32_t));
+    if (s.kind == Instruction::windowed)
+      windowed += by_vectors ? Windows::beginnings(s.entries) * int64_t(sizeof(int64_t))
+                             : Windows::runs(s.entries) * int64_t(sizeof(Run));
+  }
+  char* room = sparse + windowed ? static_cast<char*>(compressed.reserve(windowed + sparse)) : nullptr;
+  int32_t* memory = reinterpret_cast<int32_t*>(room + windowed);
   for (size_t i = 0; i < instructions; ++i) {
     const Instruction& s = plan.instructions[i];
     if (s.kind == Instruction::gather && s.index >= 0) check_index(p.indices[s.index], s.rows, s.rows);
     if (s.kind == Instruction::scatter_add) check_index(p.indices[s.index], s.rows, s.rows);
     if (s.kind == Instruction::windowed) {
       const int64_t* table = p.indices[s.index];
-      p.windows[i] = {runs_of(table, s.entries, s.height, s.left, plan.use != Use::vectors),
-                      runs_of(table + 2, s.entries, s.width, s.right, plan.use != Use::vectors)};
+      Windows& made = p.windows[i];
+      if (by_vectors) {
+        int64_t* to = reinterpret_cast<int64_t*>(room);
+        made.left = side_of(table, s.entries, s.height, s.left, to);
+        made.right = side_of(table + 2, s.entries, s.width, s.right, to + s.entries);
+        room += Windows::beginnings(s.entries) * int64_t(sizeof(int64_t));
+      } else {
+        Run* to = reinterpret_cast<Run*>(room);
+        made.rows = runs_of(table, s.entries, s.height, s.left, to, to + 4 * s.entries);
+        made.columns = runs_of(table + 2, s.entries, s.width, s.right, to + 2 * s.entries, to + 4 * s.entries);
+        room += Windows::runs(s.entries) * int64_t(sizeof(Run));
+      }
     }
     if (s.kind != Instruction::sparse) continue;
     Rows& r = p.rows[i];
@@ -266,7 +282,7 @@ void pack_weights(Prepared<Real>& p, const Plan& plan, const Kernels<Real>& kern
 // The side of a windowed matrix that reads, and the one that writes.
 template <class Real>
 struct Sides {
-  const std::vector<Run>*read, *written;
+  const Runs *read, *written;
   const Real *from, *onto;  // their contents
 
   Sides(const Instruction& s, const Prepared<Real>& p, size_t number)

@@ -10,35 +10,61 @@
 
 namespace structmat {
 
-// The runs of either side of a windowed matrix.
-struct Windows {
-  std::vector<Run> rows, columns;
+// Runs in memory that somebody else holds.
+struct Runs {
+  Run* first = nullptr;
+  int64_t count = 0;
+
+  const Run* data() const { return first; }
+  int64_t size() const { return count; }
+  const Run& operator[](int64_t k) const { return first[k]; }
 };
 
-// Of one side of `size` places: `windows` holds location and width of a term, and four numbers on those of the next; `held`
-// is the sum of the widths. In the order of their terms, or of their first rows.
-inline std::vector<Run> runs_of(const int64_t* windows, int64_t terms, int64_t size, int64_t held, bool by_rows) {
-  std::vector<Run> runs;
-  runs.reserve(terms + terms / 8);
+// A windowed matrix of height x width on either side: its runs for tiles, in the order of their first rows, or its windows
+// as they stand for vectors.
+struct Windows {
+  Runs rows, columns;
+  WindowSide left, right;
+
+  // So many runs, or beginnings of contents, lie in the memory that they are written to.
+  static int64_t runs(int64_t terms) { return 6 * terms; }
+  static int64_t beginnings(int64_t terms) { return 2 * terms; }
+};
+
+// Walks over the terms of one side of `size` places: `windows` holds location and width of a term, and four numbers on
+// those of the next; `held` is the sum of the widths. Calls note(t, first, width, content).
+template <class Note>
+inline void for_windows(const int64_t* windows, int64_t terms, int64_t size, int64_t held, const Note& note) {
   int64_t content = 0;
   for (int64_t t = 0; t < terms; ++t) {
     const int64_t first = windows[4 * t], width = windows[4 * t + 1];
-    if (first < 0 || first >= size || width < 0 || width > size)
+    if (uint64_t(first) >= uint64_t(size) || uint64_t(width) > uint64_t(size))  // below zero is far above
       throw std::invalid_argument("structmat: a window is out of range");
-    const int64_t above = std::min(width, size - first);
-    if (above > 0) runs.push_back({first, first + above, content, t});
-    if (width > above) runs.push_back({0, width - above, content + above, t});
+    note(t, first, width, content);
     content += width;
   }
   if (content != held)
     throw std::invalid_argument("structmat: the widths of the windows do not sum to what they hold");
-  if (!by_rows) return runs;
-  std::vector<int64_t> place(size + 1, 0);  // a counting sort
-  for (const Run& run : runs) ++place[run.first + 1];
+}
+
+// The runs of a side, in the order of their first rows by counting; `to` has room for two a term, and so has `beside`.
+inline Runs runs_of(const int64_t* windows, int64_t terms, int64_t size, int64_t held, Run* to, Run* beside) {
+  int64_t count = 0;
+  std::vector<int64_t> place(size + 1, 0);
+  for_windows(windows, terms, size, held, [&](int64_t t, int64_t first, int64_t width, int64_t content) {
+    const int64_t above = std::min(width, size - first);
+    if (above > 0) beside[count++] = {first, first + above, content, t}, ++place[first + 1];
+    if (width > above) beside[count++] = {0, width - above, content + above, t}, ++place[1];
+  });
   for (int64_t i = 0; i < size; ++i) place[i + 1] += place[i];
-  std::vector<Run> sorted(runs.size());
-  for (const Run& run : runs) sorted[place[run.first]++] = run;
-  return sorted;
+  for (int64_t k = 0; k < count; ++k) to[place[beside[k].first]++] = beside[k];
+  return {to, count};
+}
+
+inline WindowSide side_of(const int64_t* windows, int64_t terms, int64_t size, int64_t held, int64_t* beginnings) {
+  for_windows(windows, terms, size, held,
+              [&](int64_t t, int64_t, int64_t, int64_t content) { beginnings[t] = content; });
+  return {windows, beginnings, size};
 }
 
 }  // namespace structmat

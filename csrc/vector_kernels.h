@@ -22,28 +22,34 @@ void dot_lines(const Real* w, int64_t stride, int64_t lines, int64_t length, con
                int64_t pitch_y, bool add) {
   constexpr int n = Vector<Real>::lanes, at_once = n / together;
   static_assert(at_once > 0, "a register has room for a sum of each vector");
-  const int64_t whole = length / n * n;
+  const int64_t whole = length / n * n, rest = has_masks ? length - whole : 0;
   const auto rest_of = [&](const Real* line, const Real* vector) {
     Real sum = 0;
-    for (int64_t c = whole; c < length; ++c) sum += line[c] * vector[c];
+    for (int64_t c = whole + rest; c < length; ++c) sum += line[c] * vector[c];
     return sum;
   };
   int64_t b = 0;
   for (; b + at_once <= lines; b += at_once) {
     V<Real> sum[n] = {};
     const Real* line = w + b * stride;
-    for (int64_t c = 0; c < whole; c += n) {
+    const auto take = [&](int64_t c, const auto& read) {
       V<Real> values[together];
 #pragma GCC unroll 4
-      for (int r = 0; r < together; ++r) values[r] = at(x + r * pitch_x + c);
+      for (int r = 0; r < together; ++r) values[r] = read(x + r * pitch_x + c);
 #pragma GCC unroll 16
       for (int i = 0; i < at_once; ++i) {
-        const V<Real> factor = at(line + i * stride + c);
+        const V<Real> factor = read(line + i * stride + c);
 #pragma GCC unroll 4
         for (int r = 0; r < together; ++r) sum[r * at_once + i] += factor * values[r];
       }
-    }
+    };
+    for (int64_t c = 0; c < whole; c += n) take(c, [](const Real* p) { return at(p); });
+    if (rest) take(whole, [&](const Real* p) { return first_of(p, rest); });
     const V<Real> total = sum_lanes<Real>(sum);
+    if constexpr (has_masks && together == 1) {  // nothing is left over
+      put(y + b, add ? at(y + b) + total : total);
+      continue;
+    }
     for (int r = 0; r < together; ++r)
       for (int i = 0; i < at_once; ++i) {
         Real* to = y + r * pitch_y + b + i;
@@ -53,8 +59,7 @@ void dot_lines(const Real* w, int64_t stride, int64_t lines, int64_t length, con
   for (; b < lines; ++b)
     for (int r = 0; r < together; ++r) {
       const Real *line = w + b * stride, *vector = x + r * pitch_x;
-      V<Real> sums = {};
-      for (int64_t c = 0; c < whole; c += n) sums += at(line + c) * at(vector + c);
+      const V<Real> sums = products(line, vector, whole + rest);
       Real sum = rest_of(line, vector), *to = y + r * pitch_y + b;
       for (int l = 0; l < n; ++l) sum += sums[l];
       *to = sum + (add ? *to : Real(0));

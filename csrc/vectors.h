@@ -2,7 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #ifndef STRUCTMAT_ISA
 #error "STRUCTMAT_ISA must name the instruction set"
@@ -36,6 +41,57 @@ inline V<Real> at(const Real* p) {
 template <class Real>
 inline void put(Real* p, V<Real> v) {
   *reinterpret_cast<V<Real>*>(p) = v;
+}
+
+#if defined(__AVX512F__)
+constexpr bool has_masks = true;  // a part of a register costs as much as all of it
+#else
+constexpr bool has_masks = false;
+#endif
+
+// The first `count` of a register's numbers, and zeros.
+template <class Real>
+inline V<Real> first_of(const Real* p, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4)
+    return V<Real>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+  else
+    return V<Real>(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p));
+#else
+  V<Real> r = {};
+  std::memcpy(&r, p, size_t(count) * sizeof(Real));
+  return r;
+#endif
+}
+
+template <class Real>
+inline void put_first(Real* p, V<Real> values, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(values));
+  else
+    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), __m512d(values));
+#else
+  std::memcpy(p, &values, size_t(count) * sizeof(Real));
+#endif
+}
+
+// Products number by number, their sums still in lanes.
+template <class Real>
+inline V<Real> products(const Real* one, const Real* other, int64_t length) {
+  constexpr int n = Vector<Real>::lanes;
+  V<Real> sum = {}, second = {};
+  int64_t j = 0;
+  for (; j + 2 * n <= length; j += 2 * n) {
+    sum += at(one + j) * at(other + j);
+    second += at(one + j + n) * at(other + j + n);
+  }
+  if (j + n <= length) {
+    sum += at(one + j) * at(other + j);
+    j += n;
+  }
+  if (j < length) second += first_of(one + j, length - j) * first_of(other + j, length - j);
+  return sum + second;
 }
 
 // Calls `of` with a constant: how many registers, a power of two up to `most`, divide rows of so many numbers.

@@ -12,10 +12,6 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace structmat {
 namespace STRUCTMAT_ISA {
 
@@ -228,75 +224,42 @@ void window_sums(const Run* runs, int64_t count, const Real* z, const Real* rows
 
 // --------------------------------------------------------------------------------------------------- a few vectors
 
-// The first `count` of a register's numbers, and zeros.
 template <class Real>
-inline V<Real> first_of(const Real* p, int64_t count) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == 4)
-    return V<Real>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
-  else
-    return V<Real>(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p));
-#else
-  V<Real> r = {};
-  std::memcpy(&r, p, size_t(count) * sizeof(Real));
-  return r;
-#endif
-}
-
-template <class Real>
-inline void put_first(Real* p, V<Real> values, int64_t count) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(Real) == 4)
-    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), __m512(values));
-  else
-    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), __m512d(values));
-#else
-  std::memcpy(p, &values, size_t(count) * sizeof(Real));
-#endif
-}
-
-template <class Real>
-inline V<Real> products(const Real* one, const Real* other, int64_t length) {
-  constexpr int n = Vector<Real>::lanes;
-  V<Real> sum = {}, second = {};
-  int64_t j = 0;
-  for (; j + 2 * n <= length; j += 2 * n) {
-    sum += at(one + j) * at(other + j);
-    second += at(one + j + n) * at(other + j + n);
-  }
-  if (j + n <= length) {
-    sum += at(one + j) * at(other + j);
-    j += n;
-  }
-  if (j < length) second += first_of(one + j, length - j) * first_of(other + j, length - j);
-  return sum + second;
-}
-
-template <class Real>
-void read_vector(const Run* runs, int64_t begin, int64_t end, const Real* contents, const Real* x, Real* sums) {
+void read_vector(const WindowSide& side, int64_t begin, int64_t end, const Real* contents, const Real* x, Real* z) {
   constexpr int n = Vector<Real>::lanes;
   for (int64_t k = begin; k < end; k += n) {
     const int64_t count = std::min<int64_t>(n, end - k);
-    V<Real> lanes[n];
-    for (int64_t i = 0; i < n; ++i) {
-      const Run& run = runs[i < count ? k + i : k];
-      lanes[i] = products(contents + run.content, x + run.first, i < count ? run.last - run.first : 0);
+    V<Real> lanes[n] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t first = side.windows[4 * (k + i)], width = side.windows[4 * (k + i) + 1];
+      const int64_t above = std::min(width, side.size - first);
+      const Real* own = contents + side.beginnings[k + i];
+      lanes[i] = products(own, x + first, above);
+      if (width > above) lanes[i] += products(own + above, x, width - above);
     }
-    put_first(sums + k, sum_lanes<Real>(lanes), count);
+    put_first(z + k, sum_lanes<Real>(lanes), count);
   }
 }
 
+// y += content * value on rows first .. last.
 template <class Real>
-void write_vector(const Run* runs, int64_t count, const Real* contents, const Real* z, Real* y, int64_t begin,
-                  int64_t end) {
+inline void add_multiple(const Real* content, Real value, Real* y, int64_t first, int64_t last) {
   constexpr int n = Vector<Real>::lanes;
-  for (const Run* run = runs; run < runs + count; ++run) {
-    const int64_t first = std::max(run->first, begin), last = std::min(run->last, end);
-    const Real* w = contents + run->content - run->first;
-    const Real value = z[run->term];
-    int64_t i = first;
-    for (; i + n <= last; i += n) put(y + i, at(y + i) + at(w + i) * value);
-    if (i < last) put_first(y + i, first_of(y + i, last - i) + first_of(w + i, last - i) * value, last - i);
+  for (; first + n <= last; first += n, content += n) put(y + first, at(y + first) + at(content) * value);
+  if (first < last)
+    put_first(y + first, first_of(y + first, last - first) + first_of(content, last - first) * value, last - first);
+}
+
+template <class Real>
+void write_vector(const WindowSide& side, int64_t terms, const Real* contents, const Real* z, Real* y, int64_t begin,
+                  int64_t end) {
+  for (int64_t t = 0; t < terms; ++t) {
+    const int64_t at_row = side.windows[4 * t], width = side.windows[4 * t + 1];
+    const int64_t above = std::min(width, side.size - at_row);
+    const Real* own = contents + side.beginnings[t];
+    const int64_t first = std::max(at_row, begin);
+    add_multiple(own + (first - at_row), z[t], y, first, std::min(at_row + above, end));
+    if (width > above) add_multiple(own + above + begin, z[t], y, begin, std::min(width - above, end));
   }
 }
 

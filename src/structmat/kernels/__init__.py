@@ -23,7 +23,7 @@ from structmat.kernels.library import Native, native
 from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import arguments, is_by_features, is_by_rows, run, run_into, takes
 from structmat.kernels.plainly import plainly
-from structmat.kernels.quick import quick
+from structmat.kernels.quick import Standing, quick
 from structmat.kernels.repeated import Product, repeated
 from structmat.program import Program, reference
 
@@ -31,6 +31,7 @@ __all__ = [
     "Backend",
     "Native",
     "Product",
+    "Standing",
     "affine",
     "apply",
     "apply_columns",

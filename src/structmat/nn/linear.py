@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from structmat.errors import StructureError
-from structmat.kernels import affine, apply, convolved, parts_form, quick, runs_native, tuning, writing_for
+from structmat.kernels import Standing, affine, apply, convolved, parts_form, quick, runs_native, tuning, writing_for
 from structmat.matrix import StructuredMatrix, draw
 from structmat.modes import is_compiling
 from structmat.program import (
@@ -242,7 +242,7 @@ class FrozenLinear(nn.Module):
         self.in_features, self.out_features = program.in_features // parts, program.out_features // parts
         self._on_parts = on_parts
         self.program = program
-        self._quick = quick(program)
+        self._standing = Standing(program)
         self._convolved = convolved(program)
         self._fourier = program if isinstance(program, Fourier) else None
         self._names = tuple(tensors)
@@ -298,7 +298,7 @@ class FrozenLinear(nn.Module):
                 found = None if weight is None else self._convolved(x, weight, self._buffers["bias"])
                 if found is not None:
                     return found
-            found = self._quick(x, self._buffers)
+            found = self._standing(x, self._buffers)
             if found is not None:
                 return found
         return multiply(self.program, self.tensors(), x, self.bias)
