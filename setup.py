@@ -31,6 +31,7 @@ SOURCES = (
     "permission.cpp",
     "kept_plans.cpp",
     "plain_binding.cpp",
+    "libtorch.cpp",
     "torch_binding.cpp",
 )
 COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")

@@ -1,7 +1,4 @@
-// The operators of the library, registered through the C functions that libtorch exports. No header of PyTorch is
-// needed, so one build serves every version of Python, and every version of PyTorch that has these functions.
-#include <dlfcn.h>
-
+// The operators of the library, registered with the PyTorch that is loaded.
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -11,6 +8,7 @@
 #include "backward.h"
 #include "execute.h"
 #include "kept_plans.h"
+#include "libtorch.h"
 #include "pages.h"
 #include "pooled.h"
 #include "recur.h"
@@ -20,99 +18,18 @@ namespace {
 using structmat::Array;
 using structmat::BackwardBatch;
 using structmat::Batch;
+using structmat::in_parallel;
+using structmat::List;
+using structmat::load_symbols;
+using structmat::Owned;
 using structmat::Plan;
+using structmat::require;
 using structmat::Storage;
-
-typedef uint64_t Value;  // one slot of the dispatcher's stack
-typedef void* Tensor;
-typedef void* List;
-typedef void* Text;
-typedef int32_t Code;  // 0 is success
-
-struct Torch {
-  Code (*get_data_ptr)(Tensor, void**);
-  Code (*get_dim)(Tensor, int64_t*);
-  Code (*get_numel)(Tensor, int64_t*);
-  Code (*get_sizes)(Tensor, int64_t**);
-  Code (*get_strides)(Tensor, int64_t**);
-  Code (*get_dtype)(Tensor, int32_t*);
-  Code (*get_device_type)(Tensor, int32_t*);
-  Code (*get_layout)(Tensor, int32_t*);
-  Code (*empty_strided)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Tensor*);
-  Code (*delete_tensor)(Tensor);
-  Code (*list_size)(List, size_t*);
-  Code (*list_get)(List, size_t, Value*);
-  Code (*delete_list)(List);
-  Code (*text_length)(Text, size_t*);
-  Code (*text_data)(Text, const char**);
-  Code (*delete_text)(Text);
-  Code (*parallel_for)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-  Code (*num_threads)(uint32_t*);
-  Code (*init_library)(const char*, const char*, uint32_t, void**);
-  Code (*init_impl)(const char*, const char*, const char*, uint32_t, void**);
-  Code (*define)(void*, const char*);
-  Code (*implement)(void*, const char*, void (*)(Value*, uint64_t, uint64_t), uint64_t);
-  int32_t f32, f64, bf16, f16, i64, cpu, strided;
-} torch;
-
-std::string load_symbols(const char* library) {
-  void* handle = dlopen(library, RTLD_NOW | RTLD_NOLOAD);
-  if (!handle) return std::string("libtorch is not loaded from ") + library;
-  std::string missing;
-  const auto find = [&](const char* name, auto& function) {
-    void* found = dlsym(handle, name);
-    if (!found) missing += std::string(missing.empty() ? "" : ", ") + name;
-    std::memcpy(&function, &found, sizeof found);
-  };
-  find("aoti_torch_get_data_ptr", torch.get_data_ptr);
-  find("aoti_torch_get_dim", torch.get_dim);
-  find("aoti_torch_get_numel", torch.get_numel);
-  find("aoti_torch_get_sizes", torch.get_sizes);
-  find("aoti_torch_get_strides", torch.get_strides);
-  find("aoti_torch_get_dtype", torch.get_dtype);
-  find("aoti_torch_get_device_type", torch.get_device_type);
-  find("aoti_torch_get_layout", torch.get_layout);
-  find("aoti_torch_empty_strided", torch.empty_strided);
-  find("aoti_torch_delete_tensor_object", torch.delete_tensor);
-  find("torch_list_size", torch.list_size);
-  find("torch_list_get_item", torch.list_get);
-  find("torch_delete_list", torch.delete_list);
-  find("torch_string_length", torch.text_length);
-  find("torch_string_c_str", torch.text_data);
-  find("torch_delete_string", torch.delete_text);
-  find("torch_parallel_for", torch.parallel_for);
-  find("torch_get_num_threads", torch.num_threads);
-  find("aoti_torch_library_init_def", torch.init_library);
-  find("aoti_torch_library_init_impl", torch.init_impl);
-  find("aoti_torch_library_def", torch.define);
-  find("torch_library_impl", torch.implement);
-  int32_t (*constant)() = nullptr;
-  const struct {
-    const char* name;
-    int32_t* value;
-  } constants[] = {{"aoti_torch_dtype_float32", &torch.f32},   {"aoti_torch_dtype_float64", &torch.f64},
-                   {"aoti_torch_dtype_bfloat16", &torch.bf16}, {"aoti_torch_dtype_float16", &torch.f16},
-                   {"aoti_torch_dtype_int64", &torch.i64},     {"aoti_torch_device_type_cpu", &torch.cpu},
-                   {"aoti_torch_layout_strided", &torch.strided}};
-  for (const auto& c : constants) {
-    find(c.name, constant);
-    if (constant) *c.value = constant();
-  }
-  return missing.empty() ? "" : "libtorch lacks " + missing;
-}
-
-void require(Code code) {
-  if (code) throw std::runtime_error("structmat: a call of libtorch failed");
-}
-
-struct Delete {
-  void operator()(void* tensor) const { torch.delete_tensor(tensor); }
-};
-typedef std::unique_ptr<void, Delete> Owned;  // a tensor that is released at the end of the scope
-
-void in_parallel(int64_t count, structmat::Body body, void* context) {
-  require(torch.parallel_for(0, count, 1, body, context));
-}
+using structmat::Tensor;
+using structmat::Text;
+using structmat::thread_count;
+using structmat::torch;
+using structmat::Value;
 
 Storage storage_of(int32_t dtype) {
   if (dtype == torch.f32) return Storage::f32;
@@ -225,12 +142,6 @@ std::vector<Array> arrays_of(const std::vector<Owned>& tensors, const Plan& plan
     arrays[i] = {data_of(tensors[i].get()), shape.count};
   }
   return arrays;
-}
-
-int thread_count() {
-  uint32_t threads = 1;
-  require(torch.num_threads(&threads));
-  return int(threads);
 }
 
 // multiply(Tensor x, Tensor[] tensors, str program) -> Tensor

@@ -22,6 +22,7 @@ from structmat.program import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc"
+WITH_PYTORCH = ("libtorch.cpp", "torch_binding.cpp")
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -53,7 +54,7 @@ def build(
     setup = _setup(machine)
     common = [found, "-std=c++17", "-g", *flags]
     jobs: dict[str, tuple[str, list[str]]] = {
-        Path(name).stem: (name, []) for name in (*setup["SOURCES"], "driver.cpp") if name != "torch_binding.cpp"
+        Path(name).stem: (name, []) for name in (*setup["SOURCES"], "driver.cpp") if name not in WITH_PYTORCH
     }
     for name, own in setup["instruction_sets"]().items():
         slow = ["-O0"] if name.removeprefix("isa_") in unused else []
