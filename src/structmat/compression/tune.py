@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from structmat.compression.layers.convolution import ConvolutionLayer
 from structmat.compression.progress import Progress
-from structmat.compression.running import Forward, call, device_of, evaluating, to_device
+from structmat.compression.reached import Reached, State, reached
+from structmat.compression.running import Forward
 from structmat.compression.sweeps import Swept, microseconds
 from structmat.compression.timing import interleaved
 from structmat.errors import ModelError
@@ -22,8 +22,6 @@ from structmat.kernels import tuning
 from structmat.kernels.recurrence import is_native
 from structmat.nn.convolution import FrozenConvolution
 from structmat.nn.linear import FrozenLinear, StructuredLinear
-from structmat.nn.recurrent import FrozenRecurrent, Recurrent
-from structmat.nn.recurrent.cells import Cell
 from structmat.nn.recurrent.directions import state_name
 
 
@@ -129,7 +127,7 @@ def tune(
     dense_bytes = 0
     others = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     others -= sum(t.numel() for layer in layers.values() for t in (*layer.parameters(), *layer.buffers()))
-    seen = _Seen() if example is None else _run_once(model, convolutions, example, forward)
+    seen = Reached() if example is None else reached(model, convolutions, example, forward)
     asked = {name: [seen.states[name].sequences] if name in seen.states else sizes for name in layers}
     swept = {name: _swept(layer, seen.states.get(name)) for name, layer in layers.items()}
     programs = {name: own.key for name, own in swept.items()}
@@ -188,82 +186,12 @@ def _has_convolutions(model: nn.Module) -> bool:
     return any(isinstance(m, FrozenConvolution) or ConvolutionLayer().is_structured(m) for m in model.modules())
 
 
-@dataclass(frozen=True)
-class _State:
-    """Of a recurrent layer.
-
-    Args:
-        cell: whose it is, if all times are made in one native call; else None.
-        sequences: how many are read at a time.
-    """
-
-    cell: Cell | None
-    sequences: int
-
-
-def _swept(layer: StructuredLinear | FrozenLinear, state: _State | None) -> Swept:
+def _swept(layer: StructuredLinear | FrozenLinear, state: State | None) -> Swept:
     """A layer as it is timed."""
     dtype = _dtype(layer)
     if state is None or state.cell is None or not is_native(layer.program, dtype):
         return Swept(tuning.name_of(layer.program, dtype), layer, dtype)
     return Swept(state_name(state.cell, layer.program, dtype), layer, dtype, state.cell)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What reaches layers when the model is run.
-
-    Args:
-        inputs: of convolutions, by name.
-        states: of recurrent layers, by the names of the matrices that multiply them.
-    """
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    states: dict[str, _State] = field(default_factory=dict)
-
-
-def _run_once(
-    model: nn.Module, convolutions: Mapping[str, FrozenConvolution], example: Any, forward: Forward | None
-) -> _Seen:
-    """Run the model on an example and look."""
-    seen = _Seen()
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
-            seen.inputs[name] = given[0]
-
-        return hook
-
-    def count(name: str, layer: Recurrent | FrozenRecurrent) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        states = [".".join(filter(None, (name, own))) for own, _ in layer.named_children() if not own.startswith("ih")]
-
-        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
-            cell = None if layer.options.proj_size or isinstance(given[0], PackedSequence) else layer.cell
-            state = _State(cell, _sequences(given[0], layer.options.batch_first))
-            seen.states.update(dict.fromkeys(states, state))
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in convolutions.items()]
-    handles += [
-        module.register_forward_pre_hook(count(name, module))
-        for name, module in model.named_modules()
-        if isinstance(module, Recurrent | FrozenRecurrent)
-    ]
-    try:
-        with evaluating(model), torch.inference_mode():
-            call(model, to_device(example, device_of(model)), forward)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
-
-
-def _sequences(x: Tensor | PackedSequence, batch_first: bool) -> int:
-    """How many sequences the input of a recurrent layer holds."""
-    if isinstance(x, PackedSequence):
-        return int(x.batch_sizes[0])
-    return 1 if x.dim() < 3 else x.shape[0 if batch_first else 1]
 
 
 def _tuned_convolutions(
