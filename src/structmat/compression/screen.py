@@ -58,7 +58,8 @@ FINE = tuple(i / 24 for i in range(1, 24))
 
 DOMINATED = 1.5
 """A family whose predicted loss at a coarse share, without sweeps, is this many times that of the best at its cost is
-not improved there."""
+not improved there: unless what sweeps gained at a larger share brings it nearer. Sparse matrices gain a factor of six,
+and are behind low rank at small shares without it."""
 
 BEHIND = 1.02
 """A family that is this far behind the best even then is not tried near that share."""
@@ -85,8 +86,9 @@ def screen(
 
     Each family is first tried at the shares ``COARSE`` of the dense parameters, without sweeps; a family whose fits are
     optimal then at the shares ``FINE``. Of every other one the best fit at each coarse share is improved by ``sweeps``,
-    if it is within reach of the best of all at its cost, and the family is tried at the shares ``MEDIUM`` near those
-    where it is then not behind: there the loss of a fit without sweeps is scaled by what the sweeps gained.
+    if it is within reach of the best of all at its cost (or hoped to be, after what sweeps gained at a larger share),
+    and the family is tried at the shares ``MEDIUM`` near those where it is then not behind: there the loss of a fit
+    without sweeps is scaled by what the sweeps gained.
     Sums count as one family for each choice of their parts'. Fits of a layer share its decompositions. Candidates that
     are not cheaper than the dense layer in the budget's unit are refused and counted.
 
@@ -204,6 +206,7 @@ class LayerWorker:
         operations = site.copies * flops(Dense(), site.shape)
         self.found = [Candidate(Dense(), site.numbers, operations, 0.0, 0.0, "optimal", "kept", 0.0, self.dense_cost)]
         self.parts: tuple[LayerScreen, ...] = ()
+        self.gains: dict[Variant, float] = {}  # what is left of the loss after sweeps, the best so far
 
     def run(self, structures: Sequence[Choice] | None, *, forced: bool = False) -> None:
         """Screen the layer.
@@ -226,7 +229,7 @@ class LayerWorker:
         # Optimal fits are cheap: they come first, so that the others are held against all of them.
         for optimal in (True, False):
             shares = FINE if optimal else MEDIUM
-            near = {share: self.contenders(share, coarse[share], optimal) for share in COARSE}
+            near = {share: self.contenders(share, coarse[share], optimal) for share in sorted(COARSE, reverse=True)}
             for share in shares:
                 gains = near[_nearest(share)]
                 for candidate in [c for kind in kinds for c in self.try_share(kind, share, gains)]:
@@ -282,7 +285,12 @@ class LayerWorker:
         # The most promising first: what is far behind it when it has been improved needs no sweeps.
         improved = {}
         for variant, before in sorted(nearest.items(), key=lambda pair: self.ratio(pair[1])):
-            improved[variant] = self.improve(before) if not optimal and self.ratio(before) <= DOMINATED else before
+            after, hoped = before, self.ratio(before) * self.gains.get(variant, 1.0)
+            if not optimal and hoped <= DOMINATED:
+                after = self.improve(before)
+                if before.loss > 0:
+                    self.gains[variant] = min(self.gains.get(variant, 1.0), after.loss / before.loss)
+            improved[variant] = after
         found = {}
         for variant, after in improved.items():
             if self.ratio(after) > BEHIND:
