@@ -58,12 +58,12 @@ def mnist(split: str) -> Samples:
 
 
 SUBSET = 10_000
-"""Training images of CIFAR-10 that are used."""
+"""Training images of CIFAR-10 that the study of Kronecker networks uses."""
 
 
 @cache
-def cifar10(split: str) -> Samples:
-    """10,000 training images (JPEG) or all test images (lossless): pixels / 255 (count, 3, 32, 32)."""
+def cifar10(split: str, images: int = SUBSET) -> Samples:
+    """The first training images (JPEG) or all test images (lossless): pixels / 255 (count, 3, 32, 32)."""
     from PIL import Image
 
     require_data()
@@ -73,7 +73,7 @@ def cifar10(split: str) -> Samples:
     tiles = sheet.reshape(rows, 32, columns, 32, 3).transpose(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32)
     with np.load(folder / "labels.npz") as stored:
         y = stored[f"y_{split}"]
-    count = SUBSET if split == "train" else len(tiles)
+    count = images if split == "train" else len(tiles)
     return Samples(torch.from_numpy(tiles[:count].copy()).float() / 255, torch.from_numpy(y[:count]).long())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -65,12 +66,12 @@ class CharacterGPT(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A small classifier of 32 x 32 images in patches of 4."""
+    """A small classifier of 32 x 32 images in patches of 8."""
 
     def __init__(self, width: int = 128, depth: int = 4) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.places = nn.Parameter(torch.randn(64, width) * 0.02)
+        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.places = nn.Parameter(torch.randn(16, width) * 0.02)
         self.blocks = nn.Sequential(*(Block(width, 4, False) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
@@ -211,12 +212,15 @@ def run_gpt_compressed(method: str, share: float, seed: int) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------- P4: images in patches
 
-P4_EPOCHS, P4_BATCH = 10, 128
+P4_STEPS, P4_BATCH = 2000, 128
+P4_SWEEP_STEPS = 500
+IMAGES, HELD_IMAGES = 50_000, 5_000
+"""Of the training split; the last ones are for choosing rates."""
 
 
 def crops(seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Batches of training images in -1 .. 1, moved by up to 4 pixels and mirrored by chance."""
-    data = kronecker_data.cifar10("train")
+    data = kronecker_data.cifar10("train", IMAGES).part(0, IMAGES - HELD_IMAGES)
     generator = torch.Generator().manual_seed(seed)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -229,21 +233,34 @@ def crops(seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     return batch
 
 
-def run_vit(method: str, share: float, seed: int) -> dict[str, Any]:
-    """Train from scratch; percent right on the test images of CIFAR-10."""
+def percent_right(model: nn.Module, images: kronecker_data.Samples) -> float:
+    """Of images in 0 .. 1."""
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for x, y in zip(images.x.split(500), images.y.split(500), strict=True):
+            right += int((model(2 * x - 1).argmax(1) == y).sum())
+    return 100 * right / len(images)
+
+
+def run_vit(method: str, share: float, factor: float | None, seed: int) -> dict[str, Any]:
+    """Train from scratch; percent right with hard windows. Rates are swept in a quarter of the steps."""
     torch.manual_seed(seed)
     model: nn.Module = VisionTransformer(_width(method, share))
     names = block_layers(model)
-    steps = P4_EPOCHS * len(kronecker_data.cifar10("train")) // P4_BATCH
+    steps = P4_STEPS if factor is None else P4_SWEEP_STEPS
     learner = prepared(model, names, method, share, steps, seed)
     start_small(model, names)
-    seconds = train(model, learner, BASE["P4"], steps, crops(1000 + seed), F.cross_entropy, decay=0.05)
+    rate = BASE["P4"] * (chosen("P4", method) if factor is None else factor)
+    seconds = train(model, learner, rate, steps, crops(1000 + seed), F.cross_entropy, decay=0.05)
     if learner is not None:
         learner.harden()
-    model.eval()
-    test = kronecker_data.cifar10("test")
-    right = 0
-    with torch.no_grad():
-        for x, y in zip(test.x.split(500), test.y.split(500), strict=True):
-            right += int((model(2 * x - 1).argmax(1) == y).sum())
-    return {"test": 100 * right / len(test), "share": _share(model, names), "training_seconds": seconds}
+    return {
+        "test": percent_right(model, kronecker_data.cifar10("test")),
+        "validation": percent_right(model, kronecker_data.cifar10("train", IMAGES).part(IMAGES - HELD_IMAGES, IMAGES)),
+        "share": _share(model, names),
+        "rate": rate,
+        "steps": steps,
+        "moved": None if learner is None else statistics.fmean(learner.moved().values()),
+        "training_seconds": seconds,
+    }
