@@ -36,11 +36,8 @@ METHODS = {
     DENSE: "the original under the same recovery",
 }
 
-RATES = (3e-4, 1e-3, 3e-3)
-"""Learning rates that every method is tried with."""
-
 FRESH_RATES = (1e-3, 3e-3, 1e-2)
-"""Those of networks that start from fresh weights."""
+"""Learning rates of networks that start from fresh weights."""
 
 
 def applies(method: str, real: RealModel) -> bool:
@@ -48,9 +45,9 @@ def applies(method: str, real: RealModel) -> bool:
     return method != TUCKER or real.convolutional
 
 
-def rates(method: str) -> tuple[float, ...]:
+def rates(method: str, real: RealModel) -> tuple[float, ...]:
     """The learning rates that a method is tried with."""
-    return FRESH_RATES if method == SMALL else RATES
+    return FRESH_RATES if method == SMALL else real.rates
 
 
 @dataclass(frozen=True)

@@ -252,7 +252,7 @@ def step_seconds(cell: Cell) -> dict[str, Any]:
                 yield batch
 
     settings = dataclasses.replace(
-        recovery_settings(cell, CLOCKED_STEPS + 4, rates(cell.method)[0]),
+        recovery_settings(cell, CLOCKED_STEPS + 4, rates(cell.method, real)[0]),
         data=Batches(),
         held_out=None,
         closed_form=False,
@@ -435,14 +435,15 @@ def best_rate(cell: Cell, minutes: float) -> float:
     """The learning rate at which the model comes nearest to the original on held-out data; tried first where nobody
     has, for a third of the time each."""
     found = {}
-    for rate in rates(cell.method):
+    tried = rates(cell.method, MODELS[cell.model])
+    for rate in tried:
         path = rate_result(cell, rate)
         if not path.exists():
             first = dataclasses.replace(cell, seed=0)
             in_own_process(first, "rates", "--rate", str(rate), "--steps", str(steps_within(cell, minutes / 3)))
         if path.exists():
             found[rate] = json.loads(path.read_text(encoding="utf-8"))["held_out"]["best"]
-    return min(found, key=lambda rate: found[rate]) if found else rates(cell.method)[1]
+    return min(found, key=lambda rate: found[rate]) if found else tried[1]
 
 
 def in_own_process(cell: Cell, phase: str, *options: str) -> None:

@@ -43,6 +43,7 @@ class RealModel:
         temperature: of the distillation; above 1 where what counts is which class is largest, and the original is sure
             of nearly all that it was trained on.
         normalise: whether batch normalisation learns its statistics in recovery.
+        rates: the learning rates that every method is tried with.
     """
 
     name: str
@@ -64,6 +65,7 @@ class RealModel:
     forward: Callable[[nn.Module, Any], Any] | None = None
     temperature: float = 1.0
     normalise: bool = False
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
 
 
 def require_data() -> None:

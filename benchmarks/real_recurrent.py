@@ -142,4 +142,5 @@ G2P_GRU = RealModel(
     narrow=lambda width: G2P(DATA, width).eval(),
     width=256,
     forward=lambda model, batch: model.teach(batch),
+    rates=(1e-4, 3e-4, 1e-3),
 )
