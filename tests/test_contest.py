@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from compression_models import labelled, mlp
+from compression_models import candidate, labelled, mlp
 
 import structmat as sm
 from structmat.compression import contest as module
@@ -17,13 +17,8 @@ from structmat.compression.norms import damped
 from structmat.compression.scan import scan
 from structmat.compression.screen import screen
 from structmat.compression.workfolder import WorkFolder
-from structmat.structure import Structure
 
 FAMILIES = ("PivotedLowRank", "BLAST", "Sparse")
-
-
-def candidate(structure: Structure, cost: float, loss: float, certificate: str = "none") -> Candidate:
-    return Candidate(structure, int(cost), int(cost), loss**0.5, 0.0, certificate, "made up", loss, cost)
 
 
 def layer(*others: Candidate) -> LayerScreen:

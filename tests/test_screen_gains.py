@@ -5,17 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from compression_models import mlp
+from compression_models import candidate, mlp
 
 import structmat as sm
 from structmat.compression.candidates import Candidate
 from structmat.compression.scan import scan
 from structmat.compression.screen import DOMINATED, LayerWorker, layer_worker
-from structmat.structure import Structure
-
-
-def candidate(structure: Structure, cost: float, loss: float, certificate: str = "none") -> Candidate:
-    return Candidate(structure, int(cost), int(cost), loss**0.5, 0.0, certificate, "made up", loss, cost)
 
 
 def worker(monkeypatch: pytest.MonkeyPatch, gain: float, improved: list[Candidate]) -> LayerWorker:
