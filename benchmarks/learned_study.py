@@ -41,7 +41,16 @@ from benchmarks.learned_costs import run_speed, run_step_cost
 from benchmarks.learned_perceptron import HIDDEN, LAYERS, P5_STEPS, images, perceptron, run_compressed, run_perceptron
 from benchmarks.learned_planted import KINDS, run_projection, run_teacher
 from benchmarks.learned_real import REAL_BUDGETS, RECOVERED, run_real
-from benchmarks.learned_transformers import P4_BATCH, P4_STEPS, P4_SWEEP_STEPS, run_gpt, run_gpt_compressed, run_vit
+from benchmarks.learned_transformers import (
+    HELD_IMAGES,
+    IMAGES,
+    P4_BATCH,
+    P4_STEPS,
+    P4_SWEEP_STEPS,
+    run_gpt,
+    run_gpt_compressed,
+    run_vit,
+)
 from benchmarks.real_models import MODELS
 from benchmarks.study import NOT_RUN, Cell, Study, markdown, of_name, spread
 
@@ -239,9 +248,9 @@ def _images(done: Done) -> list[str]:
         "seconds",
     )
     note = (
-        f"Patches of 8, 4 blocks of width 128, {P4_STEPS:,} steps of {P4_BATCH} from 45,000 images; rates are swept "
-        f"in {P4_SWEEP_STEPS} steps, on 5,000 others. *Moved*: the mean way of the middles of windows, as a share of "
-        "the side."
+        f"Patches of 8, 4 blocks of width 128, {P4_STEPS:,} steps of {P4_BATCH} from "
+        f"{IMAGES - HELD_IMAGES:,} images; rates are swept in {P4_SWEEP_STEPS} steps, on {HELD_IMAGES:,} others. "
+        "*Moved*: the mean way of the middles of windows, as a share of the side."
     )
     return [
         f"## Vision transformer on CIFAR-10 (P4), {SWEPT:.0%}",

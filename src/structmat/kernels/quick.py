@@ -182,11 +182,13 @@ class Standing:
         text, dtype = self.quick.text, x.dtype
         if text is None or dtype not in NATIVE_DTYPES or torch.is_grad_enabled() or not native().available:
             return None
+        if "bias" not in own:
+            return None
         generation, rows = tuning.generation, native_rows(self.quick.program, dtype)
-        names = (*text.names, "bias")
-        pairs = tuple((name, own.get(name)) for name in names)
+        bias = own["bias"]
+        pairs = tuple((name, own.get(name)) for name in (*text.names, "bias"))
         given = [tensor for _, tensor in pairs if tensor is not None]
-        if len(given) < len(text.names) + (own.get("bias") is not None) or "bias" not in own:
+        if len(given) < len(text.names) + (bias is not None):  # one is computed, by a parametrization for instance
             return None
         for name, tensor in pairs:
             if tensor is None:
@@ -194,7 +196,7 @@ class Standing:
             wanted = torch.int64 if name in text.indices else dtype
             if tensor.dtype is not wanted or not tensor.is_contiguous() or not tensor.is_cpu:
                 return None
-        words = text.plain if own["bias"] is None else text.biased
+        words = text.plain if bias is None else text.biased
         return _Known(dtype, generation, rows, pairs, given, words, multiplier())
 
 
