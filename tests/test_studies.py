@@ -42,7 +42,7 @@ def test_every_cell_of_the_trained_models_can_be_built() -> None:
             budgets = {b for m, own, b in kinds if (m, own) == (name, method)}
             expected = {0.5} if method == methods.DENSE else {0.5, 0.25} if methods.applies(method, real) else set()
             assert budgets == expected
-            assert len(methods.rates(method)) == 3
+            assert len(methods.rates(method, real)) == 3
         assert {c.seed for c in cells if (c.model, c.method) == (name, methods.OURS)} == {0, 1, 2}
     assert set(study.MODELS) == {"novel-lm", "mnist-mlp", "resnet-20", "resnet-56", "g2p-gru", "char-lstm"}
 
