@@ -32,6 +32,7 @@ SOURCES = (
     "kept_plans.cpp",
     "plain_binding.cpp",
     "libtorch.cpp",
+    "torch_layers.cpp",
     "torch_binding.cpp",
 )
 COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")

@@ -1,4 +1,4 @@
-"""Recurrent layers beside PyTorch's: whole sequences, and one token after the other.
+"""Recurrent layers beside PyTorch's: whole sequences, one token after the other, and steps of training.
 
     python -m benchmarks.recurrent                        all cells
     python -m benchmarks.recurrent run --only LSTM
@@ -6,7 +6,8 @@
 
 A cell is one kind of layer, hidden size and number of sequences. PyTorch's layer and the frozen structured ones of the
 same sizes run in turns in one process, float32, without gradients, on one thread: sequences of 128 times, and single
-times with a given state.
+times with a given state. Layers in training run forwards and back through sequences of 128 times, to the gradients of
+their input and of all parameters.
 """
 
 from __future__ import annotations
@@ -66,8 +67,30 @@ def cell(kind: str, size: int, batch: int, seed: int) -> dict[str, Any]:
     return found
 
 
+def training_cell(kind: str, size: int, batch: int, seed: int) -> dict[str, Any]:
+    """Microseconds of every layer, forwards and back."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    plain, structured = KINDS[kind]
+    layers: dict[str, nn.Module] = {"PyTorch": plain(size, size)}
+    layers |= {name: structured(size, size, structure=structure) for name, structure in STRUCTURES.items()}
+    x = torch.randn(TIMES, batch, size, requires_grad=True)
+    weight = torch.randn(TIMES, batch, size)
+
+    def step(layer: nn.Module) -> None:
+        torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], weight)
+
+    times = in_turns({name: partial(step, layer) for name, layer in layers.items()}, SECONDS)[1]
+    return {"training": {name: 1e6 * statistics.median(own) for name, own in times.items()}}
+
+
+def name_of(kind: str, size: int, batch: int, way: str) -> str:
+    return f"{kind} {size} batch {batch}" + (" training" if way == "training" else "")
+
+
 CELLS = [
-    Cell(f"{kind} {size} batch {batch}", partial(cell, kind, size, batch))
+    Cell(name_of(kind, size, batch, way), partial(run, kind, size, batch))
+    for way, run in (("deployed", cell), ("training", training_cell))
     for kind, size, batch in itertools.product(KINDS, SIZES, BATCHES)
 ]
 
@@ -75,11 +98,17 @@ CELLS = [
 def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     head = ("layer", "hidden size", "sequences", "PyTorch", *STRUCTURES)
     lines = []
-    for way, title in (("sequence", f"Sequences of {TIMES} times"), ("token", "One token")):
+    titles = {
+        "sequence": f"Sequences of {TIMES} times",
+        "token": "One token",
+        "training": f"Training, sequences of {TIMES} times forwards and back",
+    }
+    for way, title in titles.items():
         lines += [f"## {title}", "", *markdown(head, _rows(done, way)), ""]
     return [
-        "How many times faster than PyTorch's layer the frozen structured one is, whose input and state have as many "
-        "features; for PyTorch's the time itself. Float32, one thread. Layers are frozen for the number of sequences.",
+        "How many times faster than PyTorch's layer the structured one is, whose input and state have as many "
+        "features; for PyTorch's the time itself. Float32, one thread. Layers are frozen for the number of sequences, "
+        "but for those in training.",
         "",
         *lines,
     ]
@@ -88,7 +117,7 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
 def _rows(done: Mapping[str, dict[str, Any]], way: str) -> Iterator[tuple[str, ...]]:
     by_name = {own.name: done.get(own.key) for own in CELLS}
     for kind, size, batch in itertools.product(KINDS, SIZES, BATCHES):
-        found = by_name[f"{kind} {size} batch {batch}"]
+        found = by_name[name_of(kind, size, batch, way)]
         if found is None:
             yield kind, str(size), str(batch), NOT_RUN, *[NOT_RUN] * len(STRUCTURES)
             continue

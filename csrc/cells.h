@@ -1,8 +1,9 @@
-// The cells of recurrent nets: what the gates of one row make of its state. For the instruction set that a source is
-// compiled for; functions are those of activations.h.
+// The cells of recurrent nets: what the gates of one row make of its state, and the way back. For the instruction set that
+// a source is compiled for; functions are those of activations.h.
 #pragma once
 
 #include <cstring>
+#include <initializer_list>
 
 #include "activations.h"
 #include "kernels.h"
@@ -28,12 +29,18 @@ inline void put_some(Real* p, V<Real> v, int64_t count) {
     std::memcpy(p, &v, size_t(count) * sizeof(Real));
 }
 
-// Gates in PyTorch's order: i, f, g, o for an LSTM, r, z, n for a GRU.
+// Gates in PyTorch's order: i, f, g, o for an LSTM, r, z, n for a GRU. What is kept follows them: the memory after, or
+// what the state's matrix puts out for n.
 template <class Real>
-void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* memory, Real* after, int64_t size) {
+void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* memory, Real* after, Real* kept,
+          int64_t size) {
   constexpr int n = Vector<Real>::lanes;
   for (int64_t k = 0; k < size; k += n) {
     const int64_t count = size - k;
+    const auto keep_all = [&](std::initializer_list<V<Real>> values) {
+      Real* to = kept + k;
+      for (const V<Real>& value : values) put_some(to, value, count), to += size;
+    };
     const auto gate = [&](int64_t number) {
       return some(x + number * size + k, count) + some(s + number * size + k, count);
     };
@@ -41,15 +48,18 @@ void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* mem
     switch (kind) {
       case Cell::lstm: {
         const V<Real> in = logistic<Real>(gate(0)), keep = logistic<Real>(gate(1));
-        const V<Real> held = keep * some(memory + k, count) + in * hyperbolic_tangent<Real>(gate(2));
+        const V<Real> fresh = hyperbolic_tangent<Real>(gate(2)), out = logistic<Real>(gate(3));
+        const V<Real> held = keep * some(memory + k, count) + in * fresh;
         put_some(memory + k, held, count);
-        next = logistic<Real>(gate(3)) * hyperbolic_tangent<Real>(held);
+        if (kept) keep_all({in, keep, fresh, out, held});
+        next = out * hyperbolic_tangent<Real>(held);
         break;
       }
       case Cell::gru: {
         const V<Real> reset = logistic<Real>(gate(0)), update = logistic<Real>(gate(1));
         const V<Real> own = some(s + 2 * size + k, count);
         const V<Real> fresh = hyperbolic_tangent<Real>(some(x + 2 * size + k, count) + reset * own);
+        if (kept) keep_all({reset, update, fresh, own});
         next = fresh + update * (some(before + k, count) - fresh);
         break;
       }
@@ -61,6 +71,52 @@ void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* mem
       }
     }
     put_some(after + k, next, count);
+  }
+}
+
+// From the gradient of a state, the sum of `grad`, `through` and `direct`, to those of the gates of the input (`gx`) and
+// of the state's matrix (`gs`; where it is null it is the same). `direct` and `grad_memory` change into what goes to the
+// state and the memory before without the matrix; cells without use null for them.
+template <class Real>
+void cell_back(Cell kind, const Real* kept, const Real* before, const Real* memory, const Real* after, const Real* grad,
+               const Real* through, Real* direct, Real* grad_memory, Real* gx, Real* gs, int64_t size) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t k = 0; k < size; k += n) {
+    const int64_t count = size - k;
+    const auto value = [&](int64_t number) { return some(kept + number * size + k, count); };
+    const auto slope = [](V<Real> v) { return v * (1 - v); };
+    V<Real> g = some(grad + k, count) + some(through + k, count);
+    switch (kind) {
+      case Cell::lstm: {
+        const V<Real> in = value(0), keep = value(1), fresh = value(2), out = value(3);
+        const V<Real> shown = hyperbolic_tangent<Real>(value(4));
+        const V<Real> held = some(grad_memory + k, count) + g * out * (1 - shown * shown);
+        put_some(grad_memory + k, held * keep, count);
+        put_some(gx + k, held * fresh * slope(in), count);
+        put_some(gx + size + k, held * some(memory + k, count) * slope(keep), count);
+        put_some(gx + 2 * size + k, held * in * (1 - fresh * fresh), count);
+        put_some(gx + 3 * size + k, g * shown * slope(out), count);
+        break;
+      }
+      case Cell::gru: {
+        const V<Real> reset = value(0), update = value(1), fresh = value(2), own = value(3);
+        g += some(direct + k, count);
+        put_some(direct + k, g * update, count);
+        const V<Real> of_fresh = g * (1 - update) * (1 - fresh * fresh);
+        const V<Real> of_reset = of_fresh * own * slope(reset);
+        const V<Real> of_update = g * (some(before + k, count) - fresh) * slope(update);
+        put_some(gx + k, of_reset, count), put_some(gs + k, of_reset, count);
+        put_some(gx + size + k, of_update, count), put_some(gs + size + k, of_update, count);
+        put_some(gx + 2 * size + k, of_fresh, count), put_some(gs + 2 * size + k, of_fresh * reset, count);
+        break;
+      }
+      case Cell::tanh: {
+        const V<Real> y = some(after + k, count);
+        put_some(gx + k, g * (1 - y * y), count);
+        break;
+      }
+      case Cell::relu: put_some(gx + k, some(after + k, count) > 0 ? g : V<Real>{}, count); break;
+    }
   }
 }
 

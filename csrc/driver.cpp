@@ -9,6 +9,8 @@
 // (of no numbers for none).
 // One whose text is "recur CELL TIMES BACKWARDS" and a program is a recurrent net: the input holds the gates, and the last
 // two tensors are the state before and the memory.
+// With "unrecur" and the program of the transposed matrix it is the way back: the input holds the gradient of the states,
+// and the last four tensors are the state and the memory before, what was kept, and the states.
 // Printed are their number, the instruction set, and a digest of what they put out on tiles.
 #include <cstdio>
 #include <cstdlib>
@@ -139,6 +141,33 @@ std::vector<char> recurred(const std::string& text, const structmat::Batch& batc
   return y;
 }
 
+// The way back of one.
+std::vector<char> unrecurred(const std::string& text, const structmat::Batch& batch,
+                             const std::vector<structmat::Array>& tensors, int64_t size, int repetitions) {
+  structmat::SequenceBack q{};
+  std::istringstream words(text.substr(8));
+  int cell;
+  words >> cell >> q.times >> q.backwards >> std::ws;
+  std::string program;
+  std::getline(words, program);
+  const bool few = structmat::runs_by_vectors(batch.rows, batch.storage);
+  const structmat::Plan plan = structmat::make_plan(program, few ? structmat::Use::vectors : structmat::Use::tiles);
+  q.cell = structmat::Cell(cell), q.rows = batch.rows, q.size = plan.out_features, q.storage = batch.storage;
+  const structmat::Array* last = &tensors[tensors.size() - 4];
+  q.start = last[0].data, q.memory = last[1].data, q.kept = structmat::kept_of(q.cell) ? last[2].data : nullptr;
+  q.y = last[3].data, q.grad = batch.x, q.grad_row = q.size, q.grad_time = q.rows * q.size;
+  const int64_t state = q.rows * q.size * size, gates = q.times * state * structmat::gates_of(q.cell);
+  std::vector<char> grad_x(gates), grad_s(q.cell == structmat::Cell::gru ? gates : 0), grad_start(state);
+  for (int r = 0; r < repetitions; ++r) {
+    std::vector<char> grad_memory(q.cell == structmat::Cell::lstm ? state : 0);
+    q.grad_memory = grad_memory.empty() ? nullptr : grad_memory.data();
+    q.grad_x = grad_x.data(), q.grad_s = grad_s.empty() ? nullptr : grad_s.data(), q.grad_start = grad_start.data();
+    structmat::recur_back(plan, q, tensors.data(), structmat::serially, 2);
+  }
+  grad_x.insert(grad_x.end(), grad_start.begin(), grad_start.end());
+  return grad_x;
+}
+
 // FNV-1a.
 uint64_t digest(uint64_t before, const std::vector<char>& bytes) {
   for (const char byte : bytes) before = (before ^ static_cast<unsigned char>(byte)) * 0x100000001b3u;
@@ -175,6 +204,11 @@ int run(const char* name, const std::string& way, int repetitions) {
     }
     if (text.compare(0, 6, "recur ") == 0) {
       digested = digest(digested, recurred(text, batch, tensors, data.back(), size, repetitions));
+      ++cases;
+      continue;
+    }
+    if (text.compare(0, 8, "unrecur ") == 0) {
+      digested = digest(digested, unrecurred(text, batch, tensors, size, repetitions));
       ++cases;
       continue;
     }

@@ -416,6 +416,7 @@ constexpr Kernels<Real> table = {load<Real>,
                                  activate_vector<Real>,
                                  activate_back<Real>,
                                  cell<Real>,
+                                 cell_back<Real>,
                                  widen<Real>,
                                  narrow<Real>,
                                  Vector<Real>::lanes};

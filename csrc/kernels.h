@@ -100,6 +100,8 @@ struct WindowSide {
 // Kinds of recurrent nets; `gates_of` of them are as wide as the state.
 enum class Cell : int { lstm = 0, gru = 1, tanh = 2, relu = 3 };
 constexpr int64_t gates_of(Cell cell) { return cell == Cell::lstm ? 4 : cell == Cell::gru ? 3 : 1; }
+// What is kept of a state for the way back is so many times as wide.
+constexpr int64_t kept_of(Cell cell) { return cell == Cell::lstm ? 5 : cell == Cell::gru ? 4 : 0; }
 
 template <class Real>
 struct Kernels {
@@ -177,8 +179,12 @@ struct Kernels {
                         Real* gx, Real* bias_sums, Real* slope_sums, int64_t columns, bool add);
 
   // One row of a recurrent net (cells.h): the gates are x + s, of the input and of the state; `before` and `after` are the
-  // state, `memory` that of an LSTM, which changes in place.
-  void (*cell)(Cell kind, const Real* x, const Real* s, const Real* before, Real* memory, Real* after, int64_t size);
+  // state, `memory` that of an LSTM, which changes in place; `kept` may be null. And the way back.
+  void (*cell)(Cell kind, const Real* x, const Real* s, const Real* before, Real* memory, Real* after, Real* kept,
+               int64_t size);
+  void (*cell_back)(Cell kind, const Real* kept, const Real* before, const Real* memory, const Real* after,
+                    const Real* grad, const Real* through, Real* direct, Real* grad_memory, Real* gx, Real* gs,
+                    int64_t size);
 
   // Numbers of any storage as Real, and back.
   void (*widen)(const void* from, Storage storage, Real* to, int64_t count);

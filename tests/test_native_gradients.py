@@ -337,8 +337,11 @@ def test_layers_train_native_where_it_pays() -> None:
     assert chosen(sm.Monarch(16), 64, torch.bfloat16)
     assert chosen(sm.Sparse(density=0.1), 64)
     assert not chosen(sm.Sparse(density=0.7), 64)
+    one_pass = here.instruction_set.startswith("avx512") and not torch.cpu._is_amx_tile_supported()
+    assert chosen(sm.LowRank(8), 256) is one_pass
     assert not chosen(sm.LowRank(8), 64)
-    assert not chosen(sm.Dense(), 64)
+    assert not chosen(sm.LowRank(8), 256, torch.bfloat16)
+    assert not chosen(sm.Dense(), 256)
     assert not chosen(sm.Monarch(16), 1)
     net = sm.nn.StructuredLinear(256, 256, structure=sm.Butterfly())
     assert type(net(torch.randn(64, 256)).grad_fn).__name__ == "_ProductBackward"

@@ -14,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from native_driver import STORAGE, build, case, case_of, compiler, held, instruction_sets
 from native_programs import programs, tensors_of
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import structmat as sm
-from structmat.kernels.text import Text, text_of
+from structmat.kernels.text import Text, text_of, transposed_text
 from structmat.nn import KroneckerNetwork
 from structmat.nn.kronecker import Slopes
 from structmat.program import Pad, Program
@@ -89,24 +89,37 @@ def pooled_cases() -> list[bytes]:
 
 
 def recurrent_cases() -> list[bytes]:
-    """Every cell, forwards and backwards, on dense, blocked, sparse and windowed matrices of the state."""
+    """Every cell, forwards and backwards in time, on dense, blocked, sparse and windowed matrices of the state; and the
+    way back of each."""
     made = []
     families = (sm.Dense(), sm.Monarch(2), sm.LowRank(2), sm.Sparse(0.3), sm.GBLR(2))
     options = itertools.product(range(4), families, (1, 7, 16, 40), (torch.float32, torch.float64))
     for number, (cell, family, rows, dtype) in enumerate(options):
-        size, times, wide = 6 + number % 17, 1 + number % 5, (4, 3, 1, 1)[cell]
+        size, times, wide, kept = 6 + number % 17, 1 + number % 5, (4, 3, 1, 1)[cell], (5, 4, 0, 0)[cell]
         layer = sm.nn.StructuredLinear(size, wide * size, structure=family, dtype=dtype).freeze()
-        text = text_of(layer.program)
+        text, back = text_of(layer.program), transposed_text(layer.program)
         assert isinstance(text, Text)
-        words = f"recur {cell} {times} {number % 2} {text.biased}"
+        assert isinstance(back, Text)
+        state, memory = torch.randn(2, rows, size, dtype=dtype)
+        gates, states = torch.randn(times, rows, wide * size, dtype=dtype), torch.rand(times, rows, size, dtype=dtype)
         tensors = [layer.tensors()[name] for name in text.names]
-        tensors += [layer.bias, torch.randn(rows, size, dtype=dtype), torch.randn(rows, size, dtype=dtype)]
-        parts = [struct.pack("<q", len(words)), words.encode(), struct.pack("<qqq", rows, STORAGE[dtype], 0)]
-        parts += [held(torch.randn(times, rows, wide * size, dtype=dtype)), struct.pack("<q", len(tensors))]
-        for tensor in tensors:
-            parts += [struct.pack("<q", tensor.numel()), held(tensor)]
-        made.append(b"".join(parts))
+        made.append(sequence(f"recur {cell} {times} {number % 2} {text.biased}", rows, gates, [
+            *tensors, layer.bias, state, memory,
+        ]))  # fmt: skip
+        tensors = [layer.tensors()[name] for name in back.names]
+        made.append(sequence(f"unrecur {cell} {times} {number % 2} {back.plain}", rows, torch.randn_like(states), [
+            *tensors, state, memory, torch.rand(times, rows, kept * size, dtype=dtype), states,
+        ]))  # fmt: skip
     return made
+
+
+def sequence(words: str, rows: int, x: Tensor, tensors: list[Tensor]) -> bytes:
+    """A case of a recurrent net."""
+    parts = [struct.pack("<q", len(words)), words.encode(), struct.pack("<qqq", rows, STORAGE[x.dtype], 0)]
+    parts += [held(x), struct.pack("<q", len(tensors))]
+    for tensor in tensors:
+        parts += [struct.pack("<q", tensor.numel()), held(tensor)]
+    return b"".join(parts)
 
 
 @pytest.mark.slow

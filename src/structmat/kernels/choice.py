@@ -35,6 +35,9 @@ _LARGE_PLAIN = 1 << 22
 """Multiply-adds of plain products from which PyTorch's are faster, unless ours use registers of 512 bits and keep what
 lies between two of them in the cache."""
 
+_FEWEST_PLAIN = 256
+"""Rows from which a chain of plain products with gradients gains from one pass in each direction."""
+
 _FEWEST_PAIRED = 128
 """Rows from which bfloat16 with large blocks is native where pairs are multiplied: fewer leave one of the threads idle,
 or share the packing of large weights."""
@@ -292,10 +295,14 @@ def has_bfloat16() -> bool:
 
 
 def _recorded_rows(program: Program, dtype: torch.dtype) -> range:
-    """Plain products and nearly full sparse matrices stay with PyTorch, and so does what fills little of a tile."""
+    """Dense and nearly full sparse matrices stay with PyTorch, and so does what fills little of a tile; chains of plain
+    products run in one pass where they do without gradients, but for few rows and for large weights, whose gradients
+    are summed for each thread."""
     parts = stages(program)
-    if plain_products(program) or any(
-        isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts
-    ):
+    if plain := plain_products(program):
+        is_one_pass = len(plain) > 1 and dtype in _BY_VECTORS and _has_wide_registers()
+        is_small = sum(stage.b * stage.c for stage in plain) <= _LARGE_PLAIN
+        return range(_FEWEST_PLAIN, sys.maxsize) if is_one_pass and is_small else range(0)
+    if any(isinstance(s, Sparse) and s.capacity > FOR_NATIVE.sparse_from * s.height * s.width for s in parts):
         return range(0)
     return range(FEW_ROWS, sys.maxsize)

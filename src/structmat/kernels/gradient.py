@@ -51,6 +51,24 @@ class _Product(torch.autograd.Function):
         return found[0], None, None, None, *found[1:]
 
 
+def gradients(
+    text: Text, biased: bool, x: Tensor, given: list[Tensor], grad: Tensor, wanted: tuple[bool, ...]
+) -> Gradients:
+    """The gradients of the tensors of a product that was not recorded. In one pass, also for plain products: PyTorch's
+    operations would first make what was multiplied once more.
+
+    Args:
+        text, biased, given: as of :func:`run_recorded`.
+        x: the rows that were multiplied (rows, in_features), contiguous.
+        grad: of the outcome (rows, out_features), contiguous.
+        wanted: of which tensors.
+    """
+    if not any(wanted):
+        return (None,) * len(wanted)
+    words = text.biased if biased else text.plain
+    return _in_one_pass(words, x, given, grad, (False, *wanted))[1:]
+
+
 def _in_one_pass(words: str, x: Tensor, given: list[Tensor], grad: Tensor, wanted: tuple[bool, ...]) -> Gradients:
     if grad.dim() != 2 or grad.stride(-1) != 1:
         grad = grad.contiguous()

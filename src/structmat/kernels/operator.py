@@ -52,6 +52,34 @@ def define_fakes() -> None:
     ) -> None:
         return None
 
+    def recurred_keeping(
+        x: Tensor,
+        start: Tensor,
+        memory: Tensor,
+        y: Tensor,
+        kept: Tensor,
+        tensors: list[Tensor],
+        program: str,
+        kind: int,
+    ) -> None:
+        return None
+
+    def recurred_back(
+        kept: Tensor,
+        start: Tensor,
+        memory: Tensor,
+        y: Tensor,
+        grad: Tensor,
+        grad_memory: Tensor,
+        grad_x: Tensor,
+        grad_s: Tensor,
+        grad_start: Tensor,
+        tensors: list[Tensor],
+        program: str,
+        kind: int,
+    ) -> None:
+        return None
+
     def pooled(
         x: Tensor, x_scale: Tensor, weight: Tensor, index: Tensor, z: Tensor, z_scale: Tensor, kind: int
     ) -> None:
@@ -71,6 +99,8 @@ def define_fakes() -> None:
         return None
 
     torch.library.register_fake("structmat::recur")(recurred)
+    torch.library.register_fake("structmat::recur_keeping")(recurred_keeping)
+    torch.library.register_fake("structmat::recur_backward")(recurred_back)
     torch.library.register_fake("structmat::pool_layer")(pooled)
     torch.library.register_fake("structmat::pool_layer_backward")(pooled_back)
     torch.library.register_fake("structmat::multiply")(fake_outcome)
@@ -202,6 +232,18 @@ def multiplier() -> Callable[..., Tensor]:
 def recurrence() -> Callable[..., None] | None:
     """The operator for all times of a recurrent net, or None where it is not PyTorch that calls the library."""
     return None if _is_by_address() else _called("recur")
+
+
+@cache
+def kept_recurrence() -> Callable[..., None] | None:
+    """The same, which keeps what the way back needs."""
+    return None if _is_by_address() else _called("recur_keeping")
+
+
+@cache
+def recurrence_back() -> Callable[..., None]:
+    """The way back through all times."""
+    return _called("recur_backward")
 
 
 @cache

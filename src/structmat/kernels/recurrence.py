@@ -15,7 +15,8 @@ from structmat.kernels.plainly import plainly
 from structmat.kernels.text import Text, running_text
 from structmat.program import Program
 
-_DTYPES = (torch.float32, torch.float64)
+STATE_DTYPES = (torch.float32, torch.float64)
+"""Of states that the library makes."""
 
 
 class NativeCell(enum.IntEnum):
@@ -27,13 +28,17 @@ class NativeCell(enum.IntEnum):
     RELU = 3
 
 
-_BACKWARDS = 4
+BACKWARDS = 4
+"""Added to the number of a cell if the last time is read first."""
 
 
 def is_native(program: Program, dtype: torch.dtype) -> bool:
     """Whether :func:`recur` takes a state's matrix, if nothing else speaks against it."""
     return (
-        isinstance(running_text(program), Text) and dtype in _DTYPES and native().available and recurrence() is not None
+        isinstance(running_text(program), Text)
+        and dtype in STATE_DTYPES
+        and native().available
+        and recurrence() is not None
     )
 
 
@@ -67,7 +72,7 @@ def recur(
         StructureError: the native backend is forced, and can't multiply by the program.
     """
     hidden = state[0]
-    if hidden.dtype not in _DTYPES or any(type(t) is not Tensor or not t.is_cpu for t in (gates, y, *state)):
+    if hidden.dtype not in STATE_DTYPES or any(type(t) is not Tensor or not t.is_cpu for t in (gates, y, *state)):
         return None
     program, tensors = plainly(program, tensors, hidden, bias)
     text = possible_text(program, tensors, hidden, bias)
@@ -80,6 +85,6 @@ def recur(
         hidden = hidden.contiguous()
     memory = state[1].clone(memory_format=torch.contiguous_format) if cell is NativeCell.LSTM else hidden.new_empty(0)
     words = text.plain if bias is None else text.biased
-    call(gates, hidden, memory, y, arguments(text, tensors, bias), words, cell + _BACKWARDS * backwards)
+    call(gates, hidden, memory, y, arguments(text, tensors, bias), words, cell + BACKWARDS * backwards)
     last = y[0 if backwards else -1]
     return (last, memory) if cell is NativeCell.LSTM else (last,)

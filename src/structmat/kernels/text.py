@@ -23,6 +23,7 @@ from structmat.program.stages import (
     Windowed,
 )
 from structmat.program.toeplitz import Convolution
+from structmat.program.transpose import transpose
 from structmat.program.written_out import Call, Generated
 
 
@@ -49,6 +50,7 @@ class NotNativeError(Exception):
 
 
 _KEPT = "_native_text"
+_KEPT_TRANSPOSED = "_native_text_of_transpose"
 
 
 def text_of(program: Program) -> Text | str:
@@ -57,6 +59,14 @@ def text_of(program: Program) -> Text | str:
     kept: Text | str | None = program.__dict__.get(_KEPT)
     if kept is None:
         kept = program.__dict__[_KEPT] = _text_of(program)
+    return kept
+
+
+def transposed_text(program: Program) -> Text | str:
+    """The text of the transposed program, which reads the same tensors, or the reason why it has none."""
+    kept: Text | str | None = program.__dict__.get(_KEPT_TRANSPOSED)
+    if kept is None:
+        kept = program.__dict__[_KEPT_TRANSPOSED] = _text_of(transpose(program))
     return kept
 
 

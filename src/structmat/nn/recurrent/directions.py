@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from structmat.kernels import Product, repeated, tuning
+from structmat.kernels.recorded_recurrence import recordable
 from structmat.kernels.recurrence import recur
 from structmat.modes import is_followed
 from structmat.nn.linear import FrozenLinear, StructuredLinear
 from structmat.nn.recurrent.cells import Cell, State
 from structmat.nn.recurrent.gates import GateLinear
 from structmat.nn.recurrent.hooks import is_hooked
+from structmat.nn.recurrent.recorded import run_recorded
 from structmat.program import Program, build
 from structmat.structures.dense import Dense
 
@@ -57,6 +59,10 @@ def run_direction(
         product = for_many_calls(recurrent, state[0], len(gates))
         second = None if projection is None else for_many_calls(projection, state[-1], len(gates))
         return y, cell.loop(order[0], product, second, state, order[1])
+    if projection is None:
+        recorded = recordedly(cell, recurrent, gates, state, backwards=backwards)
+        if recorded is not None:
+            return recorded
     outputs = []
     for now in reversed(gates.unbind(0)) if backwards else gates.unbind(0):
         state = _stepped(cell, recurrent, projection, now, state)
@@ -124,6 +130,18 @@ def natively(
         return None
     found = _product(recurrent, cell, state[0])
     return None if found is None else recur(cell.native, *found, gates, state, y, backwards=backwards)
+
+
+def recordedly(
+    cell: Cell, recurrent: nn.Module, gates: Tensor, state: State, *, backwards: bool
+) -> tuple[Tensor, State] | None:
+    """All times in one call of the native backend in each direction, with gradients; None as of :func:`natively`, or
+    where somebody follows what is called."""
+    if is_hooked(recurrent) or is_followed() or not gates.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
+    found = _product(recurrent, cell, state[0])
+    way = None if found is None else recordable(cell.native, *found, gates, state, backwards=backwards)
+    return None if way is None else run_recorded(cell, *way, gates, state)
 
 
 _WEIGHT = "weight"
