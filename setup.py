@@ -33,6 +33,7 @@ SOURCES = (
     "plain_binding.cpp",
     "libtorch.cpp",
     "torch_layers.cpp",
+    "torch_standing.cpp",
     "torch_binding.cpp",
 )
 COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")

@@ -11,6 +11,7 @@
 #include "libtorch.h"
 #include "pages.h"
 #include "torch_layers.h"
+#include "torch_standing.h"
 #include "torch_tensors.h"
 
 namespace {
@@ -168,6 +169,23 @@ void multiply_boxed(Value* stack, uint64_t, uint64_t) {
   std::memcpy(&stack[0], &y, sizeof y);
 }
 
+void stand_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const OwnedList tensors(given.next());
+  const OwnedText text(given.next());
+  const int64_t number = structmat::operators::stand(tensors.get(), text.get());
+  std::memcpy(&stack[0], &number, sizeof number);
+}
+
+void fall_boxed(Value* stack, uint64_t, uint64_t) { structmat::operators::fall(Arguments(stack).number()); }
+
+void multiply_standing_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next());
+  const Tensor y = structmat::operators::multiply_standing(x.get(), given.number());
+  std::memcpy(&stack[0], &y, sizeof y);
+}
+
 void multiply_keeping_boxed(Value* stack, uint64_t, uint64_t) {
   Arguments given(stack);
   const Owned x(given.next());
@@ -259,7 +277,7 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
   try {
     problem = load_symbols(libtorch);
     if (!problem.empty()) return problem.c_str();
-    void *library, *kernels;
+    void *library, *kernels, *everywhere;
     require(torch.init_library("structmat", __FILE__, __LINE__, &library));
     require(torch.define(library, "multiply(Tensor x, Tensor[] tensors, str program) -> Tensor"));
     require(torch.define(library,
@@ -270,6 +288,9 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
     require(torch.define(library,
                          "multiply_backward_kept(Tensor x, Tensor kept, Tensor grad, Tensor[] tensors, "
                          "Tensor(a!) grad_x, Tensor(b!)[] grads, str program) -> ()"));
+    require(torch.define(library, "stand(Tensor[] tensors, str program) -> int"));
+    require(torch.define(library, "fall(int number) -> ()"));
+    require(torch.define(library, "multiply_standing(Tensor x, int number) -> Tensor"));
     require(torch.define(library,
                          "recur(Tensor x, Tensor start, Tensor(a!) memory, Tensor(b!) y, Tensor[] tensors, str program, "
                          "int kind) -> ()"));
@@ -286,12 +307,16 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
     require(torch.define(library,
                          "pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z_scale, "
                          "Tensor grad, Tensor(a!) grad_x, Tensor(b!) grad_weight, int kind) -> ()"));
+    require(torch.init_impl("structmat", "CompositeExplicitAutograd", __FILE__, __LINE__, &everywhere));
+    require(torch.implement(everywhere, "stand", stand_boxed, version));  // there may be no tensor to choose by
+    require(torch.implement(everywhere, "fall", fall_boxed, version));
     require(torch.init_impl("structmat", "CPU", __FILE__, __LINE__, &kernels));
     require(torch.implement(kernels, "multiply", multiply_boxed, version));
     require(torch.implement(kernels, "multiply_into", multiply_into_boxed, version));
     require(torch.implement(kernels, "multiply_backward", multiply_backward_boxed, version));
     require(torch.implement(kernels, "multiply_keeping", multiply_keeping_boxed, version));
     require(torch.implement(kernels, "multiply_backward_kept", multiply_backward_kept_boxed, version));
+    require(torch.implement(kernels, "multiply_standing", multiply_standing_boxed, version));
     require(torch.implement(kernels, "recur", recur_boxed, version));
     require(torch.implement(kernels, "recur_keeping", recur_keeping_boxed, version));
     require(torch.implement(kernels, "recur_backward", recur_backward_boxed, version));

@@ -22,7 +22,7 @@ from structmat.program import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc"
-WITH_PYTORCH = ("libtorch.cpp", "torch_layers.cpp", "torch_binding.cpp")
+WITH_PYTORCH = ("libtorch.cpp", "torch_layers.cpp", "torch_standing.cpp", "torch_binding.cpp")
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

@@ -23,8 +23,9 @@ from structmat.kernels.library import Native, native
 from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import arguments, is_by_features, is_by_rows, run, run_into, takes
 from structmat.kernels.plainly import plainly
-from structmat.kernels.quick import Standing, quick
+from structmat.kernels.quick import quick
 from structmat.kernels.repeated import Product, repeated
+from structmat.kernels.standing import Standing
 from structmat.program import Program, reference
 
 __all__ = [

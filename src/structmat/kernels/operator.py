@@ -229,6 +229,13 @@ def multiplier() -> Callable[..., Tensor]:
 
 
 @cache
+def standing() -> tuple[Callable[..., int], Callable[..., Tensor], Callable[..., None]] | None:
+    """The operators that prepare tensors for many calls with few rows, multiply by them, and release them; None where
+    it is not PyTorch that calls the library."""
+    return None if _is_by_address() else (_called("stand"), _called("multiply_standing"), _called("fall"))
+
+
+@cache
 def recurrence() -> Callable[..., None] | None:
     """The operator for all times of a recurrent net, or None where it is not PyTorch that calls the library."""
     return None if _is_by_address() else _called("recur")

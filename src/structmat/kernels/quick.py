@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from structmat.kernels import tuning
 from structmat.kernels.choice import NATIVE_DTYPES, Rows, is_usual, native_rows, plain_products, recorded_rows
 from structmat.kernels.gradient import run_recorded
 from structmat.kernels.library import native
-from structmat.kernels.operator import multiplier, run_rows
+from structmat.kernels.operator import run_rows
 from structmat.kernels.text import Text, text_of
 from structmat.program import Program
 
@@ -126,100 +125,6 @@ def _find(name: str, held: tuple[Held, ...]) -> Tensor | None:
         if tensor is not None:
             return tensor
     return None
-
-
-class Standing:
-    """The short way of a frozen layer: its tensors stand, so that they are asked once what :class:`Quick` asks at each
-    call.
-
-    Args:
-        program: what the layer multiplies by.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.quick = quick(program)
-        self.known: _Known | None = None
-
-    def __deepcopy__(self, memo: object) -> Standing:
-        return Standing(self.quick.program)
-
-    def __reduce__(self) -> tuple[Callable[[Program], Standing], tuple[Program]]:
-        return Standing, (self.quick.program,)
-
-    def __call__(self, x: Tensor, own: Held) -> Tensor | None:
-        """Rows (..., in_features) to (..., out_features), or None where :func:`apply` is to decide.
-
-        Args:
-            x: the input.
-            own: the layer's own dictionary of buffers, with the key ``"bias"``.
-        """
-        known = self.known
-        if (
-            known is not None
-            and type(x) is Tensor
-            and x.dtype is known.dtype
-            and known.generation == tuning.generation
-            and x.is_contiguous()
-            and x.is_cpu
-            and not torch.is_grad_enabled()
-            and is_usual()
-        ):
-            for name, tensor in known.pairs:
-                if own[name] is not tensor:
-                    break
-            else:
-                width = self.quick.in_features
-                if x.shape[-1:] == (width,) and x.numel() // width in known.rows:
-                    result: Tensor = known.call(x, known.given, known.words)
-                    return result
-                return self.quick(x, own)
-        self.known = self._asked(x, own)
-        return self.quick(x, own)
-
-    def _asked(self, x: Tensor, own: Held) -> _Known | None:
-        """What is the same in all calls that are like this one and record no gradient; None where they take another
-        way."""
-        text, dtype = self.quick.text, x.dtype
-        if text is None or dtype not in NATIVE_DTYPES or torch.is_grad_enabled() or not native().available:
-            return None
-        if "bias" not in own:
-            return None
-        generation, rows = tuning.generation, native_rows(self.quick.program, dtype)
-        bias = own["bias"]
-        pairs = tuple((name, own.get(name)) for name in (*text.names, "bias"))
-        given = [tensor for _, tensor in pairs if tensor is not None]
-        if len(given) < len(text.names) + (bias is not None):  # one is computed, by a parametrization for instance
-            return None
-        for name, tensor in pairs:
-            if tensor is None:
-                continue
-            wanted = torch.int64 if name in text.indices else dtype
-            if tensor.dtype is not wanted or not tensor.is_contiguous() or not tensor.is_cpu:
-                return None
-        words = text.plain if bias is None else text.biased
-        return _Known(dtype, generation, rows, pairs, given, words, multiplier())
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A call of the native operator but for its input.
-
-    Args:
-        dtype: of the rows.
-        generation: of the measurements that say for how many rows it is the fastest way.
-        rows: these.
-        pairs: the tensors by name, None for no bias.
-        given, words: what the operator takes.
-        call: the operator.
-    """
-
-    dtype: torch.dtype
-    generation: int
-    rows: Rows
-    pairs: tuple[tuple[str, Tensor | None], ...]
-    given: list[Tensor]
-    words: str
-    call: Callable[..., Tensor]
 
 
 _KEPT = "_quick"

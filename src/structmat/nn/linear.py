@@ -251,6 +251,9 @@ class FrozenLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("dense", None, persistent=False)
         self._holds_dense = False
+        # Whether nothing is to be asked before the short way of standing tensors.
+        self._can_be_short = not on_parts and self._convolved is None and self._fourier is None
+        self._is_short = self._can_be_short
         self._denser: dict[torch.Size, bool] = {}  # whether the dense matrix is the fastest way for an input
         self._denser_for = (-1, 0)  # for which state of the measurements, and how many threads
 
@@ -265,9 +268,13 @@ class FrozenLinear(nn.Module):
                 unit = torch.eye(self.program.in_features, dtype=like.dtype, device=like.device)
                 self.dense = apply(self.program, tensors, unit).T.contiguous()
         self._holds_dense = hold
+        self._is_short = self._can_be_short and not hold
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
+        if self._is_short and not is_compiling():
+            short = self._standing(x, self._buffers)
+            return multiply(self.program, self.tensors(), x, self.bias) if short is None else short
         if self._fourier is not None and x.is_complex() and x.numel() > 0 and not self._holds_dense:
             transform = torch.fft.ifft if self._fourier.inverse else torch.fft.fft
             found: Tensor = transform(x)
