@@ -17,6 +17,7 @@ from structmat.nn.linear import FrozenLinear, StructuredLinear
 from structmat.nn.recurrent.cells import Cell, State
 from structmat.nn.recurrent.gates import GateLinear
 from structmat.nn.recurrent.hooks import is_hooked
+from structmat.nn.recurrent.packing import packing
 from structmat.nn.recurrent.recorded import run_recorded
 from structmat.program import Program, build
 from structmat.structures.dense import Dense
@@ -50,7 +51,8 @@ def run_direction(
     inputs, recurrent, projection = matrices
     gates = inputs(x)
     if sizes is not None:
-        return _packed(cell, recurrent, projection, gates, sizes, state, backwards)
+        found = None if projection is not None else _packed_at_once(cell, recurrent, gates, sizes, state, backwards)
+        return found or _packed(cell, recurrent, projection, gates, sizes, state, backwards)
     if y is not None:
         end = None if projection is not None else natively(cell, recurrent, gates, state, y, backwards=backwards)
         if end is not None:
@@ -73,6 +75,28 @@ def run_direction(
 def _stepped(cell: Cell, recurrent: nn.Module, projection: nn.Module | None, x: Tensor, state: State) -> State:
     after = cell.step(x, recurrent(state[0]), state)
     return after if projection is None else (projection(after[0]), *after[1:])
+
+
+def _packed_at_once(
+    cell: Cell, recurrent: nn.Module, gates: Tensor, sizes: list[int], state: State, backwards: bool
+) -> tuple[Tensor, State] | None:
+    """Sequences of several lengths in one native call, filled up to one; None where there is none for them."""
+    if is_followed() or not gates.is_cpu:
+        return None
+    form = packing(sizes, backwards)
+    if form is None or _product(recurrent, cell, state[0]) is None:
+        return None
+    filled = form.spread(gates, cell)
+    if may_write(gates, state):
+        y = filled.new_empty(form.times, form.rows, state[0].shape[-1])
+        end = natively(cell, recurrent, filled, state, y, backwards=False)
+        found = None if end is None else (y, end)
+    else:
+        found = recordedly(cell, recurrent, filled, state, backwards=False)
+    if found is None:
+        return None
+    y, end = found
+    return form.packed(y), (form.ends(y), *end[1:])
 
 
 def _packed(

@@ -22,7 +22,7 @@ class Sequences:
 
     Args:
         x: (times, rows, inputs), or (all rows, inputs) if packed.
-        sizes: rows at each time if packed.
+        sizes: rows at each time if packed and not equally long.
         rows: how many sequences there are.
         packed: the given sequences if they were packed.
         is_single: whether a single sequence was given, without a batch axis.
@@ -65,6 +65,7 @@ class Sequences:
     def outputs(self, y: Tensor) -> Tensor | PackedSequence:
         """The outputs in the form of what was given."""
         if self.packed is not None:
+            y = y.flatten(0, 1) if self.sizes is None else y
             return PackedSequence(y, self.packed.batch_sizes, self.packed.sorted_indices, self.packed.unsorted_indices)
         if self.is_single:
             return y.squeeze(1)
@@ -88,6 +89,8 @@ def sequences(x: Tensor | PackedSequence, options: Options) -> Sequences:
     if isinstance(x, PackedSequence):
         sizes = x.batch_sizes.tolist()
         _check_width(x.data, options)
+        if sizes[-1] == sizes[0]:  # as long as each other
+            return Sequences(x.data.unflatten(0, (len(sizes), sizes[0])), None, sizes[0], x, False, False)
         return Sequences(x.data, sizes, sizes[0], x, False, False)
     axes = x.dim()
     if axes not in (2, 3):
