@@ -86,6 +86,7 @@ CHAR_LSTM = RealModel(
     minutes=5.0,
     narrow=lambda width: CharLSTM(width).eval(),
     width=128,
+    rates=(1e-3, 3e-3, 1e-2),
 )
 
 # ------------------------------------------------------------------------------------------------- the spelling GRU

@@ -2,7 +2,6 @@
 // a source is compiled for; functions are those of activations.h.
 #pragma once
 
-#include <cstring>
 #include <initializer_list>
 
 #include "activations.h"
@@ -12,21 +11,12 @@
 namespace structmat {
 namespace STRUCTMAT_ISA {
 
-// So many of a register's numbers, the others zero; and back.
-template <class Real>
-inline V<Real> some(const Real* p, int64_t count) {
-  if (count >= Vector<Real>::lanes) return at(p);
-  V<Real> r = {};
-  std::memcpy(&r, p, size_t(count) * sizeof(Real));
-  return r;
-}
-
 template <class Real>
 inline void put_some(Real* p, V<Real> v, int64_t count) {
   if (count >= Vector<Real>::lanes)
     put(p, v);
   else
-    std::memcpy(p, &v, size_t(count) * sizeof(Real));
+    put_first(p, v, count);
 }
 
 // Gates in PyTorch's order: i, f, g, o for an LSTM, r, z, n for a GRU. What is kept follows them: the memory after, or
@@ -42,14 +32,14 @@ void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* mem
       for (const V<Real>& value : values) put_some(to, value, count), to += size;
     };
     const auto gate = [&](int64_t number) {
-      return some(x + number * size + k, count) + some(s + number * size + k, count);
+      return some_of(x + number * size + k, count) + some_of(s + number * size + k, count);
     };
     V<Real> next = {};
     switch (kind) {
       case Cell::lstm: {
         const V<Real> in = logistic<Real>(gate(0)), keep = logistic<Real>(gate(1));
         const V<Real> fresh = hyperbolic_tangent<Real>(gate(2)), out = logistic<Real>(gate(3));
-        const V<Real> held = keep * some(memory + k, count) + in * fresh;
+        const V<Real> held = keep * some_of(memory + k, count) + in * fresh;
         put_some(memory + k, held, count);
         if (kept) keep_all({in, keep, fresh, out, held});
         next = out * hyperbolic_tangent<Real>(held);
@@ -57,10 +47,10 @@ void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* mem
       }
       case Cell::gru: {
         const V<Real> reset = logistic<Real>(gate(0)), update = logistic<Real>(gate(1));
-        const V<Real> own = some(s + 2 * size + k, count);
-        const V<Real> fresh = hyperbolic_tangent<Real>(some(x + 2 * size + k, count) + reset * own);
+        const V<Real> own = some_of(s + 2 * size + k, count);
+        const V<Real> fresh = hyperbolic_tangent<Real>(some_of(x + 2 * size + k, count) + reset * own);
         if (kept) keep_all({reset, update, fresh, own});
-        next = fresh + update * (some(before + k, count) - fresh);
+        next = fresh + update * (some_of(before + k, count) - fresh);
         break;
       }
       case Cell::tanh: next = hyperbolic_tangent<Real>(gate(0)); break;
@@ -83,39 +73,39 @@ void cell_back(Cell kind, const Real* kept, const Real* before, const Real* memo
   constexpr int n = Vector<Real>::lanes;
   for (int64_t k = 0; k < size; k += n) {
     const int64_t count = size - k;
-    const auto value = [&](int64_t number) { return some(kept + number * size + k, count); };
+    const auto value = [&](int64_t number) { return some_of(kept + number * size + k, count); };
     const auto slope = [](V<Real> v) { return v * (1 - v); };
-    V<Real> g = some(grad + k, count) + some(through + k, count);
+    V<Real> g = some_of(grad + k, count) + some_of(through + k, count);
     switch (kind) {
       case Cell::lstm: {
         const V<Real> in = value(0), keep = value(1), fresh = value(2), out = value(3);
         const V<Real> shown = hyperbolic_tangent<Real>(value(4));
-        const V<Real> held = some(grad_memory + k, count) + g * out * (1 - shown * shown);
+        const V<Real> held = some_of(grad_memory + k, count) + g * out * (1 - shown * shown);
         put_some(grad_memory + k, held * keep, count);
         put_some(gx + k, held * fresh * slope(in), count);
-        put_some(gx + size + k, held * some(memory + k, count) * slope(keep), count);
+        put_some(gx + size + k, held * some_of(memory + k, count) * slope(keep), count);
         put_some(gx + 2 * size + k, held * in * (1 - fresh * fresh), count);
         put_some(gx + 3 * size + k, g * shown * slope(out), count);
         break;
       }
       case Cell::gru: {
         const V<Real> reset = value(0), update = value(1), fresh = value(2), own = value(3);
-        g += some(direct + k, count);
+        g += some_of(direct + k, count);
         put_some(direct + k, g * update, count);
         const V<Real> of_fresh = g * (1 - update) * (1 - fresh * fresh);
         const V<Real> of_reset = of_fresh * own * slope(reset);
-        const V<Real> of_update = g * (some(before + k, count) - fresh) * slope(update);
+        const V<Real> of_update = g * (some_of(before + k, count) - fresh) * slope(update);
         put_some(gx + k, of_reset, count), put_some(gs + k, of_reset, count);
         put_some(gx + size + k, of_update, count), put_some(gs + size + k, of_update, count);
         put_some(gx + 2 * size + k, of_fresh, count), put_some(gs + 2 * size + k, of_fresh * reset, count);
         break;
       }
       case Cell::tanh: {
-        const V<Real> y = some(after + k, count);
+        const V<Real> y = some_of(after + k, count);
         put_some(gx + k, g * (1 - y * y), count);
         break;
       }
-      case Cell::relu: put_some(gx + k, some(after + k, count) > 0 ? g : V<Real>{}, count); break;
+      case Cell::relu: put_some(gx + k, some_of(after + k, count) > 0 ? g : V<Real>{}, count); break;
     }
   }
 }

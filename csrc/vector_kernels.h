@@ -4,6 +4,8 @@
 // Vectors lie `pitch` numbers apart. A contraction is cut into units of `unit_lines` lines b, for threads to share.
 #pragma once
 
+#include <algorithm>
+
 #include "gradients.h"
 #include "kernels.h"
 #include "vectors.h"
@@ -108,6 +110,44 @@ void add_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step, int6
     }
 }
 
+// The same where the weights run, for more numbers than accumulators hold at a time: lines of weights are read one after
+// the other, a few at a time, and added to y.
+template <class Real, int together>
+void add_long_rows(const Real* w, int64_t w_step, const Real* x, int64_t pitch_x, int64_t depth, Real* y,
+                   int64_t pitch_y, int64_t length, bool add) {
+  constexpr int n = Vector<Real>::lanes;
+  const auto lines = [&](auto count, int64_t c, bool adds) {
+    constexpr int g = decltype(count)::value;
+    Real factor[together][g];
+    for (int r = 0; r < together; ++r) std::copy_n(x + r * pitch_x + c, g, factor[r]);
+    const Real* line = w + c * w_step;
+    int64_t k = 0;
+    for (; k + n <= length; k += n) {
+      V<Real> sum[together];
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) sum[r] = adds ? at(y + r * pitch_y + k) : V<Real>{};
+#pragma GCC unroll 8
+      for (int i = 0; i < g; ++i) {
+        const V<Real> values = at(line + i * w_step + k);
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) sum[r] += values * factor[r][i];
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) put(y + r * pitch_y + k, sum[r]);
+    }
+    for (; k < length; ++k)
+      for (int r = 0; r < together; ++r) {
+        Real sum = adds ? y[r * pitch_y + k] : Real(0);
+        for (int i = 0; i < g; ++i) sum += line[i * w_step + k] * factor[r][i];
+        y[r * pitch_y + k] = sum;
+      }
+  };
+  constexpr int few = together == 1 ? 8 : 4;
+  int64_t c = 0;
+  for (; c + few <= depth; c += few) lines(std::integral_constant<int, few>(), c, add || c > 0);
+  for (; c < depth; ++c) lines(std::integral_constant<int, 1>(), c, add || c > 0);
+}
+
 // Both the weights and x run along d: y[d] (+)= the sum over c of w[c, d] x[c, d].
 template <class Real, int together>
 void multiply_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step, int64_t pitch_x, int64_t depth, Real* y,
@@ -171,25 +211,79 @@ void fold_lines(const Real* w, int64_t stride, int64_t lines, int64_t depth, int
   }
 }
 
+// The same for what `fold_lines` reads, transposed: weights of neighbouring lines lie side by side, (b, d), and the d
+// numbers of x that they share are repeated over the lanes.
+template <class Real, int together>
+void unfold_lines(const Real* w, int64_t w_step, const Real* x, int64_t depth, int64_t d, Real* y, int64_t pitch,
+                  int64_t length, bool add) {
+  typedef typename Exchange<Real>::Mask Mask;
+  constexpr int n = Vector<Real>::lanes, wide = together == 1 ? 4 : 2;
+  Mask repeat;
+  for (int l = 0; l < n; ++l) repeat[l] = l & (d - 1);  // d is a power of two, as the number of lanes is
+  const auto repeated = [&](const Real* from, int64_t left) {
+    return __builtin_shuffle(some_of(from, left), repeat);
+  };
+  const auto columns = [&](auto vectors, int64_t k) {
+    constexpr int v = decltype(vectors)::value;
+    V<Real> sum[together][v];
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) sum[r][i] = add ? at(y + r * pitch + k + i * n) : V<Real>{};
+    for (int64_t c = 0; c < depth; ++c) {
+      V<Real> values[together];
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) values[r] = repeated(x + r * pitch + c * d, (depth - c) * d);
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) {
+        const V<Real> factor = at(w + c * w_step + k + i * n);
+#pragma GCC unroll 4
+        for (int r = 0; r < together; ++r) sum[r][i] += factor * values[r];
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < v; ++i) put(y + r * pitch + k + i * n, sum[r][i]);
+  };
+  int64_t k = 0;
+  for (; k + wide * n <= length; k += wide * n) columns(std::integral_constant<int, wide>(), k);
+  for (; k + n <= length; k += n) columns(std::integral_constant<int, 1>(), k);
+  for (; k < length; ++k)
+    for (int r = 0; r < together; ++r) {
+      Real sum = add ? y[r * pitch + k] : Real(0);
+      for (int64_t c = 0; c < depth; ++c) sum += w[c * w_step + k] * x[r * pitch + c * d + (k & (d - 1))];
+      y[r * pitch + k] = sum;
+    }
+}
+
 template <class Real, int together>
 void contract_few(const Contract& s, const Real* weight, const Real* x, Real* y, int64_t pitch, bool add, int64_t begin,
                   int64_t end) {
   constexpr int sums = together < Vector<Real>::lanes ? together : Vector<Real>::lanes;
   const int64_t units = (s.b + unit_lines - 1) / unit_lines;
-  for (int64_t unit = begin; unit < end; ++unit) {
+  // Transposed, neighbouring lines lie side by side: the more of them at a time, the longer are the rows that are read.
+  const bool is_long = s.stride_b == s.d && (s.d == 1 ? s.stride_c != 1 : s.stride_d == 1);
+  for (int64_t unit = begin; unit < end;) {
     const int64_t a = unit / units, first = unit % units * unit_lines;
-    const int64_t lines = s.b - first < unit_lines ? s.b - first : unit_lines;
+    const int64_t taken = is_long ? std::min(units - unit % units, end - unit) : 1;
+    const int64_t lines = std::min(s.b - first, taken * unit_lines);
+    unit += taken;
     const Real* w = weight + a * s.stride_a + first * s.stride_b;
     const Real* xa = x + a * s.c * s.d;
     Real* ya = y + (a * s.b + first) * s.d;
     if (s.d == 1 && s.stride_c == 1)
       for (int r = 0; r < together; r += sums)
         dot_lines<Real, sums>(w, s.stride_b, lines, s.c, xa + r * pitch, ya + r * pitch, pitch, pitch, add);
-    else if (s.d == 1)  // transposed: neighbouring lines lie side by side
+    else if (s.d == 1 && lines > 4 * Vector<Real>::lanes)  // transposed: neighbouring lines lie side by side
+      add_long_rows<Real, together>(w, s.stride_c, xa, pitch, s.c, ya, pitch, lines, add);
+    else if (s.d == 1)
       add_rows<Real, together, true>(w, s.stride_c, xa, 1, pitch, s.c, ya, pitch, lines, add);
     else if (s.stride_d == 1 && s.stride_c == s.d && Vector<Real>::lanes % s.d == 0 &&
              s.c * s.d >= 2 * Vector<Real>::lanes)
       fold_lines<Real, together>(w, s.stride_b, lines, s.c, s.d, xa, ya, pitch, add);
+    else if (s.stride_d == 1 && s.stride_b == s.d && Vector<Real>::lanes % s.d == 0)
+      unfold_lines<Real, together>(w, s.stride_c, xa, s.c, s.d, ya, pitch, lines * s.d, add);
     else
       for (int64_t b = 0; b < lines; ++b)
         if (s.stride_d == 0)

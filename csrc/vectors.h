@@ -76,6 +76,12 @@ inline void put_first(Real* p, V<Real> values, int64_t count) {
 #endif
 }
 
+// The same of a register's worth or less.
+template <class Real>
+inline V<Real> some_of(const Real* p, int64_t count) {
+  return count >= Vector<Real>::lanes ? at(p) : first_of(p, count);
+}
+
 // Products number by number, their sums still in lanes.
 template <class Real>
 inline V<Real> products(const Real* one, const Real* other, int64_t length) {
