@@ -61,8 +61,8 @@ class Standing:
                 if own[name] is not tensor:
                     break
             else:
-                width = self.quick.in_features
-                if x.shape[-1:] == (width,):
+                width, shape = self.quick.in_features, x.shape
+                if shape and shape[-1] == width:
                     rows = x.numel() // width
                     if rows in known.rows:
                         return known.product(x, rows)
@@ -102,8 +102,8 @@ class _Known:
     """
 
     __slots__ = (
-        "__weakref__", "dtype", "generation", "given", "multiply", "number", "pairs", "prepares", "rows", "standing",
-        "versions", "watched", "words",
+        "__weakref__", "dtype", "generation", "given", "multiply", "multiply_standing", "number", "pairs", "prepares",
+        "rows", "standing", "watched", "words",
     )  # fmt: skip
 
     def __init__(
@@ -117,24 +117,26 @@ class _Known:
         self.number: int | None = None  # of the prepared product
         # What may be read once, and sorted: writing to it is noticed.
         sorted_ones = {s.values for s in stages(program) if isinstance(s, Sparse)}
-        self.watched = [t for n, t in pairs if t is not None and (n in text.indices or n in sorted_ones)]
+        watched = [t for n, t in pairs if t is not None and (n in text.indices or n in sorted_ones)]
         self.standing = standing()
+        self.multiply_standing: Callable[..., Tensor] = self.multiply  # until there is one
         by_vectors = dtype in (torch.float32, torch.float64)
         # Tensors of the inference mode do not count what is written to them.
-        counted = not any(tensor.is_inference() for tensor in self.watched)
+        counted = not any(tensor.is_inference() for tensor in watched)
         self.prepares = by_vectors and counted and self.standing is not None
-        self.versions = [tensor._version for tensor in self.watched] if self.prepares else []
+        self.watched = [(tensor, tensor._version) for tensor in watched] if self.prepares else []
 
     def product(self, x: Tensor, rows: int) -> Tensor:
         """The product with so many rows."""
         if not self.prepares or rows >= FEW_ROWS or rows == 0:
             return self.multiply(x, self.given, self.words)
-        for tensor, version in zip(self.watched, self.versions, strict=True):
+        for tensor, version in self.watched:
             if tensor._version != version:
                 self.prepares = False  # somebody writes to what should stand
                 return self.multiply(x, self.given, self.words)
-        assert self.standing is not None
         if self.number is None:
-            self.number = self.standing[0](self.given, self.words)
-            weakref.finalize(self, self.standing[2], self.number).atexit = False
-        return self.standing[1](x, self.number)
+            assert self.standing is not None
+            stand, self.multiply_standing, fall = self.standing
+            self.number = stand(self.given, self.words)
+            weakref.finalize(self, fall, self.number).atexit = False
+        return self.multiply_standing(x, self.number)
