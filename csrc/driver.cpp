@@ -119,19 +119,26 @@ std::vector<char> pooled(const std::string& text, const structmat::Batch& batch,
   return z;
 }
 
+// What the text of a recurrent net says, after its first word.
+template <class Sequence>
+structmat::Plan begun(const std::string& text, const structmat::Batch& batch, Sequence& q) {
+  std::istringstream words(text.substr(text.find(' ')));
+  int cell;
+  words >> cell >> q.times >> q.backwards >> std::ws;
+  std::string program;
+  std::getline(words, program);
+  q.cell = structmat::Cell(cell), q.rows = batch.rows, q.storage = batch.storage;
+  const bool few = structmat::runs_by_vectors(batch.rows, batch.storage);
+  return structmat::make_plan(program, few ? structmat::Use::vectors : structmat::Use::tiles);
+}
+
 // All states of a recurrent net.
 std::vector<char> recurred(const std::string& text, const structmat::Batch& batch,
                            const std::vector<structmat::Array>& tensors, const std::vector<char>& memory, int64_t size,
                            int repetitions) {
   structmat::Sequence q{};
-  std::istringstream words(text.substr(6));
-  int cell;
-  words >> cell >> q.times >> q.backwards >> std::ws;
-  std::string program;
-  std::getline(words, program);
-  const bool few = structmat::runs_by_vectors(batch.rows, batch.storage);
-  const structmat::Plan plan = structmat::make_plan(program, few ? structmat::Use::vectors : structmat::Use::tiles);
-  q.cell = structmat::Cell(cell), q.rows = batch.rows, q.size = plan.in_features, q.storage = batch.storage;
+  const structmat::Plan plan = begun(text, batch, q);
+  q.size = plan.in_features;
   const int64_t wide = structmat::gates_of(q.cell) * q.size;
   q.x = batch.x, q.x_row = wide, q.x_time = wide * q.rows;
   q.start = tensors[tensors.size() - 2].data, q.start_row = q.size;
@@ -145,14 +152,8 @@ std::vector<char> recurred(const std::string& text, const structmat::Batch& batc
 std::vector<char> unrecurred(const std::string& text, const structmat::Batch& batch,
                              const std::vector<structmat::Array>& tensors, int64_t size, int repetitions) {
   structmat::SequenceBack q{};
-  std::istringstream words(text.substr(8));
-  int cell;
-  words >> cell >> q.times >> q.backwards >> std::ws;
-  std::string program;
-  std::getline(words, program);
-  const bool few = structmat::runs_by_vectors(batch.rows, batch.storage);
-  const structmat::Plan plan = structmat::make_plan(program, few ? structmat::Use::vectors : structmat::Use::tiles);
-  q.cell = structmat::Cell(cell), q.rows = batch.rows, q.size = plan.out_features, q.storage = batch.storage;
+  const structmat::Plan plan = begun(text, batch, q);
+  q.size = plan.out_features;
   const structmat::Array* last = &tensors[tensors.size() - 4];
   q.start = last[0].data, q.memory = last[1].data, q.kept = structmat::kept_of(q.cell) ? last[2].data : nullptr;
   q.y = last[3].data, q.grad = batch.x, q.grad_row = q.size, q.grad_time = q.rows * q.size;

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from recurrent_layers import KINDS, flat
+from recurrent_layers import KINDS, UNPROJECTED, flat
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -21,8 +21,6 @@ pytestmark = pytest.mark.skipif(
     not sm.kernels.native().available or sm.kernels.native().by_address is not None,
     reason="there are no operators of the native backend",
 )
-
-UNPROJECTED = sorted(KINDS.keys() - {"projected"})
 
 
 @pytest.fixture

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from recurrent_layers import KINDS, flat
+from recurrent_layers import KINDS, UNPROJECTED, Called, calls_of, flat
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -23,8 +22,6 @@ pytestmark = pytest.mark.skipif(
     not sm.kernels.native().available or sm.kernels.native().by_address is not None,
     reason="there are no operators of the native backend",
 )
-
-UNPROJECTED = sorted(KINDS.keys() - {"projected"})
 
 STRUCTURES: tuple[Structure, ...] = (
     sm.Dense(), sm.LowRank(2), sm.Monarch(2), sm.Sparse(0.3), sm.GBLR(2), sm.Butterfly(),
@@ -54,40 +51,16 @@ def gradients(layer: nn.Module, given: list[Tensor], weights: list[Tensor], call
     return list(torch.autograd.grad(loss, [*given, *layer.parameters()]))
 
 
-@given(
-    kind=st.sampled_from(UNPROJECTED),
-    structure=st.sampled_from(STRUCTURES),
-    sizes=st.tuples(st.integers(1, 9), st.integers(4, 37), st.integers(1, 6), st.integers(1, 40)),
-    flags=st.tuples(*[st.booleans()] * 5),
-    dtype=st.sampled_from((torch.float32, torch.float64)),
-    seed=st.integers(0, 1000),
-)
+@given(calls_of(STRUCTURES))
 @settings(max_examples=120, deadline=None)
-def test_gradients_are_those_of_the_reference(
-    kind: str,
-    structure: Structure,
-    sizes: tuple[int, int, int, int],
-    flags: tuple[bool, ...],
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    width, hidden, times, rows = sizes
-    bias, batch_first, bidirectional, per_gate, given_state = flags
-    made, more = KINDS[kind]
-    torch.manual_seed(seed)
-    layer = made(
-        width, hidden, 2, bias=bias, batch_first=batch_first, bidirectional=bidirectional, structure=structure,
-        input_structure=sm.Dense(), per_gate=per_gate, dtype=dtype, **more,
-    )  # fmt: skip
-    x = torch.randn(rows, times, width, dtype=dtype) if batch_first else torch.randn(times, rows, width, dtype=dtype)
-    parts = [torch.randn(2 * (1 + bidirectional), rows, hidden, dtype=dtype) for _ in range(1 + (kind == "LSTM"))]
-    given = [t.requires_grad_() for t in ([x, *parts] if given_state else [x])]
-    state = () if not given_state else (tuple(parts),) if kind == "LSTM" else tuple(parts)
+def test_gradients_are_those_of_the_reference(called: Called) -> None:
+    layer, x, state = called.layer, called.x, called.state
+    given = [t.requires_grad_() for t in ([x, *called.parts] if state else [x])]
     weights = [torch.randn_like(y) for y in flat(layer(x, *state))]
     found = gradients(layer, given, weights, lambda: layer(x, *state))
     with sm.backend("reference"):
         wanted = gradients(layer, given, weights, lambda: layer(x, *state))
-    exact = dtype is torch.float64
+    exact = x.dtype is torch.float64
     for ours, theirs in zip(found, wanted, strict=True):
         scale = float(theirs.abs().max())
         torch.testing.assert_close(ours, theirs, rtol=0, atol=(1e-12 if exact else 1e-4) * max(1.0, scale))

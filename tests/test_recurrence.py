@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from recurrent_layers import KINDS, dense, flat
+from recurrent_layers import KINDS, UNPROJECTED, Called, calls_of, dense, flat
 
 import structmat as sm
 from structmat.kernels.recurrence import NativeCell
@@ -21,8 +21,6 @@ pytestmark = pytest.mark.skipif(
     not sm.kernels.native().available or sm.kernels.native().by_address is not None,
     reason="there are no operators of the native backend",
 )
-
-UNPROJECTED = sorted(KINDS.keys() - {"projected"})
 
 STRUCTURES: tuple[Structure, ...] = (
     sm.Dense(), sm.LowRank(2), sm.Monarch(2), sm.Sparse(0.3), sm.GBLR(2), sm.Butterfly(), sm.Toeplitz(),
@@ -45,39 +43,15 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-@given(
-    kind=st.sampled_from(UNPROJECTED),
-    structure=st.sampled_from(STRUCTURES),
-    sizes=st.tuples(st.integers(1, 9), st.integers(4, 37), st.integers(1, 6), st.integers(1, 40)),
-    flags=st.tuples(*[st.booleans()] * 5),
-    dtype=st.sampled_from((torch.float32, torch.float64)),
-    seed=st.integers(0, 1000),
-)
+@given(calls_of(STRUCTURES), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_it_computes_what_pytorch_does(
-    kind: str,
-    structure: Structure,
-    sizes: tuple[int, int, int, int],
-    flags: tuple[bool, ...],
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    width, hidden, times, rows = sizes
-    bias, batch_first, bidirectional, freezes, given_state = flags
-    made, more = KINDS[kind]
-    torch.manual_seed(seed)
-    layer = made(
-        width, hidden, 2, bias=bias, batch_first=batch_first, bidirectional=bidirectional, structure=structure,
-        input_structure=sm.Dense(), dtype=dtype, **more,
-    ).eval()  # fmt: skip
-    x = torch.randn(rows, times, width, dtype=dtype) if batch_first else torch.randn(times, rows, width, dtype=dtype)
-    parts = [torch.randn(2 * (1 + bidirectional), rows, hidden, dtype=dtype) for _ in range(1 + (kind == "LSTM"))]
-    state = () if not given_state else ((parts[0], parts[1]),) if kind == "LSTM" else (parts[0],)
+def test_it_computes_what_pytorch_does(called: Called, freezes: bool) -> None:
+    layer, x, parts, state = called.layer.eval(), called.x, called.parts, called.state
     kept = [part.clone() for part in parts]
     run = layer.freeze() if freezes else layer
     with torch.no_grad():
         found, wanted = flat(run(x, *state)), flat(dense(layer)(x, *state))
-    exact = dtype is torch.float64
+    exact = x.dtype is torch.float64
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9 if exact else 1e-4, atol=1e-11 if exact else 1e-5)
     assert all(torch.equal(a, b) for a, b in zip(parts, kept, strict=True)), "a state that was given has changed"
