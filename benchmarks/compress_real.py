@@ -16,7 +16,7 @@ its own, and is written when it ends: a study that was interrupted goes on where
 Compressed models and checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
 
 Every method is recovered in the same way and for the same time, 5 minutes, or 15 for compressing and recovery of the
-language model together. First at three learning rates for a third of the time each; then, from the beginning, at the
+language model together. At three learning rates for a third of the time each (seed 0, a quarter of the numbers); then, from the beginning, at the
 rate whose model was nearest to the original on held-out training data. What is measured is the processor's seconds of a
 step, and every cell takes as many steps as fit: a busy machine delays the study but does not change its outcome.
 ``--minutes`` shortens recovery, to see that everything runs; its results are not written among the others.
@@ -62,6 +62,8 @@ WORK = ROOT / "build" / "compress_real"
 STUDY_FOLDER = RESULTS / "compress_real"
 
 BUDGETS = (0.5, 0.25)
+SWEPT = 0.25
+"""The budget at which learning rates are tried, for both: there recovery has most to do."""
 """Shares of the parameters of the compressible layers."""
 
 SEEDED = (OURS, LOW_RANK)
@@ -388,9 +390,13 @@ def menu_result(model: str) -> Path:
     return beside("low_rank") / f"{model}.json"
 
 
+def swept(cell: Cell) -> Cell:
+    """The cell whose learning rates are tried for this one: of seed 0 and one budget."""
+    return dataclasses.replace(cell, seed=0, budget=cell.budget if cell.method == DENSE else SWEPT)
+
+
 def rate_result(cell: Cell, rate: float) -> Path:
-    """Of seed 0, which chooses for all seeds."""
-    return beside("rates") / f"{dataclasses.replace(cell, seed=0).key}_{rate:g}.json"
+    return beside("rates") / f"{cell.key}_{rate:g}.json"
 
 
 def clock_result(cell: Cell) -> Path:
@@ -431,16 +437,23 @@ def steps_within(cell: Cell, minutes: float) -> int:
     return max(1, round(60 * minutes / seconds))
 
 
-def best_rate(cell: Cell, minutes: float) -> float:
+def best_rate(cell: Cell, minutes: float | None) -> float:
     """The learning rate at which the model comes nearest to the original on held-out data; tried first where nobody
-    has, for a third of the time each."""
-    found = {}
+    has, for a third of the time each.
+
+    Args:
+        cell: :func:`swept` of it is tried.
+        minutes: of recovery, or None for the study's.
+    """
+    first, found = swept(cell), {}
     tried = rates(cell.method, MODELS[cell.model])
     for rate in tried:
-        path = rate_result(cell, rate)
+        path = rate_result(first, rate)
         if not path.exists():
-            first = dataclasses.replace(cell, seed=0)
-            in_own_process(first, "rates", "--rate", str(rate), "--steps", str(steps_within(cell, minutes / 3)))
+            if not has_start(first):
+                in_own_process(first, "before")
+            available = minutes_left(first) if minutes is None else minutes
+            in_own_process(first, "rates", "--rate", str(rate), "--steps", str(steps_within(first, available / 3)))
         if path.exists():
             found[rate] = json.loads(path.read_text(encoding="utf-8"))["held_out"]["best"]
     return min(found, key=lambda rate: found[rate]) if found else tried[1]
@@ -478,12 +491,12 @@ def run(phase: str, chosen: list[Cell], minutes: float | None) -> None:
         if phase in ("all", "recovery") and has_start(cell) and not is_recovered(cell):
             available = minutes_left(cell) if minutes is None else minutes
             print(f"{label}: recovery, {available:.2g} minutes", flush=True)
-            rate, steps = best_rate(cell, available), steps_within(cell, available)
+            rate, steps = best_rate(cell, minutes), steps_within(cell, available)
             said = MODELS[cell.model].minutes if minutes is None else minutes
             options = ("--rate", str(rate), "--steps", str(steps), "--minutes", str(said))
             in_own_process(cell, "recovery", *options)
         if phase == "rates" and has_start(cell):
-            best_rate(cell, minutes_left(cell) if minutes is None else minutes)
+            best_rate(cell, minutes)
         if phase == "steps" and cell.seed == 0 and has_start(cell) and not clock_result(cell).exists():
             in_own_process(cell, "steps")
         if phase == "time" and has_start(cell):

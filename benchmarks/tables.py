@@ -155,7 +155,8 @@ def _rates(folder: Path) -> list[str]:
     table = [(*key, *(f"{own[rate]:.4f}" if rate in own else "—" for rate in rates)) for key, own in rows.items()]
     note = (
         "Distance from the original on held-out training data after a third of the recovery at each rate (seed 0): the "
-        "divergence of the outputs, per prediction, in nats. The whole recovery has the best of these rates."
+        "divergence of the outputs, per prediction, in nats. The whole recovery has the best of these rates, at both "
+        "budgets."
     )
     return ["", "## Learning rates", "", note, "", _row(head), _row(["---"] * len(head)), *map(_row, table)]
 
