@@ -16,9 +16,10 @@ its own, and is written when it ends: a study that was interrupted goes on where
 Compressed models and checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
 
 Every method is recovered in the same way and for the same time, 5 minutes, or 15 for compressing and recovery of the
-language model together. At three learning rates for a third of the time each (seed 0, a quarter of the numbers); then, from the beginning, at the
-rate whose model was nearest to the original on held-out training data. What is measured is the processor's seconds of a
-step, and every cell takes as many steps as fit: a busy machine delays the study but does not change its outcome.
+language model together. At three learning rates for a third of the time each (seed 0, a quarter of the numbers); then,
+from the beginning, at the rate whose model was nearest to the original on held-out training data. What is measured is
+the processor's seconds of a step, and every cell takes as many steps as fit: a busy machine delays the study but does
+not change its outcome.
 ``--minutes`` shortens recovery, to see that everything runs; its results are not written among the others.
 """
 
