@@ -2,8 +2,6 @@
 // a source is compiled for; functions are those of activations.h.
 #pragma once
 
-#include <initializer_list>
-
 #include "activations.h"
 #include "kernels.h"
 #include "vectors.h"
@@ -27,10 +25,7 @@ void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* mem
   constexpr int n = Vector<Real>::lanes;
   for (int64_t k = 0; k < size; k += n) {
     const int64_t count = size - k;
-    const auto keep_all = [&](std::initializer_list<V<Real>> values) {
-      Real* to = kept + k;
-      for (const V<Real>& value : values) put_some(to, value, count), to += size;
-    };
+    const auto hold = [&](int64_t number, V<Real> value) { put_some(kept + number * size + k, value, count); };
     const auto gate = [&](int64_t number) {
       return some_of(x + number * size + k, count) + some_of(s + number * size + k, count);
     };
@@ -41,7 +36,7 @@ void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* mem
         const V<Real> fresh = hyperbolic_tangent<Real>(gate(2)), out = logistic<Real>(gate(3));
         const V<Real> held = keep * some_of(memory + k, count) + in * fresh;
         put_some(memory + k, held, count);
-        if (kept) keep_all({in, keep, fresh, out, held});
+        if (kept) hold(0, in), hold(1, keep), hold(2, fresh), hold(3, out), hold(4, held);
         next = out * hyperbolic_tangent<Real>(held);
         break;
       }
@@ -49,7 +44,7 @@ void cell(Cell kind, const Real* x, const Real* s, const Real* before, Real* mem
         const V<Real> reset = logistic<Real>(gate(0)), update = logistic<Real>(gate(1));
         const V<Real> own = some_of(s + 2 * size + k, count);
         const V<Real> fresh = hyperbolic_tangent<Real>(some_of(x + 2 * size + k, count) + reset * own);
-        if (kept) keep_all({reset, update, fresh, own});
+        if (kept) hold(0, reset), hold(1, update), hold(2, fresh), hold(3, own);
         next = fresh + update * (some_of(before + k, count) - fresh);
         break;
       }
