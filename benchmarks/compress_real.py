@@ -16,10 +16,10 @@ its own, and is written when it ends: a study that was interrupted goes on where
 Compressed models and checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
 
 Every method is recovered in the same way and for the same time, 5 minutes, or 15 for compressing and recovery of the
-language model together. At three learning rates for a third of the time each (seed 0, a quarter of the numbers); then,
-from the beginning, at the rate whose model was nearest to the original on held-out training data. What is measured is
-the processor's seconds of a step, and every cell takes as many steps as fit: a busy machine delays the study but does
-not change its outcome.
+language model together. Three learning rates are tried for a third of the time each (seed 0, a quarter of the
+numbers); the recovery has, from the beginning, the rate whose model was nearest to the original on held-out training
+data. What is measured is the processor's seconds of a step, and every cell takes as many steps as fit: a busy machine
+delays the study but does not change its outcome.
 ``--minutes`` shortens recovery, to see that everything runs; its results are not written among the others.
 """
 
@@ -63,9 +63,10 @@ WORK = ROOT / "build" / "compress_real"
 STUDY_FOLDER = RESULTS / "compress_real"
 
 BUDGETS = (0.5, 0.25)
+"""Shares of the parameters of the compressible layers."""
+
 SWEPT = 0.25
 """The budget at which learning rates are tried, for both: there recovery has most to do."""
-"""Shares of the parameters of the compressible layers."""
 
 SEEDED = (OURS, LOW_RANK)
 """Ours and the best baseline get three seeds, the others one."""
