@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,11 @@ class Task:
     labels: bool = False
     images: bool = False
     long: bool = False
+
+    @property
+    def recipe(self) -> Task:
+        """How the networks start and train, whatever the task is called and which rates it sweeps."""
+        return replace(self, name="", about="", rates=(), rate=0.0)
 
     def model(self, method: Method, seed: int) -> nn.Module:
         """A fresh network."""

@@ -118,3 +118,19 @@ def test_the_narrower_network_is_the_widest_that_fits(budget: float) -> None:
     width = methods.narrow_width(real, budget)
     most = budget * methods.numbers(nets.CharLSTM(64))
     assert methods.numbers(nets.CharLSTM(width)) <= most < methods.numbers(nets.CharLSTM(width + 1))
+
+
+def test_equal_networks_of_a_study_are_trained_once() -> None:
+    """A family's smallest member serves several sizes; a sweep may end at the published rate; nothing else is equal."""
+    study = importlib.import_module("benchmarks.kronecker_study")
+    tasks = {task.name: task for task in study.TASKS}
+    methods = {method.key: method for method in study.METHODS}
+
+    def twins(task: str, method: str) -> set[tuple[str, str]]:
+        return {(other.name, twin.key) for other, twin in study.twins(tasks[task], methods[method], 1)}
+
+    assert twins("mnist swept", "Kronecker k=2") == {("mnist", "Kronecker k=2")}
+    assert twins("function", "Kronecker k=2") == set()
+    sizes = {("function", f"block tensor-train k={k}") for k in (1, 2, 4)}
+    for size in sizes:
+        assert twins(*size) == sizes - {size}
