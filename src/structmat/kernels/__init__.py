@@ -24,7 +24,7 @@ from structmat.kernels.multiply import multiply
 from structmat.kernels.operator import arguments, is_by_features, is_by_rows, run, run_into, takes
 from structmat.kernels.plainly import plainly
 from structmat.kernels.quick import quick
-from structmat.kernels.repeated import Product, repeated
+from structmat.kernels.repeated import Product, repeated, repeated_into
 from structmat.kernels.standing import Standing
 from structmat.program import Program, reference
 
@@ -44,6 +44,7 @@ __all__ = [
     "prefers_native",
     "quick",
     "repeated",
+    "repeated_into",
     "runs_native",
     "writing_for",
 ]

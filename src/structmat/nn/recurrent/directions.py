@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from structmat.nn.recurrent.cells import Cell, State
 from structmat.nn.recurrent.gates import GateLinear
 from structmat.nn.recurrent.hooks import is_hooked
 from structmat.nn.recurrent.packing import packing
+from structmat.nn.recurrent.parts import in_parts
 from structmat.nn.recurrent.recorded import run_recorded
-from structmat.program import Program, build
-from structmat.structures.dense import Dense
+from structmat.nn.recurrent.source import Source, source
+from structmat.program import Program
 
 
 def run_direction(
@@ -49,18 +50,12 @@ def run_direction(
         state, each row's after its own last time.
     """
     inputs, recurrent, projection = matrices
+    if y is not None:
+        return y, _written(cell, matrices, x, state, y, backwards)
     gates = inputs(x)
     if sizes is not None:
         found = None if projection is not None else _packed_at_once(cell, recurrent, gates, sizes, state, backwards)
         return found or _packed(cell, recurrent, projection, gates, sizes, state, backwards)
-    if y is not None:
-        end = None if projection is not None else natively(cell, recurrent, gates, state, y, backwards=backwards)
-        if end is not None:
-            return y, end
-        order = (gates.flip(0), y.unbind(0)[::-1]) if backwards else (gates, y.unbind(0))
-        product = for_many_calls(recurrent, state[0], len(gates))
-        second = None if projection is None else for_many_calls(projection, state[-1], len(gates))
-        return y, cell.loop(order[0], product, second, state, order[1])
     if projection is None:
         recorded = recordedly(cell, recurrent, gates, state, backwards=backwards)
         if recorded is not None:
@@ -70,6 +65,28 @@ def run_direction(
         state = _stepped(cell, recurrent, projection, now, state)
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if backwards else outputs), state
+
+
+def _written(
+    cell: Cell,
+    matrices: tuple[nn.Module, nn.Module, nn.Module | None],
+    x: Tensor,
+    state: State,
+    y: Tensor,
+    backwards: bool,
+) -> State:
+    """The state after all times, whose outputs are written."""
+    inputs, recurrent, projection = matrices
+    for times, gates in in_parts(inputs, x, backwards=backwards):
+        made = y[times]
+        end = None if projection is not None else natively(cell, recurrent, gates, state, made, backwards=backwards)
+        if end is None:
+            order = (gates.flip(0), made.unbind(0)[::-1]) if backwards else (gates, made.unbind(0))
+            product = for_many_calls(recurrent, state[0], len(gates))
+            second = None if projection is None else for_many_calls(projection, state[-1], len(gates))
+            end = cell.loop(order[0], product, second, state, order[1])
+        state = end
+    return state
 
 
 def _stepped(cell: Cell, recurrent: nn.Module, projection: nn.Module | None, x: Tensor, state: State) -> State:
@@ -168,34 +185,15 @@ def recordedly(
     return None if way is None else run_recorded(cell, *way, gates, state)
 
 
-_WEIGHT = "weight"
-
-
 def state_name(cell: Cell, program: Program, dtype: torch.dtype) -> str:
     """What measurements of a matrix of the state are found by: it is multiplied in one call for all times, which is
     another thing than a call a time."""
     return f"{tuning.name_of(program, dtype)} in {cell.native.name}"
 
 
-_WAYS = (tuning.Way.NATIVE, tuning.Way.DENSE)
-
-
-def _product(layer: nn.Module, cell: Cell, like: Tensor) -> tuple[Program, Mapping[str, Tensor], Tensor | None] | None:
-    """A layer as the program that it multiplies rows like these by, what that reads, and the bias."""
-    if type(layer) is nn.Linear:
-        return _dense(layer.out_features, layer.in_features), {_WEIGHT: layer.weight}, layer.bias
-    if not isinstance(layer, StructuredLinear | FrozenLinear | GateLinear) or layer.program is None:
-        return None
-    if isinstance(layer, FrozenLinear) and layer.dense is not None:
-        name = state_name(cell, layer.program, layer.dense.dtype)
-        if tuning.best(name, like.shape[0], _WAYS) is tuning.Way.DENSE:
-            return _dense(layer.out_features, layer.in_features), {_WEIGHT: layer.dense}, layer.bias
-    return layer.program, layer.tensors(), layer.bias
-
-
-@lru_cache(maxsize=256)
-def _dense(out_features: int, in_features: int) -> Program:
-    return build(Dense(), (out_features, in_features))
+def _product(layer: nn.Module, cell: Cell, like: Tensor) -> Source | None:
+    """What a layer multiplies rows like these by."""
+    return source(layer, like.shape[0], partial(state_name, cell), (tuning.Way.NATIVE, tuning.Way.DENSE))
 
 
 _FEW_CALLS = 4
