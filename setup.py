@@ -24,6 +24,7 @@ SOURCES = (
     "execute_pairs.cpp",
     "execute_vectors.cpp",
     "recur.cpp",
+    "convolve.cpp",
     "backward_plan.cpp",
     "backward.cpp",
     "pooled.cpp",

@@ -6,6 +6,7 @@
 #include "activations.h"
 #include "cells.h"
 #include "contraction.h"
+#include "convolution.h"
 #include "gradients.h"
 #include "panels.h"
 #include "vector_kernels.h"
@@ -417,6 +418,8 @@ constexpr Kernels<Real> table = {load<Real>,
                                  activate_back<Real>,
                                  cell<Real>,
                                  cell_back<Real>,
+                                 convolve<Real>,
+                                 convolve_sparse<Real>,
                                  widen<Real>,
                                  narrow<Real>,
                                  Vector<Real>::lanes};

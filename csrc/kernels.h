@@ -186,6 +186,14 @@ struct Kernels {
                     const Real* grad, const Real* through, Real* direct, Real* grad_memory, Real* gx, Real* gs,
                     int64_t size);
 
+  // y[i][p] = sum over k of w[i * depth + k] x[shifts[k] + p], for p below count rounded up to whole registers, which x and
+  // the lines of y, `pitch` numbers apart, have room for.
+  void (*convolve)(const Real* w, int64_t lines, int64_t depth, const int64_t* shifts, const Real* x, Real* y,
+                   int64_t pitch, int64_t count);
+  // The same with the entries of w alone; those of line i begin at start[i] of both values and columns.
+  void (*convolve_sparse)(const Compressed& w, const Real* values, int64_t lines, const int64_t* shifts, const Real* x,
+                          Real* y, int64_t pitch, int64_t count);
+
   // Numbers of any storage as Real, and back.
   void (*widen)(const void* from, Storage storage, Real* to, int64_t count);
   void (*narrow)(const Real* from, Storage storage, void* to, int64_t count);

@@ -46,7 +46,8 @@ std::string load_symbols(const char* library) {
     int32_t* value;
   } constants[] = {{"aoti_torch_dtype_float32", &torch.f32},   {"aoti_torch_dtype_float64", &torch.f64},
                    {"aoti_torch_dtype_bfloat16", &torch.bf16}, {"aoti_torch_dtype_float16", &torch.f16},
-                   {"aoti_torch_dtype_int64", &torch.i64},     {"aoti_torch_device_type_cpu", &torch.cpu},
+                   {"aoti_torch_dtype_int64", &torch.i64},     {"aoti_torch_dtype_int32", &torch.i32},
+                   {"aoti_torch_device_type_cpu", &torch.cpu},
                    {"aoti_torch_layout_strided", &torch.strided}};
   for (const auto& c : constants) {
     find(c.name, constant);

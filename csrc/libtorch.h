@@ -40,7 +40,7 @@ struct Torch {
   Code (*init_impl)(const char*, const char*, const char*, uint32_t, void**);
   Code (*define)(void*, const char*);
   Code (*implement)(void*, const char*, void (*)(Value*, uint64_t, uint64_t), uint64_t);
-  int32_t f32, f64, bf16, f16, i64, cpu, strided;
+  int32_t f32, f64, bf16, f16, i32, i64, cpu, strided;
 };
 
 extern Torch torch;  // empty until it is loaded

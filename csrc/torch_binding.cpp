@@ -252,6 +252,15 @@ void recur_backward_boxed(Value* stack, uint64_t, uint64_t) {
                  grad_s.get(), grad_start.get(), tensors.get(), text.get(), given.number());
 }
 
+void convolve_boxed(Value* stack, uint64_t, uint64_t) {
+  Arguments given(stack);
+  const Owned x(given.next());
+  const OwnedList tensors(given.next());
+  const Owned y(given.next());
+  const OwnedText text(given.next());
+  structmat::operators::convolve(x.get(), tensors.get(), y.get(), text.get());
+}
+
 void pool_layer_boxed(Value* stack, uint64_t, uint64_t) {
   Arguments given(stack);
   const Owned x(given.next()), x_scale(given.next()), weight(given.next()), index(given.next()), z(given.next()),
@@ -301,6 +310,7 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
                          "recur_backward(Tensor kept, Tensor start, Tensor memory, Tensor y, Tensor grad, "
                          "Tensor(a!) grad_memory, Tensor(b!) grad_x, Tensor(c!) grad_s, Tensor(d!) grad_start, "
                          "Tensor[] tensors, str program, int kind) -> ()"));
+    require(torch.define(library, "convolve(Tensor x, Tensor[] tensors, Tensor(a!) y, str steps) -> ()"));
     require(torch.define(library,
                          "pool_layer(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor(a!) z, "
                          "Tensor(b!) z_scale, int kind) -> ()"));
@@ -320,6 +330,7 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
     require(torch.implement(kernels, "recur", recur_boxed, version));
     require(torch.implement(kernels, "recur_keeping", recur_keeping_boxed, version));
     require(torch.implement(kernels, "recur_backward", recur_backward_boxed, version));
+    require(torch.implement(kernels, "convolve", convolve_boxed, version));
     require(torch.implement(kernels, "pool_layer", pool_layer_boxed, version));
     require(torch.implement(kernels, "pool_layer_backward", pool_layer_backward_boxed, version));
     return nullptr;

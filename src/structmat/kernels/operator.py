@@ -80,6 +80,9 @@ def define_fakes() -> None:
     ) -> None:
         return None
 
+    def convolved(x: Tensor, tensors: list[Tensor], y: Tensor, steps: str) -> None:
+        return None
+
     def pooled(
         x: Tensor, x_scale: Tensor, weight: Tensor, index: Tensor, z: Tensor, z_scale: Tensor, kind: int
     ) -> None:
@@ -101,6 +104,7 @@ def define_fakes() -> None:
     torch.library.register_fake("structmat::recur")(recurred)
     torch.library.register_fake("structmat::recur_keeping")(recurred_keeping)
     torch.library.register_fake("structmat::recur_backward")(recurred_back)
+    torch.library.register_fake("structmat::convolve")(convolved)
     torch.library.register_fake("structmat::pool_layer")(pooled)
     torch.library.register_fake("structmat::pool_layer_backward")(pooled_back)
     torch.library.register_fake("structmat::multiply")(fake_outcome)
@@ -239,6 +243,12 @@ def standing() -> tuple[Callable[..., int], Callable[..., Tensor], Callable[...,
 def recurrence() -> Callable[..., None] | None:
     """The operator for all times of a recurrent net, or None where it is not PyTorch that calls the library."""
     return None if _is_by_address() else _called("recur")
+
+
+@cache
+def convolution() -> Callable[..., None] | None:
+    """The operator for convolutions one after the other, or None where it is not PyTorch that calls the library."""
+    return None if _is_by_address() else _called("convolve")
 
 
 @cache

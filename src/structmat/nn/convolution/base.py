@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from structmat.errors import ShapeError, StructureError
 from structmat.matrix import StructuredMatrix, draw
 from structmat.modes import is_compiling
+from structmat.nn.convolution.calls import simple
 from structmat.nn.convolution.forms import KernelForm
 from structmat.nn.convolution.frozen import FrozenConvolution
 from structmat.nn.convolution.geometry import PADDING_MODES, Geometry, as_sizes, places
 from structmat.nn.convolution.plan import Axis, Plan, is_lowered, lower, unfolded
-from structmat.nn.convolution.run import PATCH_NUMBERS, Run, multiply_adds, run_simple, simple
+from structmat.nn.convolution.run import PATCH_NUMBERS, Run, multiply_adds
 from structmat.nn.convolution.text import lines
 from structmat.nn.convolution.unfolding import Unfolding
 from structmat.program import Program, build, cost, table
@@ -136,9 +137,7 @@ class StructuredConvolution(nn.Module, Generic[DenseConv]):
             return self._run(x.unsqueeze(0), geometry)[0]
         geometry.check(x.shape[2:])
         if self._simple is not None:
-            return run_simple(
-                self._simple, {name: getattr(self, name) for name in self._names}, geometry.padded(x), self.bias
-            )
+            return self._simple({name: getattr(self, name) for name in self._names}, geometry.padded(x), self.bias)
         if self._writes_kernel(x, geometry):
             return self._by_kernel(x, geometry)
         tensors = self._stacked()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from structmat.structures.dense import Dense
+
 if TYPE_CHECKING:
     from structmat.nn.convolution.base import StructuredConvolution
 
@@ -29,7 +31,10 @@ class FrozenConvolution(nn.Module):
 
     def hold_dense(self, hold: bool = True) -> None:
         """Multiply by the dense kernel, or no longer."""
-        self.dense = self.layer.to_conv().requires_grad_(False) if hold else None
+        dense = self.layer.to_conv() if hold else None
+        if dense is not None and not self.layer.is_transposed:  # few images run natively then
+            dense = type(self.layer).from_conv(dense, Dense())
+        self.dense = None if dense is None else dense.requires_grad_(False)
 
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
         """As of the layer that was frozen."""

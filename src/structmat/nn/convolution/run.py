@@ -53,7 +53,7 @@ class Run:
     def __call__(self, plan: Plan, x: Tensor, bias: Tensor | None) -> Tensor:
         """The plan's outcome for (batch, groups * channels, *sizes), plus a bias (groups * outputs,)."""
         last = plan[-1]
-        fused = bias if isinstance(last, Convolve) and _is_plain(last) else None
+        fused = bias if isinstance(last, Convolve) and is_plain(last) else None
         for step in plan[:-1]:
             x = self._step(step, x)
         x = self._convolve(last, x, fused) if isinstance(last, Convolve) else self._step(last, x)
@@ -118,7 +118,7 @@ class Run:
         kernel = weight.flatten(0, 3)
         count = groups * a * d
         along = step.along
-        if _is_plain(step):
+        if is_plain(step):
             return self.geometry.convolve(x, kernel, bias, count, along)
         batch, (shared_a, shared_d) = x.shape[0], (channels(step.a) // a, channels(step.d) // d)
         sizes = range(7, 7 + self.geometry.dims)
@@ -209,7 +209,7 @@ def _only(geometry: Geometry, taps: Sequence[int]) -> Geometry:
     )
 
 
-def _is_plain(step: Convolve) -> bool:
+def is_plain(step: Convolve) -> bool:
     """Whether channels come and go in the order in which a grouped convolution has them."""
     stage = step.stage
     shared = (stage.shared_a and channels(step.a) > 1) or (stage.shared_d and channels(step.d) > 1)
@@ -236,68 +236,6 @@ def _kernels(step: Convolve, weight: Tensor, groups: int, dims: int) -> Tensor:
     outer = [weight.shape[i] for i in each]
     kernel = [weight.shape[taps[axis]] if axis in taps else 1 for axis in range(dims)]
     return weight.permute(order).reshape(*outer, groups, flat_a, flat_d, stage.b, flat_c, *kernel)
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A step that is one call of PyTorch's convolution.
-
-    Its kernel is the stored weight in another shape; if the weight holds taps before channels, its axes are permuted:
-    viewed as ``view``, permuted to ``order``.
-    """
-
-    weight: str
-    kernel: tuple[int, ...]
-    view: tuple[int, ...]
-    order: tuple[int, ...] | None
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-
-def simple(plan: Plan, geometry: Geometry, groups: int) -> tuple[Convolution, ...] | None:
-    """A plan that is nothing but such calls; None if it is not. Running these has no cost beside PyTorch's own."""
-    found = []
-    for step in plan:
-        if not isinstance(step, Convolve) or not _is_plain(step) or step.stage.transposed or geometry.transposed:
-            return None
-        inner = [-1 if axis.tap is None else axis.tap for axis in step.c]
-        along = [axis in step.along for axis in range(geometry.dims)]
-        padding = [pair if used else (0, 0) for pair, used in zip(geometry.padding, along, strict=True)]
-        if any(before != after for before, after in padding):
-            return None
-        count = groups * (1 if step.stage.shared_a else channels(step.a))
-        kernel = [size if axis in inner else 1 for axis, size in enumerate(geometry.kernel)]
-        found.append(
-            Convolution(
-                step.stage.weight,
-                (count * step.stage.b, channels(step.c), *kernel),
-                (count * step.stage.b, *(axis.size for axis in step.c)),
-                None
-                if inner == sorted(inner)
-                else (0, *(1 + i for i in sorted(range(len(inner)), key=inner.__getitem__))),
-                tuple(size if used else 1 for size, used in zip(geometry.stride, along, strict=True)),
-                tuple(before for before, _ in padding),
-                tuple(size if used else 1 for size, used in zip(geometry.dilation, along, strict=True)),
-                count,
-            )
-        )
-    return tuple(found)
-
-
-def run_simple(steps: Sequence[Convolution], tensors: Mapping[str, Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-    """What :class:`Run` makes of the plan, by one call a step."""
-    convolve = F.conv1d if len(steps[0].stride) == 1 else F.conv2d
-    last = steps[-1]
-    for step in steps:
-        weight = tensors[step.weight]
-        if step.order is not None:
-            weight = weight.reshape(step.view).permute(step.order)
-        kernel = weight.reshape(step.kernel)
-        added = bias if step is last else None
-        x = convolve(x, kernel, added, step.stride, step.padding, step.dilation, step.groups)
-    return x
 
 
 def multiply_adds(plan: Plan, geometry: Geometry, groups: int, sizes: Sequence[int]) -> int:

@@ -1,0 +1,108 @@
+// Convolutions as sums of shifted rows, for the instruction set that a source is compiled for.
+#pragma once
+
+#include <utility>
+
+#include "contraction.h"
+#include "kernels.h"
+#include "vectors.h"
+
+namespace structmat {
+namespace STRUCTMAT_ISA {
+
+// `rows` lines of the outcome, `vectors` registers of each: accumulators stay in registers over all shifts.
+template <class Real, int rows, int vectors>
+inline void shifted(const Real* w, int64_t depth, const int64_t* shifts, const Real* x, Real* y, int64_t pitch) {
+  constexpr int n = Vector<Real>::lanes;
+  V<Real> sum[rows][vectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Real* from = x + shifts[k];
+    V<Real> values[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) values[v] = at(from + v * n);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const Real factor = w[i * depth + k];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[i][v] += values[v] * factor;
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) put(y + i * pitch + v * n, sum[i][v]);
+}
+
+constexpr int wide_part = registers == 32 ? 3 : 2;       // registers of a line at once
+constexpr int most_lines = registers == 32 ? 8 : 6;      // and lines: all their sums fit the registers
+constexpr int64_t at_once = 16 * wide_part;              // registers of a line whose inputs stay in the nearest cache
+
+template <class Real, int rows>
+inline void shifted_lines(int64_t lines, const Real* w, int64_t depth, const int64_t* shifts, const Real* x, Real* y,
+                          int64_t pitch, int64_t count) {
+  constexpr int n = Vector<Real>::lanes;
+  for (; lines >= rows; lines -= rows, w += rows * depth, y += rows * pitch) {
+    int64_t p = 0;
+    for (; p + wide_part * n <= count; p += wide_part * n) shifted<Real, rows, wide_part>(w, depth, shifts, x + p, y + p, pitch);
+    if (wide_part > 2 && count - p > n) {
+      shifted<Real, rows, 2>(w, depth, shifts, x + p, y + p, pitch);
+      p += 2 * n;
+    }
+    for (; p < count; p += n) shifted<Real, rows, 1>(w, depth, shifts, x + p, y + p, pitch);
+  }
+  if constexpr (rows > 1)
+    if (lines) shifted_lines<Real, smaller(rows)>(lines, w, depth, shifts, x, y, pitch, count);
+}
+
+template <class Real>
+void convolve(const Real* w, int64_t lines, int64_t depth, const int64_t* shifts, const Real* x, Real* y, int64_t pitch,
+              int64_t count) {
+  constexpr int64_t part = at_once * Vector<Real>::lanes;
+  for (int64_t p = 0; p < count; p += part)
+    shifted_lines<Real, most_lines>(lines, w, depth, shifts, x + p, y + p, pitch, count - p < part ? count - p : part);
+}
+
+// One line of the outcome, `vectors` registers of it, from the entries of its row. Two shifts of a line have no more in
+// common than their memory, so that this takes a load for each product: half of what a full matrix reaches.
+template <class Real, int vectors>
+void entries(const Real* values, const int32_t* columns, int64_t count, const int64_t* shifts, const Real* x, Real* y) {
+  constexpr int n = Vector<Real>::lanes;
+  V<Real> sum[vectors] = {};
+  for (int64_t k = 0; k < count; ++k) {
+    const Real* from = x + shifts[columns[k]];
+    const Real factor = values[k];
+#pragma GCC unroll 12
+    for (int v = 0; v < vectors; ++v) sum[v] += at(from + v * n) * factor;
+  }
+#pragma GCC unroll 12
+  for (int v = 0; v < vectors; ++v) put(y + v * n, sum[v]);
+}
+
+template <class Real>
+using Entries = void (*)(const Real*, const int32_t*, int64_t, const int64_t*, const Real*, Real*);
+
+constexpr int longest_part = registers == 32 ? 12 : 8;  // registers of a line whose sums fit
+
+template <class Real, int... vectors>
+inline Entries<Real> entries_of(int64_t wanted, std::integer_sequence<int, vectors...>) {
+  static constexpr Entries<Real> known[] = {entries<Real, vectors + 1>...};
+  return known[wanted - 1];
+}
+
+template <class Real>
+void convolve_sparse(const Compressed& m, const Real* values, int64_t lines, const int64_t* shifts, const Real* x, Real* y,
+                     int64_t pitch, int64_t count) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t p = 0; p < count; p += longest_part * n) {
+    const int64_t left = (count - p + n - 1) / n;
+    const Entries<Real> run =
+        entries_of<Real>(left < longest_part ? left : longest_part, std::make_integer_sequence<int, longest_part>());
+    for (int64_t i = 0; i < lines; ++i) {
+      const int32_t first = m.start[i];
+      run(values + first, m.column + first, m.start[i + 1] - first, shifts, x + p, y + i * pitch + p);
+    }
+  }
+}
+
+}  // namespace STRUCTMAT_ISA
+}  // namespace structmat
