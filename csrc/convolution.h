@@ -62,24 +62,34 @@ void convolve(const Real* w, int64_t lines, int64_t depth, const int64_t* shifts
     shifted_lines<Real, most_lines>(lines, w, depth, shifts, x + p, y + p, pitch, count - p < part ? count - p : part);
 }
 
-// One line of the outcome, `vectors` registers of it, from the entries of its row. Two shifts of a line have no more in
-// common than their memory, so that this takes a load for each product: half of what a full matrix reaches.
+// One line of the outcome, `vectors` registers of it, from the entries of its row, in two sums where one would wait for
+// itself. Two shifts of a line have no more in common than their memory, so that this takes a load for each product: half
+// of what a full matrix reaches.
 template <class Real, int vectors>
-void entries(const Real* values, const int32_t* columns, int64_t count, const int64_t* shifts, const Real* x, Real* y) {
-  constexpr int n = Vector<Real>::lanes;
-  V<Real> sum[vectors] = {};
-  for (int64_t k = 0; k < count; ++k) {
-    const Real* from = x + shifts[columns[k]];
+void entries(const Real* values, const int32_t* shifts, int64_t count, const Real* x, Real* y) {
+  constexpr int n = Vector<Real>::lanes, chains = vectors > registers / 4 ? 1 : 2;
+  V<Real> sum[chains][vectors] = {};
+  int64_t k = 0;
+  for (; k + chains <= count; k += chains)
+#pragma GCC unroll 2
+    for (int c = 0; c < chains; ++c) {
+      const Real* from = x + shifts[k + c];
+      const Real factor = values[k + c];
+#pragma GCC unroll 12
+      for (int v = 0; v < vectors; ++v) sum[c][v] += at(from + v * n) * factor;
+    }
+  if (k < count) {
+    const Real* from = x + shifts[k];
     const Real factor = values[k];
 #pragma GCC unroll 12
-    for (int v = 0; v < vectors; ++v) sum[v] += at(from + v * n) * factor;
+    for (int v = 0; v < vectors; ++v) sum[0][v] += at(from + v * n) * factor;
   }
 #pragma GCC unroll 12
-  for (int v = 0; v < vectors; ++v) put(y + v * n, sum[v]);
+  for (int v = 0; v < vectors; ++v) put(y + v * n, chains == 1 ? sum[0][v] : sum[0][v] + sum[chains - 1][v]);
 }
 
 template <class Real>
-using Entries = void (*)(const Real*, const int32_t*, int64_t, const int64_t*, const Real*, Real*);
+using Entries = void (*)(const Real*, const int32_t*, int64_t, const Real*, Real*);
 
 constexpr int longest_part = registers == 32 ? 12 : 8;  // registers of a line whose sums fit
 
@@ -90,17 +100,15 @@ inline Entries<Real> entries_of(int64_t wanted, std::integer_sequence<int, vecto
 }
 
 template <class Real>
-void convolve_sparse(const Compressed& m, const Real* values, int64_t lines, const int64_t* shifts, const Real* x, Real* y,
+void convolve_sparse(const int32_t* start, const Real* values, const int32_t* shifts, int64_t lines, const Real* x, Real* y,
                      int64_t pitch, int64_t count) {
   constexpr int n = Vector<Real>::lanes;
   for (int64_t p = 0; p < count; p += longest_part * n) {
     const int64_t left = (count - p + n - 1) / n;
     const Entries<Real> run =
         entries_of<Real>(left < longest_part ? left : longest_part, std::make_integer_sequence<int, longest_part>());
-    for (int64_t i = 0; i < lines; ++i) {
-      const int32_t first = m.start[i];
-      run(values + first, m.column + first, m.start[i + 1] - first, shifts, x + p, y + i * pitch + p);
-    }
+    for (int64_t i = 0; i < lines; ++i)
+      run(values + start[i], shifts + start[i], start[i + 1] - start[i], x + p, y + i * pitch + p);
   }
 }
 

@@ -35,6 +35,7 @@ struct Layout {
   std::vector<Phase> phases;
   int64_t count, out_plane;      // numbers of a line of the outcome, and from one line to the next
   std::vector<int64_t> shifts;   // of every channel of a group and every tap
+  std::vector<int32_t> entries;  // the same of every entry of the kernel
 
   int64_t numbers(const Convolution& step) const {
     return in_place ? 0 : step.in * int64_t(phases.size()) * plane + longest_register;
@@ -139,7 +140,12 @@ class Runner {
     int64_t height = images.height, width = images.width;
     for (size_t i = 0; i < steps.size(); ++i) {
       layouts_.push_back(layout_of(steps[i], height, width, i ? &layouts_[i - 1] : nullptr, kernels.lanes));
-      const Layout& own = layouts_.back();
+      Layout& own = layouts_.back();
+      if (const int32_t* start = steps[i].entries.start) {
+        own.entries.resize(size_t(start[steps[i].out]));
+        for (size_t k = 0; k < own.entries.size(); ++k)
+          own.entries[k] = int32_t(own.shifts[size_t(steps[i].entries.column[k])]);
+      }
       height = own.out_height, width = own.out_width;
       input_ = std::max(input_, up(own.numbers(steps[i]), longest_register));
       output_ = std::max(output_, steps[i].out * own.out_plane + longest_register);
@@ -214,8 +220,8 @@ class Runner {
       const Real *weight = static_cast<const Real*>(step.weight), *x = t.x + group * group_x;
       Real* y = t.y + line * t.at->out_plane;
       if (step.entries.start)
-        kernels.convolve_sparse(Compressed{step.entries.start + line, step.entries.column}, weight, some,
-                                t.at->shifts.data(), x, y, t.at->out_plane, t.at->count);
+        kernels.convolve_sparse(step.entries.start + line, weight, t.at->entries.data(), some, x, y, t.at->out_plane,
+                                t.at->count);
       else
         kernels.convolve(weight + line * depth, some, depth, t.at->shifts.data(), x, y, t.at->out_plane, t.at->count);
       begin = last;

@@ -190,8 +190,8 @@ struct Kernels {
   // the lines of y, `pitch` numbers apart, have room for.
   void (*convolve)(const Real* w, int64_t lines, int64_t depth, const int64_t* shifts, const Real* x, Real* y,
                    int64_t pitch, int64_t count);
-  // The same with the entries of w alone; those of line i begin at start[i] of both values and columns.
-  void (*convolve_sparse)(const Compressed& w, const Real* values, int64_t lines, const int64_t* shifts, const Real* x,
+  // The same with the entries of w alone, each with its shift; those of line i begin at start[i].
+  void (*convolve_sparse)(const int32_t* start, const Real* values, const int32_t* shifts, int64_t lines, const Real* x,
                           Real* y, int64_t pitch, int64_t count);
 
   // Numbers of any storage as Real, and back.

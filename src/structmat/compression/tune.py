@@ -202,12 +202,13 @@ def _tuned_convolutions(
     for name, x in inputs.items():
         layer = layers[name]
         held = layer.dense is not None
-        ways = [tuning.Way.REFERENCE] if not allow_dense and not held else [tuning.Way.REFERENCE, tuning.Way.DENSE]
+        own = tuning.Way.NATIVE if layer.is_native else tuning.Way.REFERENCE
+        ways = [own, tuning.Way.DENSE] if allow_dense or held else [own]
         with torch.inference_mode():
             if tuning.Way.DENSE in ways and not held:
                 layer.hold_dense()
             dense = layer.dense
-            runs = [partial(layer.layer, x)] + ([partial(dense, x)] if dense is not None else [])
+            runs = [partial(layer.structured, x)] + ([partial(dense, x)] if dense is not None else [])
             times = interleaved(*runs, seconds=seconds)
         medians = {way: 1e6 * statistics.median(own) for way, own in zip(ways, times, strict=True)}
         chosen = tuning.fastest(medians)

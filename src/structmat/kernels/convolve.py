@@ -14,9 +14,13 @@ from structmat.kernels.operator import convolution
 from structmat.modes import is_compiling, is_quiet
 
 FEW_IMAGES = 4
-"""Up to so many a single convolution is faster here too: PyTorch's own takes as long to prepare as to run. With more it
-is no slower, and there the single ones stay. Two or more in a row are faster here for any number: what lies between
-them stays in the cache (measured with 3 to 256 channels of 8 x 8 to 224 x 224 places)."""
+"""Up to so many a single dense convolution is faster here, since PyTorch's own prepares as long as it runs; and so is
+one of many places, whose outcome that one writes twice. Others stay there. Two or more in a row are faster here for any
+number of images: what lies between them stays in the cache. Measured with 3 to 256 channels of 8 x 8 to 224 x 224
+places."""
+
+MANY_PLACES = 32 * 32
+"""Of the outcome."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,17 @@ class Steps:
         self.by_entries = any(step.by_entries for step in steps)
 
 
+def convolved(kernel: Sequence[int], groups: int, axes: Sequence[Along], *, by_entries: bool = False) -> Convolved:
+    """A convolution with a kernel (out, in / groups, *kernel) along one axis or two."""
+    height, width = axes if len(axes) == 2 else (Along(1, 1, 0, 1), axes[0])
+    return Convolved(kernel[1] * groups, kernel[0], groups, height, width, by_entries)
+
+
+def is_available() -> bool:
+    """Whether the native backend can be called for convolutions."""
+    return native().available and convolution() is not None
+
+
 def _words(step: Convolved) -> str:
     numbers = [3 if step.by_entries else 1, step.in_channels, step.out_channels, step.groups]
     for along in (step.height, step.width):
@@ -89,11 +104,9 @@ def convolve(given: Steps, kernels: Sequence[Tensor], x: Tensor, bias: Tensor | 
     if any(t.dtype not in known or not t.is_cpu for t in tensors) or wants_gradient(x, tensors, None):
         return None
     wanted = forced()
-    if wanted is Backend.REFERENCE or not is_quiet() or torch.is_autocast_enabled("cpu") or not native().available:
+    if wanted is Backend.REFERENCE or not is_quiet() or torch.is_autocast_enabled("cpu") or not is_available():
         return None
-    steps = given.steps
-    is_faster = len(steps) > 1 or given.by_entries or x.shape[0] <= FEW_IMAGES or x.dtype is torch.float64
-    call = convolution() if is_faster or wanted is Backend.NATIVE else None
+    steps, call = given.steps, convolution()
     if call is None or x.shape[1] != steps[0].in_channels:
         return None
     is_flat = x.dim() == 3
@@ -102,7 +115,11 @@ def convolve(given: Steps, kernels: Sequence[Tensor], x: Tensor, bias: Tensor | 
         height, width = step.height.places(height), step.width.places(width)
     if min(height, width) < 1:
         return None
+    is_faster = len(steps) > 1 or given.by_entries or x.shape[0] <= FEW_IMAGES or height * width >= MANY_PLACES
+    if not is_faster and x.dtype is torch.float32 and wanted is Backend.AUTO:
+        return None
     y = x.new_empty(x.shape[0], steps[-1].out_channels, height, width)
-    images = x.contiguous()
-    call(images.unsqueeze(2) if is_flat else images, [t.contiguous() for t in tensors], y, given.text)
+    if is_flat:  # kernels have three axes then
+        x, tensors = x.unsqueeze(2), [t.unsqueeze(2) if t.dim() == 3 else t for t in tensors]
+    call(x.contiguous(), [t.contiguous() for t in tensors], y, given.text)
     return y.squeeze(2) if is_flat else y

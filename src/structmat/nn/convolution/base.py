@@ -248,6 +248,11 @@ class StructuredConvolution(nn.Module, Generic[DenseConv]):
         rows: Tensor = y.unflatten(1, (self.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
         return rows
 
+    @property
+    def geometry(self) -> Geometry:
+        """Where it reads."""
+        return self._geometry
+
     def out_sizes(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """Places of the output for an input of these sizes."""
         return self._geometry.out_sizes(sizes)
@@ -310,8 +315,9 @@ class StructuredConvolution(nn.Module, Generic[DenseConv]):
         return cast(DenseConv, made.train(self.training))
 
     def freeze(self, rows: int | None = None) -> FrozenConvolution:
-        """The layer for deployment, in evaluation mode: nothing is left to train, and where multiplying by the dense
-        kernel takes no more multiply-adds, or all others would write patches out, that kernel is held instead.
+        """The layer for deployment, in evaluation mode: nothing is left to train. Where all else would write patches
+        out, the kernel is held by its entries, if these are few, or whole; whole, too, where multiplying by it takes no
+        more multiply-adds.
 
         Args:
             rows: of a typical call; convolutions run the same for all.
@@ -337,6 +343,11 @@ class StructuredConvolution(nn.Module, Generic[DenseConv]):
     def is_lowered(self) -> bool:
         """Whether it runs without writing patches out."""
         return is_lowered(self._plan)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether it runs as two or more convolutions one after the other, which are one call without gradients."""
+        return self._simple is not None and len(self._simple.steps) > 1
 
     def explain(self, *sizes: int) -> str:
         """What runs: the program of the unfolded kernel, the steps on maps, and with sizes the multiply-adds."""

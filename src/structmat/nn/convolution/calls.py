@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from structmat.kernels.convolve import Along, Convolved, Steps, convolve
+from structmat.kernels.convolve import Along, Convolved, Steps, convolve, convolved
 from structmat.nn.convolution.geometry import Geometry
 from structmat.nn.convolution.plan import Convolve, Plan, channels
 from structmat.nn.convolution.run import is_plain
@@ -94,6 +94,5 @@ def _kernel(step: Convolution, weight: Tensor) -> Tensor:
 
 
 def _native(step: Convolution) -> Convolved:
-    along = [Along(*own) for own in zip(step.kernel[2:], step.stride, step.padding, step.dilation, strict=True)]
-    height, width = along if len(along) == 2 else (Along(1, 1, 0, 1), along[0])
-    return Convolved(step.kernel[1] * step.groups, step.kernel[0], step.groups, height, width)
+    axes = [Along(*own) for own in zip(step.kernel[2:], step.stride, step.padding, step.dilation, strict=True)]
+    return convolved(step.kernel, step.groups, axes)
