@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <sstream>
+#include <stdexcept>
 
 #include "prepared.h"
 
@@ -141,10 +143,10 @@ class Runner {
     for (size_t i = 0; i < steps.size(); ++i) {
       layouts_.push_back(layout_of(steps[i], height, width, i ? &layouts_[i - 1] : nullptr, kernels.lanes));
       Layout& own = layouts_.back();
-      if (const int32_t* start = steps[i].entries.start) {
-        own.entries.resize(size_t(start[steps[i].out]));
+      if (steps[i].by_entries) {
+        own.entries.resize(size_t(steps[i].start[steps[i].out]));
         for (size_t k = 0; k < own.entries.size(); ++k)
-          own.entries[k] = int32_t(own.shifts[size_t(steps[i].entries.column[k])]);
+          own.entries[k] = int32_t(own.shifts[size_t(steps[i].column[k])]);
       }
       height = own.out_height, width = own.out_width;
       input_ = std::max(input_, up(own.numbers(steps[i]), longest_register));
@@ -219,8 +221,8 @@ class Runner {
       const Kernels<Real>& kernels = t.runner->kernels_;
       const Real *weight = static_cast<const Real*>(step.weight), *x = t.x + group * group_x;
       Real* y = t.y + line * t.at->out_plane;
-      if (step.entries.start)
-        kernels.convolve_sparse(step.entries.start + line, weight, t.at->entries.data(), some, x, y, t.at->out_plane,
+      if (step.by_entries)
+        kernels.convolve_sparse(step.start + line, weight, t.at->entries.data(), some, x, y, t.at->out_plane,
                                 t.at->count);
       else
         kernels.convolve(weight + line * depth, some, depth, t.at->shifts.data(), x, y, t.at->out_plane, t.at->count);
@@ -277,6 +279,35 @@ void convolve_as(const std::vector<Convolution>& steps, const Images& images, co
 }
 
 }  // namespace
+
+std::vector<Convolution> convolutions_of(const std::string& words) {
+  std::istringstream read(words);
+  std::vector<Convolution> steps;
+  int tensors;
+  while (read >> tensors) {
+    Convolution step{};
+    step.by_entries = tensors == 3;
+    read >> step.in >> step.out >> step.groups;
+    bool fits = tensors == step.tensors() && step.in > 0 && step.out > 0 && step.groups > 0;
+    fits = fits && step.in % step.groups == 0 && step.out % step.groups == 0;
+    for (Along* along : {&step.height, &step.width}) {
+      read >> along->kernel >> along->stride >> along->padding >> along->dilation;
+      fits = fits && along->kernel > 0 && along->stride > 0 && along->padding >= 0 && along->dilation > 0;
+    }
+    if (!read || !fits || (!steps.empty() && steps.back().out != step.in))
+      throw std::invalid_argument("structmat: these are no steps of convolutions");
+    steps.push_back(step);
+  }
+  if (steps.empty()) throw std::invalid_argument("structmat: there is no step of a convolution");
+  return steps;
+}
+
+void check_entries(const Convolution& step, int64_t count) {
+  bool fits = step.start[0] == 0 && step.start[step.out] == count;
+  for (int64_t i = 0; i < step.out; ++i) fits = fits && step.start[i] <= step.start[i + 1];
+  for (int64_t k = 0; k < count; ++k) fits = fits && step.column[k] >= 0 && step.column[k] < step.depth();
+  if (!fits) throw std::invalid_argument("structmat: the entries of a kernel are out of range");
+}
 
 void convolve(const std::vector<Convolution>& steps, const Images& images, Parallel parallel, int threads) {
   if (images.storage == Storage::f64)

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "backward.h"
+#include "convolve.h"
 #include "execute.h"
 #include "pooled.h"
 #include "recur.h"
@@ -119,6 +120,36 @@ std::vector<char> pooled(const std::string& text, const structmat::Batch& batch,
   return z;
 }
 
+// Images through convolutions; the text has their height and width, and whether there is a bias, before the steps.
+std::vector<char> convolved(const std::string& text, const structmat::Batch& batch,
+                            const std::vector<structmat::Array>& tensors, int64_t size, int repetitions) {
+  std::istringstream words(text.substr(9));
+  structmat::Images images{};
+  bool has_bias;
+  words >> images.height >> images.width >> has_bias >> std::ws;
+  std::string steps_text;
+  std::getline(words, steps_text);
+  std::vector<structmat::Convolution> steps = structmat::convolutions_of(steps_text);
+  images.count = batch.rows, images.x = batch.x, images.storage = batch.storage;
+  int64_t height = images.height, width = images.width;
+  const structmat::Array* own = tensors.data();
+  for (structmat::Convolution& step : steps) {
+    step.weight = own[0].data;
+    if (step.by_entries) {
+      step.start = static_cast<const int32_t*>(own[1].data), step.column = static_cast<const int32_t*>(own[2].data);
+      structmat::check_entries(step, own[0].count);
+    }
+    own += step.tensors();
+    height = step.height.places(height), width = step.width.places(width);
+  }
+  if (has_bias) images.bias = own->data;
+  std::vector<char> y(images.count * steps.back().out * height * width * size);
+  images.y = y.data();
+  for (int r = 0; r < repetitions; ++r) structmat::convolve(steps, images, structmat::serially, 1 + r % 2);
+  structmat::convolve(steps, images, structmat::serially, 100);  // as if channels were shared by threads
+  return y;
+}
+
 // What the text of a recurrent net says, after its first word.
 template <class Sequence>
 structmat::Plan begun(const std::string& text, const structmat::Batch& batch, Sequence& q) {
@@ -200,6 +231,11 @@ int run(const char* name, const std::string& way, int repetitions) {
     batch.x = x.data();
     if (text.compare(0, 5, "pool ") == 0) {
       digested = digest(digested, pooled(text, batch, tensors, size, repetitions));
+      ++cases;
+      continue;
+    }
+    if (text.compare(0, 9, "convolve ") == 0) {
+      digested = digest(digested, convolved(text, batch, tensors, size, repetitions));
       ++cases;
       continue;
     }

@@ -1,9 +1,6 @@
 // The operators that do whole layers at once.
 #include "torch_layers.h"
 
-#include <numeric>
-#include <sstream>
-
 #include "convolve.h"
 #include "kept_plans.h"
 #include "pages.h"
@@ -51,42 +48,6 @@ PoolLayer layer_of(Tensor x, Tensor x_scale, Tensor weight, Tensor index, int64_
   return layer;
 }
 
-// Of every step: how many tensors hold its kernel, in and out channels, groups, and then of the height and of the width:
-// kernel, stride, padding, dilation.
-std::vector<Convolution> steps_of(const std::string& words, std::vector<int>* tensors) {
-  std::istringstream read(words);
-  std::vector<Convolution> steps;
-  int own;
-  while (read >> own) {
-    Convolution step{};
-    read >> step.in >> step.out >> step.groups;
-    bool fits = step.in > 0 && step.out > 0 && step.groups > 0 && step.in % step.groups == 0 && step.out % step.groups == 0;
-    for (Along* along : {&step.height, &step.width}) {
-      read >> along->kernel >> along->stride >> along->padding >> along->dilation;
-      fits = fits && along->kernel > 0 && along->stride > 0 && along->padding >= 0 && along->dilation > 0;
-    }
-    if (!read || !fits || (own != 1 && own != 3) || (!steps.empty() && steps.back().out != step.in))
-      throw std::invalid_argument("structmat: these are no steps of convolutions");
-    steps.push_back(step);
-    tensors->push_back(own);
-  }
-  if (steps.empty()) throw std::invalid_argument("structmat: there is no step of a convolution");
-  return steps;
-}
-
-// The entries of a kernel as its tensors hold them: values, beginnings of the rows, columns.
-void read_entries(Convolution* step, int32_t dtype, const Owned* tensors) {
-  const int64_t count = Shape(tensors[0].get()).count;
-  step->weight = checked(tensors[0].get(), dtype, {count});
-  const auto* start = static_cast<const int32_t*>(checked(tensors[1].get(), torch.i32, {step->out + 1}));
-  const auto* column = static_cast<const int32_t*>(checked(tensors[2].get(), torch.i32, {count}));
-  bool fits = start[0] == 0 && start[step->out] == count;
-  for (int64_t i = 0; i < step->out; ++i) fits = fits && start[i] <= start[i + 1];
-  for (int64_t k = 0; k < count; ++k) fits = fits && column[k] >= 0 && column[k] < step->depth();
-  if (!fits) throw std::invalid_argument("structmat: the entries of a kernel are out of range");
-  step->entries = {start, column};
-}
-
 }  // namespace
 
 // convolve(Tensor x, Tensor[] tensors, Tensor(a!) y, str steps) -> ()
@@ -97,24 +58,29 @@ void convolve(Tensor x, List list, Tensor y, Text text) {
   const Shape in(x), out(y);
   const Storage storage = storage_of(in.dtype);
   if (bytes_of(storage) < 4) throw std::invalid_argument("structmat: images are float32 or float64");
-  std::vector<int> tensors;
-  std::vector<Convolution> steps = steps_of(read(text), &tensors);
+  std::vector<Convolution> steps = convolutions_of(read(text));
   if (in.dim != 4) throw std::invalid_argument("structmat: images have four axes");
   const std::vector<Owned> owned = items(list);
-  const size_t kernels = size_t(std::accumulate(tensors.begin(), tensors.end(), 0));
+  size_t kernels = 0;
+  for (const Convolution& step : steps) kernels += size_t(step.tensors());
   if (owned.size() != kernels && owned.size() != kernels + 1)
     throw std::invalid_argument("structmat: the number of tensors is wrong");
   Images images{in.sizes[0], in.sizes[2], in.sizes[3], nullptr, nullptr, nullptr, storage};
   images.x = checked(x, in.dtype, {-1, steps[0].in, -1, -1});
   int64_t height = images.height, width = images.width;
-  size_t at = 0;
-  for (size_t i = 0; i < steps.size(); at += size_t(tensors[i]), ++i) {
-    Convolution& step = steps[i];
-    const int64_t tall = step.height.kernel, wide = step.width.kernel;
-    if (tensors[i] == 3)
-      read_entries(&step, in.dtype, &owned[at]);
-    else
-      step.weight = checked(owned[at].get(), in.dtype, {step.out, step.in / step.groups, tall, wide});
+  const Owned* own = owned.data();
+  for (Convolution& step : steps) {
+    if (step.by_entries) {
+      const int64_t count = Shape(own[0].get()).count;
+      step.weight = checked(own[0].get(), in.dtype, {count});
+      step.start = static_cast<const int32_t*>(checked(own[1].get(), torch.i32, {step.out + 1}));
+      step.column = static_cast<const int32_t*>(checked(own[2].get(), torch.i32, {count}));
+      check_entries(step, count);
+    } else {
+      const int64_t tall = step.height.kernel, wide = step.width.kernel;
+      step.weight = checked(own[0].get(), in.dtype, {step.out, step.in / step.groups, tall, wide});
+    }
+    own += step.tensors();
     height = step.height.places(height), width = step.width.places(width);
     if (height < 1 || width < 1) throw std::invalid_argument("structmat: the images are too small for a kernel");
   }

@@ -113,8 +113,41 @@ def recurrent_cases() -> list[bytes]:
     return made
 
 
+def convolution_cases() -> list[bytes]:
+    """One or two convolutions of every geometry, whole and by their entries; small images and large ones."""
+    made = []
+    sizes = ((1, 1), (3, 7), (8, 8), (17, 5), (16, 32), (33, 70))
+    options = itertools.product(sizes, (1, 2), (1, 2, 3), (False, True), (torch.float32, torch.float64))
+    for number, ((height, width), groups, stride, by_entries, dtype) in enumerate(options):
+        inside, middle, out = groups * (1 + number % 5), groups * (1 + number % 9), 1 + number % 11
+        if height * width > 2000:
+            inside *= 40  # more than are dealt to a plane for each column
+        taps, padding, dilation = 1 + number % 3, 2 + number % 2, 1 + number % 2
+        geometry = f"{taps} {stride} {padding} {dilation} {4 - taps} {1 + number % 2} {padding} {dilation}"
+        words = [f"{3 if by_entries else 1} {inside} {middle} {groups} {geometry}"]
+        kernel = torch.randn(middle, inside // groups, taps, 4 - taps, dtype=dtype)
+        tensors = entries(kernel) if by_entries else [kernel]
+        if number % 3:
+            words.append(f"1 {middle} {out} 1 1 1 0 1 1 1 0 1")
+            tensors.append(torch.randn(out, middle, dtype=dtype))
+        has_bias = number % 4 == 0
+        if has_bias:
+            tensors.append(torch.randn(out if number % 3 else middle, dtype=dtype))
+        x = torch.randn(number % 4, inside, height, width, dtype=dtype)
+        made.append(sequence(f"convolve {height} {width} {has_bias:d} {' '.join(words)}", len(x), x, tensors))
+    return made
+
+
+def entries(kernel: Tensor) -> list[Tensor]:
+    """Every other number of a kernel: values, beginnings of the rows, columns."""
+    rows = kernel.flatten(1)
+    row, column = (torch.rand(rows.shape) < 0.5).nonzero(as_tuple=True)
+    start = torch.searchsorted(row, torch.arange(len(rows) + 1))
+    return [rows[row, column], start.to(torch.int32), column.to(torch.int32)]
+
+
 def sequence(words: str, rows: int, x: Tensor, tensors: list[Tensor]) -> bytes:
-    """A case of a recurrent net."""
+    """A case of a recurrent net, or of images."""
     parts = [struct.pack("<q", len(words)), words.encode(), struct.pack("<qqq", rows, STORAGE[x.dtype], 0)]
     parts += [held(x), struct.pack("<q", len(tensors))]
     for tensor in tensors:
@@ -135,7 +168,7 @@ def test_the_kernels_are_clean_under_sanitizers(driver: Path) -> None:
 
     collect()
     assert len(cases) >= 400
-    cases += activated_cases() + pooled_cases() + recurrent_cases()
+    cases += activated_cases() + pooled_cases() + recurrent_cases() + convolution_cases()
     for name in instruction_sets():
         done = run(driver, cases, name)
         assert done.returncode == 0, done.stderr[-3000:]
