@@ -203,6 +203,19 @@ def test_frozen_layers_compute_the_same_in_every_way(structure: Structure, mode:
         frozen(torch.randn(2, 5, 9, 8, dtype=torch.float64))
 
 
+def test_graphs_hold_the_whole_kernel() -> None:
+    """Compilers and exporters follow PyTorch's convolution."""
+    layer, x = StructuredConv2d(4, 6, 3, structure=sm.Sparse(0.2)), torch.randn(2, 4, 7, 8)
+    frozen = layer.freeze()
+    assert frozen.dense is None
+    with torch.no_grad():
+        wanted = layer.to_conv()(x)
+        compiled = torch.compile(frozen, backend="eager", fullgraph=True)
+        exported = torch.export.export(frozen, (x,)).module()
+        for run in (compiled, exported):
+            torch.testing.assert_close(run(x), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_sequences_run_too() -> None:
     x = torch.randn(3, 4, 50)
     for structure in (sm.LowRank(2), sm.Sparse(0.2)):

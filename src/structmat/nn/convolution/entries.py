@@ -59,7 +59,8 @@ class EntriesConvolution(nn.Module):
     def kernel(self) -> Tensor:
         """Written out."""
         made = self.values.new_zeros(self.kernel_shape)
-        row = torch.repeat_interleave(torch.arange(len(made), device=made.device), self.start.diff())
+        rows, count = torch.arange(len(made), device=made.device), len(self.values)
+        row = torch.repeat_interleave(rows, self.start.diff(), output_size=count)  # which graphs must know
         made.flatten(1)[row, self.column.long()] = self.values
         return made
 
