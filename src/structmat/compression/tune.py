@@ -202,8 +202,8 @@ def _tuned_convolutions(
     for name, x in inputs.items():
         layer = layers[name]
         held = layer.dense is not None
-        own = tuning.Way.NATIVE if layer.is_native else tuning.Way.REFERENCE
-        ways = [own, tuning.Way.DENSE] if allow_dense or held else [own]
+        structured = tuning.Way.NATIVE if layer.is_native else tuning.Way.REFERENCE
+        ways = [structured, tuning.Way.DENSE] if allow_dense or held else [structured]
         with torch.inference_mode():
             if tuning.Way.DENSE in ways and not held:
                 layer.hold_dense()

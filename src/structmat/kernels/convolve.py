@@ -104,9 +104,9 @@ def convolve(given: Steps, kernels: Sequence[Tensor], x: Tensor, bias: Tensor | 
     if any(t.dtype not in known or not t.is_cpu for t in tensors) or wants_gradient(x, tensors, None):
         return None
     wanted = forced()
-    if wanted is Backend.REFERENCE or not is_quiet() or torch.is_autocast_enabled("cpu") or not is_available():
+    if wanted is Backend.REFERENCE or not is_quiet() or torch.is_autocast_enabled("cpu"):
         return None
-    steps, call = given.steps, convolution()
+    steps, call = given.steps, convolution() if native().available else None
     if call is None or x.shape[1] != steps[0].in_channels:
         return None
     is_flat = x.dim() == 3
