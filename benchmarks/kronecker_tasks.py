@@ -89,7 +89,7 @@ class Task:
         return 100 * float((made - samples.y).norm() / samples.y.norm())
 
 
-ADAM = (3e-4, 1e-3, 3e-3, 1e-2)
+ADAM = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TASKS = (
     Task("function", "A function of 64 numbers, 8,192 points, 40 epochs", data.function,
          ((8, 8), (32, 32), (32, 32), (1, 1)), torch.relu, 40, 128, ADAM, 3e-3),
@@ -101,10 +101,10 @@ TASKS = (
          ((28, 28), (28, 28), (28, 28), (2, 5)), torch.tanh, 20, 128, (0.1,), 0.1,
          adam=False, published=True, labels=True),
     Task("mnist swept", "MNIST, the same with swept rates", data.mnist,
-         ((28, 28), (28, 28), (28, 28), (2, 5)), torch.tanh, 20, 128, (0.02, 0.05, 0.1, 0.2), 0.1,
+         ((28, 28), (28, 28), (28, 28), (2, 5)), torch.tanh, 20, 128, (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), 0.1,
          adam=False, published=True, labels=True),
     Task("cifar10", "CIFAR-10, 10,000 images, the published recipe, 20 epochs", data.cifar10,
-         ((64, 64), (64, 64), (64, 64), (2, 5)), torch.relu, 20, 128, (3e-4, 1e-3, 3e-3), 1e-3,
+         ((64, 64), (64, 64), (64, 64), (2, 5)), torch.relu, 20, 128, (3e-4, 1e-3, 3e-3, 1e-2), 1e-3,
          published=True, labels=True, images=True, long=True),
 )  # fmt: skip
 

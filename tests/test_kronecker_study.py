@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.kronecker_models import METHODS, Method, build, counts, member, narrow_width
 from benchmarks.kronecker_speed import Plain
-from benchmarks.kronecker_study import CELLS, STUDY
+from benchmarks.kronecker_study import CELLS, STUDY, best_rate, main_name
 from benchmarks.kronecker_tasks import TASKS
+from benchmarks.study import of_name
 
 SIZES = ((4, 4), (32, 32), (32, 32), (17, 16))
 
@@ -66,3 +67,12 @@ def test_cells_have_names_of_their_own_and_tables_say_what_was_not_run() -> None
     stored = {path.stem for path in Path(STUDY.path(CELLS[0])).parent.glob("*.json")}
     assert stored <= set(keys), "every stored figure belongs to a cell"
     assert all(math.prod(task.sizes[0]) == 4096 or not task.images for task in TASKS)
+
+
+def test_every_cell_has_the_best_rate_of_its_sweep() -> None:
+    done = STUDY.done()
+    for task in TASKS:
+        for method in METHODS:
+            rate, swept = best_rate(task, method)
+            for cell in of_name(done, CELLS, main_name(task, method)):
+                assert (cell["rate"], cell["swept"]) == (rate, swept), f"{task.name}, {method.key}: run it again"
