@@ -101,7 +101,7 @@ TASKS = (
          ((28, 28), (28, 28), (28, 28), (2, 5)), torch.tanh, 20, 128, (0.1,), 0.1,
          adam=False, published=True, labels=True),
     Task("mnist swept", "MNIST, the same with swept rates", data.mnist,
-         ((28, 28), (28, 28), (28, 28), (2, 5)), torch.tanh, 20, 128, (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), 0.1,
+         ((28, 28), (28, 28), (28, 28), (2, 5)), torch.tanh, 20, 128, (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6), 0.1,
          adam=False, published=True, labels=True),
     Task("cifar10", "CIFAR-10, 10,000 images, the published recipe, 20 epochs", data.cifar10,
          ((64, 64), (64, 64), (64, 64), (2, 5)), torch.relu, 20, 128, (3e-4, 1e-3, 3e-3, 1e-2), 1e-3,

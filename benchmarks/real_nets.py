@@ -127,7 +127,8 @@ class G2P(nn.Module):
     def read(self, words: list[str]) -> Tensor:
         """The state after the spelling."""
         ids = [torch.tensor([self.letters.index(c) for c in word] + [2]) for word in words]
-        return self.enc(nn.utils.rnn.pack_sequence([self.enc_emb(i) for i in ids], enforce_sorted=False))[1]
+        packed = nn.utils.rnn.pack_sequence(ids, enforce_sorted=False)  # indices: one look-up for all letters then
+        return self.enc(packed._replace(data=self.enc_emb(packed.data)))[1]
 
     def teach(self, batch: tuple[list[str], Tensor]) -> dict[str, Tensor]:
         """Logits of the phonemes that follow given ones; padding is -100."""
