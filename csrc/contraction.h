@@ -7,31 +7,26 @@
 namespace structmat {
 namespace STRUCTMAT_ISA {
 
-// `rows` rows of the outcome, `vectors` registers of each: accumulators stay in registers over all of c.
-template <class Real, int rows, int vectors>
-inline void block(const Real* w, int64_t wi, int64_t wj, const Real* x, int64_t x_stride, Real* y, int64_t y_stride,
-                  int64_t c, bool add) {
+// `rows` rows of the outcome, `vectors` registers of each, from rows of x that `row_of` finds: accumulators stay in
+// registers over all of c.
+template <class Real, int rows, int vectors, class RowOf>
+inline void block(const Real* w, int64_t wi, int64_t wj, const RowOf& row_of, Real* y, int64_t y_stride, int64_t c,
+                  bool add) {
   constexpr int n = Vector<Real>::lanes;
-  V<Real> sum[rows][vectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[i][v] = add ? at(y + i * y_stride + v * n) : V<Real>{};
+  Sums<Real, rows, vectors> sum(y, y_stride, add);
   for (int64_t j = 0; j < c; ++j) {
+    const Real* x = row_of(j);
     V<Real> values[vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) values[v] = at(x + j * x_stride + v * n);
+    for (int v = 0; v < vectors; ++v) values[v] = at(x + v * n);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const Real factor = w[i * wi + j * wj];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[i][v] += values[v] * factor;
+      for (int v = 0; v < vectors; ++v) sum.of[i][v] += values[v] * factor;
     }
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) put(y + i * y_stride + v * n, sum[i][v]);
+  sum.put_to(y, y_stride);
 }
 
 // The next smaller block: the fewer of them a remainder takes, the fewer wait for their accumulators.
@@ -43,7 +38,7 @@ inline void rest(int64_t b, const Real* w, int64_t wi, int64_t wj, const Real* x
                  int64_t y_stride, int64_t c, bool add) {
   if constexpr (rows >= 1) {
     while (b >= rows) {
-      block<Real, rows, vectors>(w, wi, wj, x, x_stride, y, y_stride, c, add);
+      block<Real, rows, vectors>(w, wi, wj, [=](int64_t j) { return x + j * x_stride; }, y, y_stride, c, add);
       w += rows * wi, y += rows * y_stride, b -= rows;
     }
     if (b) rest<Real, smaller(rows), vectors>(b, w, wi, wj, x, x_stride, y, y_stride, c, add);

@@ -10,29 +10,6 @@
 namespace structmat {
 namespace STRUCTMAT_ISA {
 
-// `rows` lines of the outcome, `vectors` registers of each: accumulators stay in registers over all shifts.
-template <class Real, int rows, int vectors>
-inline void shifted(const Real* w, int64_t depth, const int64_t* shifts, const Real* x, Real* y, int64_t pitch) {
-  constexpr int n = Vector<Real>::lanes;
-  V<Real> sum[rows][vectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const Real* from = x + shifts[k];
-    V<Real> values[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) values[v] = at(from + v * n);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      const Real factor = w[i * depth + k];
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sum[i][v] += values[v] * factor;
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) put(y + i * pitch + v * n, sum[i][v]);
-}
-
 constexpr int wide_part = registers == 32 ? 3 : 2;       // registers of a line at once
 constexpr int most_lines = registers == 32 ? 8 : 6;      // and lines: all their sums fit the registers
 constexpr int64_t at_once = 16 * wide_part;              // registers of a line whose inputs stay in the nearest cache
@@ -41,14 +18,16 @@ template <class Real, int rows>
 inline void shifted_lines(int64_t lines, const Real* w, int64_t depth, const int64_t* shifts, const Real* x, Real* y,
                           int64_t pitch, int64_t count) {
   constexpr int n = Vector<Real>::lanes;
+  const auto part = [&](auto registers_of, int64_t p) {
+    constexpr int vectors = decltype(registers_of)::value;
+    block<Real, rows, vectors>(w, depth, 1, [=](int64_t k) { return x + p + shifts[k]; }, y + p, pitch, depth, false);
+    return vectors * n;
+  };
   for (; lines >= rows; lines -= rows, w += rows * depth, y += rows * pitch) {
     int64_t p = 0;
-    for (; p + wide_part * n <= count; p += wide_part * n) shifted<Real, rows, wide_part>(w, depth, shifts, x + p, y + p, pitch);
-    if (wide_part > 2 && count - p > n) {
-      shifted<Real, rows, 2>(w, depth, shifts, x + p, y + p, pitch);
-      p += 2 * n;
-    }
-    for (; p < count; p += n) shifted<Real, rows, 1>(w, depth, shifts, x + p, y + p, pitch);
+    while (p + wide_part * n <= count) p += part(std::integral_constant<int, wide_part>(), p);
+    if (wide_part > 2 && count - p > n) p += part(std::integral_constant<int, 2>(), p);
+    while (p < count) p += part(std::integral_constant<int, 1>(), p);
   }
   if constexpr (rows > 1)
     if (lines) shifted_lines<Real, smaller(rows)>(lines, w, depth, shifts, x, y, pitch, count);
@@ -69,21 +48,17 @@ template <class Real, int vectors>
 void entries(const Real* values, const int32_t* shifts, int64_t count, const Real* x, Real* y) {
   constexpr int n = Vector<Real>::lanes, chains = vectors > registers / 4 ? 1 : 2;
   V<Real> sum[chains][vectors] = {};
-  int64_t k = 0;
-  for (; k + chains <= count; k += chains)
-#pragma GCC unroll 2
-    for (int c = 0; c < chains; ++c) {
-      const Real* from = x + shifts[k + c];
-      const Real factor = values[k + c];
-#pragma GCC unroll 12
-      for (int v = 0; v < vectors; ++v) sum[c][v] += at(from + v * n) * factor;
-    }
-  if (k < count) {
+  const auto take = [&](int64_t k, int c) {
     const Real* from = x + shifts[k];
     const Real factor = values[k];
 #pragma GCC unroll 12
-    for (int v = 0; v < vectors; ++v) sum[0][v] += at(from + v * n) * factor;
-  }
+    for (int v = 0; v < vectors; ++v) sum[c][v] += at(from + v * n) * factor;
+  };
+  int64_t k = 0;
+  for (; k + chains <= count; k += chains)
+#pragma GCC unroll 2
+    for (int c = 0; c < chains; ++c) take(k + c, c);
+  if (k < count) take(k, 0);
 #pragma GCC unroll 12
   for (int v = 0; v < vectors; ++v) put(y + v * n, chains == 1 ? sum[0][v] : sum[0][v] + sum[chains - 1][v]);
 }

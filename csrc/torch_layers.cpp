@@ -19,6 +19,11 @@ Storage state_storage(int32_t dtype) {
   return storage;
 }
 
+// Of what multiplies so many states.
+std::shared_ptr<const Plan> state_plan(const std::string& text, int64_t rows, Storage storage) {
+  return runs_by_vectors(rows, storage) ? vector_plan_of(text) : plan_of(text);
+}
+
 void read_kind(int64_t kind, Cell* cell, bool* backwards) {
   if (kind < 0 || kind > 7) throw std::invalid_argument("structmat: there is no such cell");
   *cell = Cell(kind % 4), *backwards = kind >= 4;
@@ -111,9 +116,7 @@ void recur(Tensor x, Tensor start, Tensor memory, Tensor y, List list, Text text
   if (!fits(in, gates_of(q.cell) * q.size) || !fits(from, q.size) || !fits(out, q.size) ||
       (has_memory && (held.dim != 2 || !fits(held, q.size) || !held.is_contiguous())))
     throw std::invalid_argument("structmat: gates, states and outcomes do not fit together");
-  const std::string words = read(text);
-  const auto plan =
-      runs_by_vectors(q.rows, q.storage) ? vector_plan_of(words) : plan_of(words);
+  const auto plan = state_plan(read(text), q.rows, q.storage);
   const std::vector<Owned> owned = items(list);
   const std::vector<Array> arrays = arrays_of(owned, *plan, in.dtype);
   q.x = data_of(x), q.x_time = in.strides[0], q.x_row = in.strides[1];
@@ -152,9 +155,7 @@ void recur_backward(Tensor kept, Tensor start, Tensor memory, Tensor y, Tensor g
   for (int i = 0; fits && i < 3; ++i) fits = from.sizes[i] == out.sizes[i];
   if (!fits) throw std::invalid_argument("structmat: a gradient has another shape or dtype than its states");
   q.grad = data_of(grad), q.grad_time = from.strides[0], q.grad_row = from.strides[1];
-  const std::string words = read(text);
-  const auto plan =
-      runs_by_vectors(q.rows, q.storage) ? vector_plan_of(words) : plan_of(words);
+  const auto plan = state_plan(read(text), q.rows, q.storage);
   const std::vector<Owned> owned = items(list);
   recur_back(*plan, q, arrays_of(owned, *plan, out.dtype).data(), in_parallel, thread_count());
 }

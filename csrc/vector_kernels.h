@@ -68,6 +68,17 @@ void dot_lines(const Real* w, int64_t stride, int64_t lines, int64_t length, con
     }
 }
 
+// Numbers 0 .. length: `columns` for `wide` registers of them at a time, then for one, and `number` for each that is left.
+template <class Real, int wide, class Columns, class Number>
+inline void in_registers(int64_t length, const Columns& columns, const Number& number) {
+  constexpr int n = Vector<Real>::lanes;
+  int64_t k = 0;
+  for (; k + wide * n <= length; k += wide * n) columns(std::integral_constant<int, wide>(), k);
+  if constexpr (wide > 1)
+    for (; k + n <= length; k += n) columns(std::integral_constant<int, 1>(), k);
+  for (; k < length; ++k) number(k);
+}
+
 // y[k] (+)= the sum over c of w[c, k] x[c], or of w[c] x[c, k]: numbers side by side are outcomes side by side. The
 // factors that all k share lie `step` apart in the one, the registers `stride` apart in the other.
 template <class Real, int together, bool weights_run>
@@ -76,38 +87,30 @@ void add_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step, int6
   constexpr int n = Vector<Real>::lanes, wide = together == 1 ? 4 : 2;
   const auto columns = [&](auto vectors, int64_t k) {
     constexpr int v = decltype(vectors)::value;
-    V<Real> sum[together][v];
-#pragma GCC unroll 4
-    for (int r = 0; r < together; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < v; ++i) sum[r][i] = add ? at(y + r * pitch_y + k + i * n) : V<Real>{};
+    Sums<Real, together, v> sum(y + k, pitch_y, add);
     for (int64_t c = 0; c < depth; ++c)
 #pragma GCC unroll 4
       for (int i = 0; i < v; ++i) {
         if constexpr (weights_run) {
           const V<Real> factor = at(w + c * w_step + k + i * n);
 #pragma GCC unroll 4
-          for (int r = 0; r < together; ++r) sum[r][i] += factor * x[r * pitch_x + c * x_step];
+          for (int r = 0; r < together; ++r) sum.of[r][i] += factor * x[r * pitch_x + c * x_step];
         } else {
 #pragma GCC unroll 4
-          for (int r = 0; r < together; ++r) sum[r][i] += at(x + r * pitch_x + c * x_step + k + i * n) * w[c * w_step];
+          for (int r = 0; r < together; ++r)
+            sum.of[r][i] += at(x + r * pitch_x + c * x_step + k + i * n) * w[c * w_step];
         }
       }
-#pragma GCC unroll 4
-    for (int r = 0; r < together; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < v; ++i) put(y + r * pitch_y + k + i * n, sum[r][i]);
+    sum.put_to(y + k, pitch_y);
   };
-  int64_t k = 0;
-  for (; k + wide * n <= length; k += wide * n) columns(std::integral_constant<int, wide>(), k);
-  for (; k + n <= length; k += n) columns(std::integral_constant<int, 1>(), k);
-  for (; k < length; ++k)
+  in_registers<Real, wide>(length, columns, [&](int64_t k) {
     for (int r = 0; r < together; ++r) {
       Real sum = add ? y[r * pitch_y + k] : Real(0);
       for (int64_t c = 0; c < depth; ++c)
         sum += w[c * w_step + (weights_run ? k : 0)] * x[r * pitch_x + c * x_step + (weights_run ? 0 : k)];
       y[r * pitch_y + k] = sum;
     }
+  });
 }
 
 // The same where the weights run, for more numbers than accumulators hold at a time: lines of weights are read one after
@@ -115,32 +118,28 @@ void add_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step, int6
 template <class Real, int together>
 void add_long_rows(const Real* w, int64_t w_step, const Real* x, int64_t pitch_x, int64_t depth, Real* y,
                    int64_t pitch_y, int64_t length, bool add) {
-  constexpr int n = Vector<Real>::lanes;
   const auto lines = [&](auto count, int64_t c, bool adds) {
     constexpr int g = decltype(count)::value;
     Real factor[together][g];
     for (int r = 0; r < together; ++r) std::copy_n(x + r * pitch_x + c, g, factor[r]);
     const Real* line = w + c * w_step;
-    int64_t k = 0;
-    for (; k + n <= length; k += n) {
-      V<Real> sum[together];
-#pragma GCC unroll 4
-      for (int r = 0; r < together; ++r) sum[r] = adds ? at(y + r * pitch_y + k) : V<Real>{};
+    const auto columns = [&](auto, int64_t k) {
+      Sums<Real, together, 1> sum(y + k, pitch_y, adds);
 #pragma GCC unroll 8
       for (int i = 0; i < g; ++i) {
         const V<Real> values = at(line + i * w_step + k);
 #pragma GCC unroll 4
-        for (int r = 0; r < together; ++r) sum[r] += values * factor[r][i];
+        for (int r = 0; r < together; ++r) sum.of[r][0] += values * factor[r][i];
       }
-#pragma GCC unroll 4
-      for (int r = 0; r < together; ++r) put(y + r * pitch_y + k, sum[r]);
-    }
-    for (; k < length; ++k)
+      sum.put_to(y + k, pitch_y);
+    };
+    in_registers<Real, 1>(length, columns, [&](int64_t k) {
       for (int r = 0; r < together; ++r) {
         Real sum = adds ? y[r * pitch_y + k] : Real(0);
         for (int i = 0; i < g; ++i) sum += line[i * w_step + k] * factor[r][i];
         y[r * pitch_y + k] = sum;
       }
+    });
   };
   constexpr int few = together == 1 ? 8 : 4;
   int64_t c = 0;
@@ -152,26 +151,22 @@ void add_long_rows(const Real* w, int64_t w_step, const Real* x, int64_t pitch_x
 template <class Real, int together>
 void multiply_rows(const Real* w, int64_t w_step, const Real* x, int64_t x_step, int64_t pitch_x, int64_t depth, Real* y,
                    int64_t pitch_y, int64_t length, bool add) {
-  constexpr int n = Vector<Real>::lanes;
-  int64_t k = 0;
-  for (; k + n <= length; k += n) {
-    V<Real> sum[together];
-#pragma GCC unroll 4
-    for (int r = 0; r < together; ++r) sum[r] = add ? at(y + r * pitch_y + k) : V<Real>{};
+  const auto columns = [&](auto, int64_t k) {
+    Sums<Real, together, 1> sum(y + k, pitch_y, add);
     for (int64_t c = 0; c < depth; ++c) {
       const V<Real> factor = at(w + c * w_step + k);
 #pragma GCC unroll 4
-      for (int r = 0; r < together; ++r) sum[r] += factor * at(x + r * pitch_x + c * x_step + k);
+      for (int r = 0; r < together; ++r) sum.of[r][0] += factor * at(x + r * pitch_x + c * x_step + k);
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < together; ++r) put(y + r * pitch_y + k, sum[r]);
-  }
-  for (; k < length; ++k)
+    sum.put_to(y + k, pitch_y);
+  };
+  in_registers<Real, 1>(length, columns, [&](int64_t k) {
     for (int r = 0; r < together; ++r) {
       Real sum = add ? y[r * pitch_y + k] : Real(0);
       for (int64_t c = 0; c < depth; ++c) sum += w[c * w_step + k] * x[r * pitch_x + c * x_step + k];
       y[r * pitch_y + k] = sum;
     }
+  });
 }
 
 // The same where d is a divisor of the lanes and every line holds (c, d) side by side: products number by number, whose
@@ -225,11 +220,7 @@ void unfold_lines(const Real* w, int64_t w_step, const Real* x, int64_t depth, i
   };
   const auto columns = [&](auto vectors, int64_t k) {
     constexpr int v = decltype(vectors)::value;
-    V<Real> sum[together][v];
-#pragma GCC unroll 4
-    for (int r = 0; r < together; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < v; ++i) sum[r][i] = add ? at(y + r * pitch + k + i * n) : V<Real>{};
+    Sums<Real, together, v> sum(y + k, pitch, add);
     for (int64_t c = 0; c < depth; ++c) {
       V<Real> values[together];
 #pragma GCC unroll 4
@@ -238,23 +229,18 @@ void unfold_lines(const Real* w, int64_t w_step, const Real* x, int64_t depth, i
       for (int i = 0; i < v; ++i) {
         const V<Real> factor = at(w + c * w_step + k + i * n);
 #pragma GCC unroll 4
-        for (int r = 0; r < together; ++r) sum[r][i] += factor * values[r];
+        for (int r = 0; r < together; ++r) sum.of[r][i] += factor * values[r];
       }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < together; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < v; ++i) put(y + r * pitch + k + i * n, sum[r][i]);
+    sum.put_to(y + k, pitch);
   };
-  int64_t k = 0;
-  for (; k + wide * n <= length; k += wide * n) columns(std::integral_constant<int, wide>(), k);
-  for (; k + n <= length; k += n) columns(std::integral_constant<int, 1>(), k);
-  for (; k < length; ++k)
+  in_registers<Real, wide>(length, columns, [&](int64_t k) {
     for (int r = 0; r < together; ++r) {
       Real sum = add ? y[r * pitch + k] : Real(0);
       for (int64_t c = 0; c < depth; ++c) sum += w[c * w_step + k] * x[r * pitch + c * d + (k & (d - 1))];
       y[r * pitch + k] = sum;
     }
+  });
 }
 
 template <class Real, int together>

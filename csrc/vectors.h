@@ -82,6 +82,28 @@ inline V<Real> some_of(const Real* p, int64_t count) {
   return count >= Vector<Real>::lanes ? at(p) : first_of(p, count);
 }
 
+// `rows` rows of an outcome, `vectors` registers of each, `pitch` numbers apart: in registers, where all indices are known
+// to the compiler.
+template <class Real, int rows, int vectors>
+struct Sums {
+  V<Real> of[rows][vectors];
+
+  // What is there, to be added to, or zeros.
+  inline Sums(const Real* y, int64_t pitch, bool add) {
+#pragma GCC unroll 24
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) of[i][v] = add ? at(y + i * pitch + v * Vector<Real>::lanes) : V<Real>{};
+  }
+
+  inline void put_to(Real* y, int64_t pitch) const {
+#pragma GCC unroll 24
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) put(y + i * pitch + v * Vector<Real>::lanes, of[i][v]);
+  }
+};
+
 // Products number by number, their sums still in lanes.
 template <class Real>
 inline V<Real> products(const Real* one, const Real* other, int64_t length) {
