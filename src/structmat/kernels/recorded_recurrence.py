@@ -12,7 +12,7 @@ from structmat.kernels.choice import possible_text
 from structmat.kernels.gradient import gradients
 from structmat.kernels.operator import arguments, kept_recurrence, recurrence_back
 from structmat.kernels.plainly import plainly
-from structmat.kernels.recurrence import BACKWARDS, STATE_DTYPES, NativeCell
+from structmat.kernels.recurrence import BACKWARDS, NativeCell, makes_states
 from structmat.kernels.text import Text, transposed_text
 from structmat.program import Program
 
@@ -123,9 +123,7 @@ def recordable(
         StructureError: the native backend is forced, and can't multiply by the program.
     """
     hidden = state[0]
-    if hidden.dtype not in STATE_DTYPES or any(type(t) is not Tensor or not t.is_cpu for t in (gates, *state)):
-        return None
-    if any(t.dtype is not hidden.dtype for t in (gates, *state)):
+    if not makes_states(*state, gates):
         return None
     program, tensors = plainly(program, tensors, hidden, bias)
     text = possible_text(program, tensors, hidden, bias)

@@ -32,6 +32,12 @@ BACKWARDS = 4
 """Added to the number of a cell if the last time is read first."""
 
 
+def makes_states(*tensors: Tensor) -> bool:
+    """Whether the library makes states of these: plain tensors on the CPU, of one dtype that it knows."""
+    dtype = tensors[0].dtype
+    return dtype in STATE_DTYPES and all(type(t) is Tensor and t.is_cpu and t.dtype is dtype for t in tensors)
+
+
 def is_native(program: Program, dtype: torch.dtype) -> bool:
     """Whether :func:`recur` takes a state's matrix, if nothing else speaks against it."""
     return (
@@ -72,7 +78,7 @@ def recur(
         StructureError: the native backend is forced, and can't multiply by the program.
     """
     hidden = state[0]
-    if hidden.dtype not in STATE_DTYPES or any(type(t) is not Tensor or not t.is_cpu for t in (gates, y, *state)):
+    if not makes_states(*state, gates, y):
         return None
     program, tensors = plainly(program, tensors, hidden, bias)
     text = possible_text(program, tensors, hidden, bias)

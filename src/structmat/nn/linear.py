@@ -25,6 +25,7 @@ from structmat.program import (
     stages,
     table,
 )
+from structmat.program.dense import dense
 from structmat.projection.project import DEFAULT_SWEEPS, project
 from structmat.structure import Structure, is_matrix, resolve, specs
 from structmat.transforms.recognized import fourier_program
@@ -265,8 +266,7 @@ class FrozenLinear(nn.Module):
             tensors = self.tensors()
             like = next((t for t in tensors.values() if t.dtype != torch.int64), torch.empty(0))
             with torch.no_grad():
-                unit = torch.eye(self.program.in_features, dtype=like.dtype, device=like.device)
-                self.dense = apply(self.program, tensors, unit).T.contiguous()
+                self.dense = dense(self.program, tensors, like.dtype, like.device).contiguous()
         self._holds_dense = hold
         self._is_short = self._can_be_short and not hold
 
