@@ -28,7 +28,7 @@ from benchmarks.kronecker_conversion import BUDGETS, CONVERSIONS, conversion_cel
 from benchmarks.kronecker_models import METHODS, Method, counts
 from benchmarks.kronecker_speed import FORMS, SPEEDS, speed_cell
 from benchmarks.kronecker_tasks import TASKS, Task, times_cell, train
-from benchmarks.study import NOT_RUN, RESULTS, Cell, Study, curve_svg, markdown, of_name, spread
+from benchmarks.study import NOT_RUN, RESULTS, Cell, Study, curve_svg, markdown, of_name, save, spread
 
 SEEDS = 5
 
@@ -233,7 +233,7 @@ def _picture(task: Task, done: Mapping[str, dict[str, Any]]) -> list[str]:
     if max(map(len, curves.values()), default=0) < 2:
         return []
     name = f"kronecker_study_{task.name.replace(' ', '_')}.svg"
-    (RESULTS / name).write_text(curve_svg(curves, "parameters", "error in %"), encoding="utf-8")
+    save(RESULTS, name, curve_svg(curves, "parameters", "error in %"))
     return ["", f"![Error over parameters]({name})"]
 
 

@@ -135,15 +135,20 @@ def track(items: Iterable[T], total: int, words: str) -> Iterable[T]:
 
 
 def _preface(done: Iterable[dict[str, Any]]) -> list[str]:
-    machines = sorted({json.dumps(_machine(cell["environment"]), sort_keys=True) for cell in done})
+    machines = [_machine(cell["environment"]) for cell in done]
     if not machines:
         return ["Nothing has been run yet."]
-    told = [", ".join(f"{k} {v}" for k, v in json.loads(machine).items()) for machine in machines]
-    return [f"Measured with {'; '.join(told)}. The machine was shared: times are indicative."]
+    told = [f"{key} {' or '.join(_values(machines, key))}" for key in dict.fromkeys(k for m in machines for k in m)]
+    return [f"Measured with {', '.join(told)}. The machine was shared: times are indicative."]
 
 
 def _machine(environment: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in environment.items() if isinstance(v, str | int) and k != "commit"}
+    return {k: v for k, v in sorted(environment.items()) if isinstance(v, str | int) and k != "commit"}
+
+
+def _values(machines: Iterable[Mapping[str, Any]], key: str) -> list[str]:
+    """Of all machines."""
+    return sorted({str(machine[key]) for machine in machines if key in machine})
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -213,6 +218,31 @@ def bars_svg(groups: Mapping[str, Mapping[int, float]], across: str, up: str) ->
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
+POINTS_MARKED = 24
+"""Of a curve, so many of which are marked: a curve of one point is nothing else."""
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """What an axis shows: a little more than is there."""
+    low, high = min(values), max(values)
+    more = 0.03 * (high - low) or 0.5
+    return low - more, high + more
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """On a logarithmic axis: powers of ten, with their multiples where there are few."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    steps = range(1, 10) if high - low < 0.7 else (1, 2, 5) if high - low < 2 else (1,)
+    return [step * 10.0**power for power in powers for step in steps if low <= math.log10(step) + power <= high]
+
+
+def _even_numbers(low: float, high: float) -> list[float]:
+    """On a linear axis: four to nine multiples of a power of ten, or of twice or five times one."""
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(power * part for part in (0.1, 0.2, 0.5, 1.0) if (high - low) / (power * part) < 9)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def curve_svg(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     across: str,
@@ -224,28 +254,24 @@ def curve_svg(
 ) -> str:
     """Curves as SVG, the legend at the right. On logarithmic axes values of 0 are left out.
 
-    ``ticks``: of the first axis, by default powers of ten; on linear axes the places of the points.
+    ``ticks``: of the first axis, by default round numbers, or on linear axes the places of the points.
     """
     points = [(x, y) for curve in curves.values() for x, y in curve if not logarithmic or (x > 0 and y > 0)]
     if not points:
         return ""
     scale: Callable[[float], float] = math.log10 if logarithmic else float
     width, height, left, right, low = 520, 360, 60, 200, 44
-    ranges = [(scale(min(v)), scale(max(v))) for v in zip(*points, strict=True)]
-    (x0, x1), (y0, y1) = ((a, b if b > a else a + 1) for a, b in ranges)
+    (x0, x1), (y0, y1) = (_range([scale(number) for number in numbers]) for numbers in zip(*points, strict=True))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across_ = left + (scale(x) - x0) / (x1 - x0) * (width - left - 10)
         return across_, 10 + (y1 - scale(y)) / (y1 - y0) * (height - low - 10)
 
-    def powers(low_: float, high: float) -> list[float]:
-        return [10.0**exponent for exponent in range(math.ceil(low_), math.floor(high) + 1)]
-
     if logarithmic:
-        marks, levels = list(ticks) or powers(x0, x1), powers(y0, y1)
+        marks, levels = list(ticks) or _round_numbers(x0, x1), _round_numbers(y0, y1)
     else:
         marks = list(ticks) or sorted({x for x, _ in points})
-        levels = [y0 + (y1 - y0) * part / 4 for part in range(5)]
+        levels = _even_numbers(y0, y1)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + right} {height}" font-family="sans-serif" '
         'font-size="11">',
@@ -258,8 +284,9 @@ def curve_svg(
         x, _ = place(mark, points[0][1])
         if x < free:
             continue  # it would stand in the label before
-        free = x + 24
-        lines.append(f'<text x="{x:.1f}" y="{height - low + 14}" text-anchor="middle">{mark:g}</text>')
+        label = f"{mark:,.12g}"
+        free = x + 8 + 6 * len(label)
+        lines.append(f'<text x="{x:.1f}" y="{height - low + 14}" text-anchor="middle">{label}</text>')
     for level in levels:
         _, y = place(points[0][0], level)
         lines.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{level:.3g}</text>')
@@ -270,7 +297,9 @@ def curve_svg(
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in shown)
         dash = ' stroke-dasharray="4 3"' if name in broken else ""
         lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"{dash}/>')
+        if len(shown) <= POINTS_MARKED:
+            lines += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.8" fill="{color}"/>' for a, b in shown]
         y = 20 + 16 * number
-        lines.append(f'<line x1="{width}" x2="{width + 20}" y1="{y}" y2="{y}" stroke="{color}"{dash}/>')
+        lines.append(f'<line x1="{width}" x2="{width + 20}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="1.6"{dash}/>')
         lines.append(f'<text x="{width + 26}" y="{y + 4}">{name}</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"

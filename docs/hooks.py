@@ -19,6 +19,11 @@ WISHES = "<!-- the table of wishes -->"
 CLASSES = "<!-- the classes of families -->"
 """Marks on a line of their own, in whose place the text goes."""
 
+FIGURES = re.compile(r"^<!-- the figures of (\w+) -->$", re.MULTILINE)
+"""The same for what a study wrote; its pictures lie beside the page."""
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
 
 def on_page_markdown(markdown: str, **page: Any) -> str:
     """Replace the marks; the name and the arguments are those that mkdocs calls."""
@@ -26,7 +31,13 @@ def on_page_markdown(markdown: str, **page: Any) -> str:
         markdown = markdown.replace(TABLE, gen_families.table())
     if WISHES in markdown:
         markdown = markdown.replace(WISHES, gen_wishes.table())
+    markdown = FIGURES.sub(lambda mark: figures(mark[1]), markdown)
     return markdown.replace(CLASSES, classes()) if CLASSES in markdown else markdown
+
+
+def figures(study: str) -> str:
+    """The tables of a study without their title, which the page has."""
+    return (RESULTS / f"{study}.md").read_text(encoding="utf-8").partition("\n")[2].lstrip()
 
 
 def on_page_content(html: str, **page: Any) -> str:

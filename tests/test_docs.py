@@ -221,6 +221,17 @@ def test_the_picture_is_drawn_from_the_code(tmp_path: Path) -> None:
     assert drawn.count("<image") == kept.count("<image") == count
 
 
+def test_pictures_of_studies_are_those_of_their_figures() -> None:
+    shown = [name for page in PAGES for name in hooks.FIGURES.findall(page.read_text(encoding="utf-8"))]
+    assert shown
+    for name in shown:
+        text = hooks.figures(name)
+        assert not text.startswith("# ")
+        for picture in re.findall(r"]\((\S+\.svg)\)", text):
+            drawn, kept = ((folder / picture).read_text(encoding="utf-8") for folder in (hooks.RESULTS, DOCS))
+            assert drawn == kept, picture
+
+
 # --------------------------------------------------------------------------------------------------- command line
 
 
