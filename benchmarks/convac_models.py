@@ -113,7 +113,7 @@ def mixture_figures(
         scores = model(cut(torch.where(seen, x, math.nan)))
         return scores.argmax(1), scores.logsumexp(1) - math.log(10)
 
-    return under_masks(classify, test, seed)
+    return under_masks(classify, test, seed, chosen)
 
 
 def under_masks(
