@@ -237,9 +237,9 @@ def _round_numbers(low: float, high: float) -> list[float]:
 
 
 def _even_numbers(low: float, high: float) -> list[float]:
-    """On a linear axis: four to nine multiples of a power of ten, or of twice or five times one."""
+    """On a linear axis: three to nine multiples of one, two or five times a power of ten."""
     power = 10.0 ** math.floor(math.log10(high - low))
-    step = next(power * part for part in (0.1, 0.2, 0.5, 1.0) if (high - low) / (power * part) < 9)
+    step = next(power * part for part in (0.2, 0.5, 1.0, 2.0) if (high - low) / (power * part) < 9)
     return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -296,10 +296,11 @@ def curve_svg(
         shown = [place(x, y) for x, y in curve if not logarithmic or (x > 0 and y > 0)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in shown)
         dash = ' stroke-dasharray="4 3"' if name in broken else ""
-        lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"{dash}/>')
+        stroke = f'stroke="{color}" stroke-width="1.6"{dash}'
+        lines.append(f'<polyline points="{path}" fill="none" {stroke}/>')
         if len(shown) <= POINTS_MARKED:
             lines += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.8" fill="{color}"/>' for a, b in shown]
         y = 20 + 16 * number
-        lines.append(f'<line x1="{width}" x2="{width + 20}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="1.6"{dash}/>')
+        lines.append(f'<line x1="{width}" x2="{width + 20}" y1="{y}" y2="{y}" {stroke}/>')
         lines.append(f'<text x="{width + 26}" y="{y + 4}">{name}</text>')
     return "\n".join([*lines, "</svg>"]) + "\n"

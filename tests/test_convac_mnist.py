@@ -59,7 +59,6 @@ def test_convac_22_missing_pixels_after_300_steps() -> None:
 
 @needs_mnist
 @pytest.mark.skipif("STRUCTMAT_LONG" not in os.environ, reason="trains for 3 epochs: set STRUCTMAT_LONG")
-@pytest.mark.xfail(reason="67.2 % for 69.0 % at p = 0.95 and 30.0 % for 31.6 % at p = 0.99", strict=False)
 def test_convac_22_missing_data_after_3_epochs() -> None:
     """The whole table: within 0.5 points where at most half of the pixels are missing, within 1.5 beyond."""
     found = missing.train_and_test("deep", None, 3, 0)["accuracy"]

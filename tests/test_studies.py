@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import structmat as sm
 
@@ -134,3 +136,13 @@ def test_equal_networks_of_a_study_are_trained_once() -> None:
     sizes = {("function", f"block tensor-train k={k}") for k in (1, 2, 4)}
     for size in sizes:
         assert twins(*size) == sizes - {size}
+
+
+@given(low=st.floats(-1e4, 1e4), width=st.floats(1e-3, 1e4))
+def test_axes_are_marked_by_three_to_nine_round_numbers(low: float, width: float) -> None:
+    study = importlib.import_module("benchmarks.study")
+    high = low + width
+    marks = study._even_numbers(low, high)
+    assert 3 <= len(marks) <= 9
+    slack = 1e-9 * (abs(low) + width)
+    assert all(low - slack <= mark <= high + slack for mark in marks)
