@@ -118,6 +118,8 @@ class Study:
         """Run what is not done."""
         todo = [cell for cell in chosen if not self.path(cell).exists()]
         for number, cell in enumerate(todo, 1):
+            if self.path(cell).exists():
+                continue  # another process has run it meanwhile
             print(f"[{number}/{len(todo)}] {cell.key}", file=sys.stderr, flush=True)
             start = time.perf_counter()
             found = cell.run(cell.seed)
