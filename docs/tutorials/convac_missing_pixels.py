@@ -48,7 +48,7 @@ def main() -> dict[float, tuple[float, float]]:
             chosen = train[torch.randint(len(train), (64,), generator=generator)]
             yield CUT(images[chosen]), labels[chosen]
 
-    # Densities of patches, then a distribution over their hidden labels; in training a random share of pixels is hidden.
+    # Densities of patches, then a distribution over their hidden labels; training hides a random share of the pixels.
     leaves = GaussianRepresentation.from_mixture(fit_mixture(pieces, 16, floor=1e-3, generator=generator))
     mixture = sm.nn.TensorialMixture(leaves, TREE, (32, 64), 10, generator=generator)
     optimizer, schedule = generative_optimizer(mixture, STEPS)
