@@ -116,6 +116,7 @@ def _cells() -> list[Cell]:
     published = "deep mixture, 25000 steps, published settings"
     long = {
         "deep mixture, 25000 steps": lambda s: train_and_test("deep", 25_000, 0, s),
+        "deep mixture, 25000 steps, locations too": lambda s: train_and_test("deep", 25_000, 0, s, hidden=True),
         "deep mixture, 3 epochs, published settings": lambda s: train_and_test("deep", None, 3, s, published=True),
         published: lambda s: train_and_test("deep", 25_000, 0, s, published=True, hidden=True),
     }

@@ -253,3 +253,29 @@ def test_the_default_classifier_learns_an_interaction() -> None:
         classifier(torch.zeros(10, 4), ModeTree.sequence(4), 8, 2)
     with pytest.raises(DataError, match="loss of step 0"):
         fit(model, lambda b: torch.tensor(math.nan), range(1), optimizer, schedule)
+
+
+@pytest.mark.parametrize("sharing", ["shared", "unshared"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shallow_network_over_many_patches_learns(sharing: str, seed: int) -> None:
+    """Products of 256 factors: with the start and the rates of small windows one channel is soon all that is left."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(256, 2, 256, generator=generator)
+    labels = torch.randint(0, 2, (256,), generator=generator)
+    x[:, 0] += 0.3 * (2 * labels - 1)[:, None]
+    model = classifier(
+        x.transpose(1, 2).reshape(-1, 2)[:4000],
+        ModeTree.sequence(256).truncated(1),
+        16,
+        2,
+        channels=8,
+        sharing=sharing,
+        generator=generator,
+    )
+    optimizer, schedule = discriminative_optimizer(model, 100)
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    filters = {id(p) for p in model.network.layers.parameters()}
+    for parameter in model.parameters():
+        assert math.isclose(rates[id(parameter)], 3e-3 * (2 / 16 if id(parameter) in filters else 1))
+    losses = fit(model, lambda b: nn.functional.cross_entropy(model(x), labels), range(100), optimizer, schedule)
+    assert losses[-1] < 0.1

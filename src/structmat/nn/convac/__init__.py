@@ -31,7 +31,7 @@ from structmat.nn.convac.training import (
     marginalize,
 )
 from structmat.nn.convac.tree import ModeTree
-from structmat.nn.convac.weights import averaging_, dirichlet_, normal_, orthogonal_
+from structmat.nn.convac.weights import averaging_, averaging_spread, dirichlet_, normal_, orthogonal_
 
 __all__ = [
     "MEX",
@@ -54,6 +54,7 @@ __all__ = [
     "Similarity",
     "TensorialMixture",
     "averaging_",
+    "averaging_spread",
     "classifier",
     "dirichlet_",
     "discriminative_optimizer",

@@ -13,7 +13,17 @@ from structmat.nn.convac import native
 from structmat.nn.convac.options import Activation, Pooling, RankMethod, check_options
 from structmat.nn.convac.semiring import Scaled, Semiring, Signed, State, concatenate, select
 from structmat.nn.convac.tree import Edge, ModeTree
-from structmat.nn.convac.weights import Constraint, EdgeMap, Sharing, Slot, Weights, averaging_, dirichlet_, normal_
+from structmat.nn.convac.weights import (
+    Constraint,
+    EdgeMap,
+    Sharing,
+    Slot,
+    Weights,
+    averaging_,
+    averaging_spread,
+    dirichlet_,
+    normal_,
+)
 from structmat.nn.convac.windows import window_product
 from structmat.structure import Structure
 
@@ -50,7 +60,7 @@ class ConvAC(nn.Module):
         constraint: of all weights, the outputs' too.
         semiring: how numbers are carried.
         activation, pooling: of the rectifier variants.
-        initialize: called with each :class:`Weights`; by default :func:`averaging_` with spread 1 / sqrt(window), for
+        initialize: called with each :class:`Weights`; by default :func:`averaging_` with :func:`averaging_spread`, for
             simplex weights :func:`dirichlet_`.
         generator: source of randomness of the default initialisation.
 
@@ -161,14 +171,17 @@ class ConvAC(nn.Module):
                 f"windows{level}", None if straight else torch.tensor(order, dtype=torch.int64), persistent=False
             )
 
+    def window(self, level: int) -> int:
+        """Factors of a product of this level."""
+        return len(self.tree.levels[level][0])
+
     def initialize(self, how: Initialize | None = None, *, generator: torch.Generator | None = None) -> None:
         """Draw all weights again; ``how`` as in the constructor."""
         for level, maps in enumerate(self.layers):
             assert isinstance(maps, nn.ModuleList)
-            window = len(self.tree.levels[level][0])
             for edge_map in maps:
                 assert isinstance(edge_map, EdgeMap)
-                self._draw(edge_map.weights, how, window**-0.5, generator)
+                self._draw(edge_map.weights, how, averaging_spread(self.window(level)), generator)
         self._draw(self.output.weights, how, 1.0, generator)
 
     def _draw(self, weights: Weights, how: Initialize | None, spread: float, generator: torch.Generator | None) -> None:

@@ -288,6 +288,16 @@ class EdgeMap(nn.Module):
         return (matrices[i] for i in self.slot.index)
 
 
+def averaging_spread(window: int) -> float:
+    """``min(1 / sqrt(w), 2 / w)``, the spread of :func:`averaging_` for products of w factors.
+
+    Factors of small windows deviate as if they were independent; those of large ones have the same filters at the start
+    and add up: with ``1 / sqrt(w)`` the products of 256 factors of a shallow network differ by several powers of ten
+    between channels, one channel is all that is left, and nothing is learned.
+    """
+    return min(window**-0.5, 2 / window)
+
+
 def averaging_(weights: Weights, spread: float, *, generator: torch.Generator | None = None) -> None:
     """Draw ``W = (1 + spread * sqrt(p) * noise) / p`` with fan-in p: rows near averages.
 
