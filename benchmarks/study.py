@@ -262,7 +262,8 @@ def curve_svg(
     if not points:
         return ""
     scale: Callable[[float], float] = math.log10 if logarithmic else float
-    width, height, left, right, low = 520, 360, 60, 200, 44
+    width, height, left, low = 520, 360, 60, 44
+    right = max(200, 40 + 6 * max(map(len, curves)))
     (x0, x1), (y0, y1) = (_range([scale(number) for number in numbers]) for numbers in zip(*points, strict=True))
 
     def place(x: float, y: float) -> tuple[float, float]:
