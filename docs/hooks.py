@@ -32,18 +32,14 @@ def on_page_markdown(markdown: str, **page: Any) -> str:
     if WISHES in markdown:
         markdown = markdown.replace(WISHES, gen_wishes.table())
     several = len(FIGURES.findall(markdown)) > 1
-    markdown = FIGURES.sub(lambda mark: chapter(mark[1]) if several else figures(mark[1]), markdown)
+    markdown = FIGURES.sub(lambda mark: figures(mark[1], deeper=several), markdown)
     return markdown.replace(CLASSES, classes()) if CLASSES in markdown else markdown
 
 
-def figures(study: str) -> str:
-    """The tables of a study without their title, which the page has."""
-    return (RESULTS / f"{study}.md").read_text(encoding="utf-8").partition("\n")[2].lstrip()
-
-
-def chapter(study: str) -> str:
-    """All that a study wrote, its title as that of a part of the page."""
-    return re.sub("^#", "##", (RESULTS / f"{study}.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+def figures(study: str, *, deeper: bool = False) -> str:
+    """The tables of a study without their title, which the page has; ``deeper``: as a part of a page."""
+    text = (RESULTS / f"{study}.md").read_text(encoding="utf-8").partition("\n")[2].lstrip()
+    return re.sub("^##", "###", text, flags=re.MULTILINE) if deeper else text
 
 
 def on_page_content(html: str, **page: Any) -> str:

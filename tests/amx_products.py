@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from torch import Tensor
 
 from structmat.kernels import native, operator
@@ -44,6 +44,7 @@ def check_integers(
 ) -> None:
     """Of one contraction, and of the sum of two, whose second is added to the rounded outcome of the first."""
     assert native().multiplies_matrices
+    assume((b, c) != (2, 2))  # they have a kernel of their own, in float32
     (a, d), generator = outer, torch.Generator().manual_seed(seed)
     one, two = Contraction("v", a, b, c, d, *flags), Contraction("w", a, b, c, d, *flags)
     program = Sum((one, two))
