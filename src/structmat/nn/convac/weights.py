@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -295,7 +296,7 @@ def averaging_spread(window: int) -> float:
     and add up: with ``1 / sqrt(w)`` the products of 256 factors of a shallow network differ by several powers of ten
     between channels, one channel is all that is left, and nothing is learned.
     """
-    return min(window**-0.5, 2 / window)
+    return min(1 / math.sqrt(window), 2 / window)
 
 
 def averaging_(weights: Weights, spread: float, *, generator: torch.Generator | None = None) -> None:
