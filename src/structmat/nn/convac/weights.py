@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import enum
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
