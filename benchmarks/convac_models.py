@@ -77,20 +77,18 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 }
 """What might train mixtures; the first is published, the third the library's default."""
 
-DEFAULT = "Adam 0.9"
-
 
 def train_mixture(
     model: TensorialMixture, cut: Patches, train: Images, steps: int, seed: int, *, generative: float = 0.01,
-    how: str = DEFAULT, rate: float = 0.03, missing: float | None = None,
+    how: str | None = None, rate: float = 0.03, missing: float | None = None,
 ) -> list[float]:  # fmt: skip
     """By gradient; the losses.
 
-    ``how``: one of :data:`OPTIMIZERS`; ``rate``: of the default one. ``missing``: the share of pixels that are
-    marginalised, by default the library's: drawn anew, uniformly, for each image.
+    ``how``: one of :data:`OPTIMIZERS` in place of the library's; ``rate``: of the latter. ``missing``: the share of
+    pixels that are marginalised, by default the library's: drawn anew, uniformly, for each image.
     """
     optimizer, schedule = generative_optimizer(model, steps, rate=rate)
-    if how != DEFAULT:
+    if how is not None:
         optimizer = OPTIMIZERS[how]([p for p in model.parameters() if p.requires_grad])
         schedule = LambdaLR(optimizer, constant_then_linear(steps))
     generator = torch.Generator().manual_seed(seed + 1)

@@ -109,13 +109,16 @@ std::vector<char> pooled(const std::string& text, const structmat::Batch& batch,
   layer.x_scale = tensors[2].count ? static_cast<const int64_t*>(tensors[2].data) : nullptr;
   std::vector<char> z(layer.windows * layer.out * layer.batch * size), grad_x(layer.locations * layer.in * layer.batch * size);
   std::vector<char> grad_weight(layer.copies * layer.out * layer.in * size), grad = z;
-  std::vector<int64_t> scale(layer.semiring == structmat::Semiring::scaled ? layer.windows * layer.batch : 0);
+  const bool scaled = layer.semiring == structmat::Semiring::scaled;
+  const int64_t bytes = scaled ? sizeof(int64_t) : layer.semiring == structmat::Semiring::normalized ? size : 0;
+  std::vector<char> scale(layer.windows * layer.batch * bytes);
   for (int r = 0; r < repetitions; ++r) {
     structmat::pool_forward(layer, z.data(), scale.data(), structmat::serially);
     grad = z;
-    structmat::pool_backward(layer, scale.data(), grad.data(), grad_x.data(), grad_weight.data(), structmat::serially);
-    structmat::pool_backward(layer, scale.data(), grad.data(), nullptr, grad_weight.data(), structmat::serially);
-    structmat::pool_backward(layer, scale.data(), grad.data(), grad_x.data(), nullptr, structmat::serially);
+    structmat::pool_backward(layer, z.data(), scale.data(), grad.data(), grad_x.data(), grad_weight.data(),
+                             structmat::serially);
+    structmat::pool_backward(layer, z.data(), scale.data(), grad.data(), nullptr, grad_weight.data(), structmat::serially);
+    structmat::pool_backward(layer, z.data(), scale.data(), grad.data(), grad_x.data(), nullptr, structmat::serially);
   }
   return z;
 }

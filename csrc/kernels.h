@@ -216,6 +216,8 @@ struct PoolKernels {
                        int64_t rows, int64_t columns);
   void (*log_back)(const Real* gz, Real* y, int64_t count);
   void (*keep_positive)(const Real* x, Real* y, int64_t count);
+  void (*normalize)(const Real* x, Real* factor, Real* z, int64_t pitch, int64_t rows, int64_t columns);
+  void (*normalize_back)(const Real* gz, const Real* z, const Real* factor, Real* g, int64_t rows, int64_t columns);
 };
 
 // Tiles of bfloat16 numbers, for processors that multiply pairs of them and sum in float32 (bfloat16.cpp). All that a stage

@@ -30,7 +30,8 @@ struct Node {
   bool rescaled = false;
 };
 
-std::vector<Node> tree_of(int64_t window, bool scaled) {
+// `rescaled`: numbers are brought near one on the way; `last`: the product of all of them too.
+std::vector<Node> tree_of(int64_t window, bool rescaled, bool last) {
   std::vector<Node> nodes(window);
   std::vector<int64_t> current(window), next;
   for (int64_t k = 0; k < window; ++k) current[k] = k;
@@ -44,10 +45,10 @@ std::vector<Node> tree_of(int64_t window, bool scaled) {
     if (current.size() % 2) next.push_back(current.back());
     current.swap(next);
     if (factors < quick || current.size() == 1) continue;
-    for (const int64_t n : current) nodes[n].rescaled = scaled;
+    for (const int64_t n : current) nodes[n].rescaled = rescaled;
     factors = 1;
   }
-  nodes[current[0]].rescaled = scaled;
+  nodes[current[0]].rescaled = last;
   return nodes;
 }
 
@@ -77,6 +78,11 @@ int64_t exponent_of(const PoolKernels<Real>& pool, int64_t lanes, const Real* we
   return top > 0 && top <= std::numeric_limits<Real>::max() ? std::ilogb(top) : 0;
 }
 
+// Whether numbers are brought near one by powers of two on the way.
+bool rescales(const PoolLayer& layer) {
+  return layer.semiring == Semiring::scaled || layer.semiring == Semiring::normalized;
+}
+
 // What all threads share.
 template <class Real>
 struct Work {
@@ -89,8 +95,9 @@ struct Work {
   const Real* weight;
   int64_t exponent = 0;
   Real* z = nullptr;          // forwards
-  int64_t* z_scale = nullptr;
-  const int64_t* held_scale = nullptr;  // backwards
+  void* z_scale = nullptr;
+  const Real* held = nullptr;  // backwards
+  const void* held_scale = nullptr;
   const Real* grad = nullptr;
   Real *grad_x = nullptr, *sums = nullptr;
   int64_t parts = 0, width = 0;
@@ -98,7 +105,7 @@ struct Work {
   std::atomic<bool> failed{false};
 
   Work(const PoolLayer& given, const Kernels<Real>& table, const PoolKernels<Real>& own_table)
-      : layer(given), kernels(table), pool(own_table), nodes(tree_of(given.window, given.semiring == Semiring::scaled)),
+      : layer(given), kernels(table), pool(own_table), nodes(tree_of(given.window, rescales(given), given.semiring == Semiring::scaled)),
         four(given.window == 4) {
     columns = columns_of(layer, four ? 4 : int64_t(nodes.size()), kernels.lanes, sizeof(Real));
     tiles = (layer.batch + columns - 1) / columns;
@@ -114,7 +121,7 @@ struct Work {
   void divide(Scratch& memory) {
     const int64_t count = layer.copies * layer.out * layer.in;
     weight = static_cast<const Real*>(layer.weight);
-    if (layer.semiring != Semiring::scaled) return;
+    if (!rescales(layer)) return;
     exponent = exponent_of(pool, kernels.lanes, weight, count);
     if (exponent == 0) return;
     Real* made = static_cast<Real*>(memory.reserve(count * int64_t(sizeof(Real))));
@@ -139,7 +146,7 @@ class Piece {
       : w_(work), s_(work.layer), k_(work.kernels), pool_(work.pool), columns_(work.columns) {
     const int64_t nodes = w_.four ? 4 : int64_t(w_.nodes.size());
     const int64_t rows = s_.window * s_.in + (nodes + 1) * s_.out + s_.window + nodes + 3 +
-                         (backwards ? s_.in + block_width : 0);
+                         (backwards ? s_.in + block_width : 0) + (backwards && normalized() ? s_.out : 0);
     char* memory = static_cast<char*>(scratch.reserve(rows * columns_ * int64_t(sizeof(Real)) + columns_ * 16));
     const auto take = [&](int64_t count) {
       Real* own = reinterpret_cast<Real*>(memory);
@@ -150,6 +157,7 @@ class Piece {
     factors_ = take(s_.window), node_factors_ = take(nodes);
     top_ = take(1), shift_ = take(1), last_ = take(1);
     if (backwards) d_ = take(s_.in), turned_ = take(block_width);
+    if (backwards && normalized()) held_ = take(s_.out);
     sum_ = reinterpret_cast<int64_t*>(memory), exponents_ = reinterpret_cast<Integer*>(memory + columns_ * 8);
     read_.resize(s_.window);
   }
@@ -164,6 +172,10 @@ class Piece {
     const int64_t pitch = to == z_ ? columns_ : s_.batch, apart = s_.out * columns_;
     if (s_.semiring == Semiring::log) {
       pool_.log_products(y_, s_.window, apart, shift_, to, pitch, s_.out, columns_);
+    } else if (normalized()) {
+      const Real* made = product();
+      pool_.powers(top_, last_, exponents_, columns_);
+      pool_.normalize(made, last_, to, pitch, s_.out, columns_);
     } else if (w_.four) {
       const bool scaled = s_.semiring == Semiring::scaled;
       pool_.multiply_four(y_, apart, scaled ? z_ : to, scaled ? columns_ : pitch, s_.out, columns_, scaled ? top_ : nullptr);
@@ -174,7 +186,7 @@ class Piece {
       }
     } else {
       multiply_tree();
-      const Real* made = y_ + (int64_t(w_.nodes.size()) - 1) * apart;
+      const Real* made = last_product();
       if (lowers)
         std::memcpy(z_, made, apart * sizeof(Real));
       else
@@ -184,7 +196,9 @@ class Piece {
     if (lowers) lower(z_, sum_);
     if (to == z_) k_.store_by_features(z_, columns_, nullptr, target, s_.storage, s_.batch, count_, s_.out);
     if (s_.semiring == Semiring::scaled)
-      std::memcpy(w_.z_scale + window_ * s_.batch + first_, sum_, count_ * sizeof(int64_t));
+      std::memcpy(static_cast<int64_t*>(w_.z_scale) + window_ * s_.batch + first_, sum_, count_ * sizeof(int64_t));
+    if (normalized())
+      std::memcpy(static_cast<Real*>(w_.z_scale) + window_ * s_.batch + first_, last_, count_ * sizeof(Real));
   }
 
   // `sums` are those of the part that the unit belongs to.
@@ -224,6 +238,19 @@ class Piece {
 
  private:
   Contract stage() const { return {1, s_.out, s_.in, 1, 0, s_.in, 1, 0}; }
+  bool normalized() const { return s_.semiring == Semiring::normalized; }
+  const Real* last_product() const { return y_ + (int64_t(w_.nodes.size()) - 1) * s_.out * columns_; }
+
+  // Of all factors, with the tops of its columns.
+  const Real* product() {
+    if (w_.four) {
+      pool_.multiply_four(y_, s_.out * columns_, z_, columns_, s_.out, columns_, top_);
+      return z_;
+    }
+    multiply_tree();
+    pool_.column_tops(last_product(), s_.out, columns_, true, top_);
+    return last_product();
+  }
 
   void place(int64_t unit) {
     window_ = unit / w_.tiles, first_ = unit % w_.tiles * columns_;
@@ -325,19 +352,33 @@ class Piece {
     }
   }
 
-  // The gradient of the outcome, as a tile.
+  // Numbers of the outcome's shape as a tile, in `own` if they do not lie as one.
+  const Real* tile(const Real* all, Real* own) {
+    const Real* from = all + window_ * s_.out * s_.batch + first_;
+    if (s_.batch == columns_) return from;
+    k_.load_by_features(from, s_.storage, s_.batch, count_, s_.out, own, columns_);
+    return own;
+  }
+
+  // The gradient of the outcome, or of what was normalized, as a tile.
   const Real* gradient() {
-    const Real* g = w_.grad + window_ * s_.out * s_.batch + first_;
-    const bool lowers = s_.semiring == Semiring::scaled && s_.lowers;
-    if (s_.batch == columns_ && !lowers) return g;
-    k_.load_by_features(g, s_.storage, s_.batch, count_, s_.out, z_, columns_);
-    if (lowers) lower(z_, w_.held_scale + window_ * s_.batch + first_);
+    const Real* g = tile(w_.grad, z_);
+    const int64_t at = window_ * s_.batch + first_;
+    if (s_.semiring == Semiring::scaled && s_.lowers) {
+      if (g != z_) std::memcpy(z_, g, s_.out * columns_ * sizeof(Real));
+      lower(z_, static_cast<const int64_t*>(w_.held_scale) + at);
+      return z_;
+    }
+    if (!normalized()) return g;
+    std::fill_n(last_, columns_, Real(1));
+    std::memcpy(last_, static_cast<const Real*>(w_.held_scale) + at, count_ * sizeof(Real));
+    pool_.normalize_back(g, tile(w_.held, held_), last_, z_, s_.out, columns_);
     return z_;
   }
 
   // By which power of two the outcome was multiplied: what its scale has more than the factors have.
   void held_factor() {
-    const int64_t* held = w_.held_scale + window_ * s_.batch + first_;
+    const int64_t* held = static_cast<const int64_t*>(w_.held_scale) + window_ * s_.batch + first_;
     std::fill_n(last_, columns_, Real(1));
     for (int64_t b = 0; b < count_; ++b) last_[b] = power(held[b] - sum_[b]);
   }
@@ -367,7 +408,8 @@ class Piece {
   const Kernels<Real>& k_;
   const PoolKernels<Real>& pool_;
   int64_t columns_, window_ = 0, first_ = 0, count_ = 0;
-  Real *x_, *y_, *z_, *factors_, *node_factors_, *top_, *shift_, *last_, *d_ = nullptr, *turned_ = nullptr;
+  Real *x_, *y_, *z_, *factors_, *node_factors_, *top_, *shift_, *last_, *d_ = nullptr, *turned_ = nullptr,
+      *held_ = nullptr;
   int64_t* sum_;
   Integer* exponents_;
   std::vector<const Real*> read_;  // what each factor was made of
@@ -399,7 +441,7 @@ Scratch& memory_of_thread() {
 }
 
 template <class Real>
-void forward_as(const PoolLayer& layer, const Kernels<Real>& kernels, const PoolKernels<Real>& pool, void* z, int64_t* z_scale, Parallel parallel) {
+void forward_as(const PoolLayer& layer, const Kernels<Real>& kernels, const PoolKernels<Real>& pool, void* z, void* z_scale, Parallel parallel) {
   static thread_local Scratch divided;
   Work<Real> work(layer, kernels, pool);
   work.divide(divided);
@@ -412,11 +454,11 @@ void forward_as(const PoolLayer& layer, const Kernels<Real>& kernels, const Pool
 
 template <class Real>
 void backward_as(const PoolLayer& layer, const Kernels<Real>& kernels, const PoolKernels<Real>& pool,
-                 const int64_t* z_scale, const void* grad, void* grad_x, void* grad_weight, Parallel parallel) {
+                 const void* z, const void* z_scale, const void* grad, void* grad_x, void* grad_weight, Parallel parallel) {
   static thread_local Scratch divided, sums;
   Work<Real> work(layer, kernels, pool);
   work.divide(divided);
-  work.held_scale = z_scale, work.grad = static_cast<const Real*>(grad), work.grad_x = static_cast<Real*>(grad_x);
+  work.held = static_cast<const Real*>(z), work.held_scale = z_scale, work.grad = static_cast<const Real*>(grad), work.grad_x = static_cast<Real*>(grad_x);
   const int64_t units = layer.windows * work.tiles;
   std::vector<int64_t> uses(layer.copies);
   for (int64_t i = 0; i < layer.windows * layer.window; ++i)
@@ -458,7 +500,7 @@ void backward_as(const PoolLayer& layer, const Kernels<Real>& kernels, const Poo
 
 }  // namespace
 
-void pool_forward(const PoolLayer& layer, void* z, int64_t* z_scale, Parallel parallel) {
+void pool_forward(const PoolLayer& layer, void* z, void* z_scale, Parallel parallel) {
   if (layer.batch == 0) return;
   if (layer.storage == Storage::f64)
     forward_as<double>(layer, *chosen().wide, *chosen().wide_pool, z, z_scale, parallel);
@@ -466,12 +508,12 @@ void pool_forward(const PoolLayer& layer, void* z, int64_t* z_scale, Parallel pa
     forward_as<float>(layer, *chosen().single, *chosen().single_pool, z, z_scale, parallel);
 }
 
-void pool_backward(const PoolLayer& layer, const int64_t* z_scale, const void* grad, void* grad_x, void* grad_weight,
-                   Parallel parallel) {
+void pool_backward(const PoolLayer& layer, const void* z, const void* z_scale, const void* grad, void* grad_x,
+                   void* grad_weight, Parallel parallel) {
   if (layer.storage == Storage::f64)
-    backward_as<double>(layer, *chosen().wide, *chosen().wide_pool, z_scale, grad, grad_x, grad_weight, parallel);
+    backward_as<double>(layer, *chosen().wide, *chosen().wide_pool, z, z_scale, grad, grad_x, grad_weight, parallel);
   else
-    backward_as<float>(layer, *chosen().single, *chosen().single_pool, z_scale, grad, grad_x, grad_weight, parallel);
+    backward_as<float>(layer, *chosen().single, *chosen().single_pool, z, z_scale, grad, grad_x, grad_weight, parallel);
 }
 
 }  // namespace structmat

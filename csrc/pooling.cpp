@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #endif
 
+#include <cmath>
 #include <limits>
 
 #include "activations.h"
@@ -242,11 +243,52 @@ void keep_positive(const Real* x, Real* y, int64_t count) {
   for (int64_t p = 0; p < count; p += n) put(y + p, at(x + p) > 0 ? at(y + p) : V<Real>{});
 }
 
+// Columns times a number each and divided by the root mean square of what that gives, unless it is 0. The number becomes
+// what they were multiplied by in all. The rows of z lie `pitch` apart; it may be x.
+template <class Real>
+void normalize(const Real* x, Real* factor, Real* z, int64_t pitch, int64_t rows, int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  constexpr Real most = std::numeric_limits<Real>::max();
+  for (int64_t p = 0; p < columns; p += n) {
+    const V<Real> near = at(factor + p);  // one first, then the other: their product may be no number
+    V<Real> one = {}, two = {};
+    int64_t i = 0;
+    const auto number = [&](int64_t row) { return at(x + row * columns + p) * near; };
+    for (; i + 2 <= rows; i += 2) {
+      const V<Real> a = number(i), b = number(i + 1);
+      one += a * a, two += b * b;
+    }
+    if (i < rows) one += number(i) * number(i);
+    V<Real> inverse = one + two;
+    for (int l = 0; l < n; ++l) inverse[l] = inverse[l] != 0 ? std::sqrt(Real(rows) / inverse[l]) : Real(1);
+    for (i = 0; i < rows; ++i) put(z + i * pitch + p, number(i) * inverse);
+    const V<Real> all_of_it = near * inverse;
+    put(factor + p, all_of_it <= most ? all_of_it : all<Real>(most));
+  }
+}
+
+// The gradient of what was normalized, from that of the outcome z; g may be gz.
+template <class Real>
+void normalize_back(const Real* gz, const Real* z, const Real* factor, Real* g, int64_t rows, int64_t columns) {
+  constexpr int n = Vector<Real>::lanes;
+  for (int64_t p = 0; p < columns; p += n) {
+    V<Real> one = {}, two = {};
+    int64_t i = 0;
+    const auto number = [&](int64_t row) { return at(gz + row * columns + p) * at(z + row * columns + p); };
+    for (; i + 2 <= rows; i += 2) one += number(i), two += number(i + 1);
+    if (i < rows) one += number(i);
+    const V<Real> mean = (one + two) / Real(rows), own = at(factor + p);
+    for (i = 0; i < rows; ++i)
+      put(g + i * columns + p, (at(gz + i * columns + p) - at(z + i * columns + p) * mean) * own);
+  }
+}
+
 template <class Real>
 constexpr PoolKernels<Real> pool_table = {column_tops<Real>,   powers<Real>,        scale_columns<Real>,
                                           multiply_numbers<Real>, multiply_back<Real>, multiply_four<Real>,
                                           multiply_four_back<Real>, exponentials<Real>,  log_products<Real>,
-                                          log_back<Real>,      keep_positive<Real>};
+                                          log_back<Real>,      keep_positive<Real>, normalize<Real>,
+                                          normalize_back<Real>};
 
 const PoolKernels<float>* single_pool() { return &pool_table<float>; }
 const PoolKernels<double>* wide_pool() { return &pool_table<double>; }

@@ -270,10 +270,10 @@ void pool_layer_boxed(Value* stack, uint64_t, uint64_t) {
 
 void pool_layer_backward_boxed(Value* stack, uint64_t, uint64_t) {
   Arguments given(stack);
-  const Owned x(given.next()), x_scale(given.next()), weight(given.next()), index(given.next()), z_scale(given.next()),
-      grad(given.next()), grad_x(given.next()), grad_weight(given.next());
-  structmat::operators::pool_layer_backward(x.get(), x_scale.get(), weight.get(), index.get(), z_scale.get(), grad.get(), grad_x.get(),
-                      grad_weight.get(), given.number());
+  const Owned x(given.next()), x_scale(given.next()), weight(given.next()), index(given.next()), z(given.next()),
+      z_scale(given.next()), grad(given.next()), grad_x(given.next()), grad_weight(given.next());
+  structmat::operators::pool_layer_backward(x.get(), x_scale.get(), weight.get(), index.get(), z.get(), z_scale.get(), grad.get(),
+                                            grad_x.get(), grad_weight.get(), given.number());
 }
 
 }  // namespace
@@ -315,8 +315,8 @@ __attribute__((visibility("default"))) const char* structmat_register(const char
                          "pool_layer(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor(a!) z, "
                          "Tensor(b!) z_scale, int kind) -> ()"));
     require(torch.define(library,
-                         "pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z_scale, "
-                         "Tensor grad, Tensor(a!) grad_x, Tensor(b!) grad_weight, int kind) -> ()"));
+                         "pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z, "
+                         "Tensor z_scale, Tensor grad, Tensor(a!) grad_x, Tensor(b!) grad_weight, int kind) -> ()"));
     require(torch.init_impl("structmat", "CompositeExplicitAutograd", __FILE__, __LINE__, &everywhere));
     require(torch.implement(everywhere, "stand", stand_boxed, version));  // there may be no tensor to choose by
     require(torch.implement(everywhere, "fall", fall_boxed, version));

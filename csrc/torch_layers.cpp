@@ -34,7 +34,7 @@ void read_kind(int64_t kind, Cell* cell, bool* backwards) {
 // if x holds plain numbers, plus 8 if the outcome is to.
 PoolLayer layer_of(Tensor x, Tensor x_scale, Tensor weight, Tensor index, int64_t kind) {
   const Shape in(x), matrices(weight), places(index);
-  if (in.dim != 3 || matrices.dim != 3 || places.dim != 3 || places.sizes[0] != 2 || kind < 0 || kind % 4 > 2 || kind > 15)
+  if (in.dim != 3 || matrices.dim != 3 || places.dim != 3 || places.sizes[0] != 2 || kind < 0 || kind > 15)
     throw std::invalid_argument("structmat: x, weights and index of a layer have three axes");
   PoolLayer layer{};
   layer.windows = places.sizes[1], layer.window = places.sizes[2];
@@ -51,6 +51,12 @@ PoolLayer layer_of(Tensor x, Tensor x_scale, Tensor weight, Tensor index, int64_
   layer.child = static_cast<int64_t*>(checked(index, torch.i64, {2, -1, -1}));
   layer.slot = layer.child + layer.windows * layer.window;
   return layer;
+}
+
+// What is held of each window and sample beside the outcome, if the semiring holds anything.
+void* held_of(const PoolLayer& layer, Tensor tensor, int32_t dtype) {
+  if (layer.semiring != Semiring::scaled && layer.semiring != Semiring::normalized) return nullptr;
+  return checked(tensor, layer.semiring == Semiring::scaled ? torch.i64 : dtype, {layer.windows, layer.batch});
 }
 
 }  // namespace
@@ -162,24 +168,22 @@ void recur_backward(Tensor kept, Tensor start, Tensor memory, Tensor y, Tensor g
 
 void pool_layer(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z, Tensor z_scale, int64_t kind) {
   const PoolLayer layer = layer_of(x, x_scale, weight, index, kind);
-  void* to = checked(z, Shape(x).dtype, {layer.windows, layer.out, layer.batch});
-  void* scale = nullptr;
-  if (layer.semiring == Semiring::scaled) scale = checked(z_scale, torch.i64, {layer.windows, layer.batch});
+  const int32_t dtype = Shape(x).dtype;
+  void* to = checked(z, dtype, {layer.windows, layer.out, layer.batch});
   use_large_pages(to, layer.windows * layer.out * layer.batch * bytes_of(layer.storage));
-  pool_forward(layer, to, static_cast<int64_t*>(scale), in_parallel);
+  pool_forward(layer, to, held_of(layer, z_scale, dtype), in_parallel);
 }
 
-void pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z_scale, Tensor grad,
+void pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z, Tensor z_scale, Tensor grad,
                          Tensor grad_x, Tensor grad_weight, int64_t kind) {
   const PoolLayer layer = layer_of(x, x_scale, weight, index, kind);
   const int32_t dtype = Shape(x).dtype;
-  const void* scale = nullptr;
-  if (layer.semiring == Semiring::scaled) scale = checked(z_scale, torch.i64, {layer.windows, layer.batch});
+  const std::vector<int64_t> sizes{layer.windows, layer.out, layer.batch};
+  const void* made = layer.semiring == Semiring::normalized ? checked(z, dtype, sizes) : nullptr;
   void* lower = checked(grad_x, dtype, {layer.locations, layer.in, layer.batch}, true);
   void* weights = checked(grad_weight, dtype, {layer.copies, layer.out, layer.in}, true);
   if (lower) use_large_pages(lower, Shape(x).count * bytes_of(layer.storage));
-  pool_backward(layer, static_cast<const int64_t*>(scale),
-                           checked(grad, dtype, {layer.windows, layer.out, layer.batch}), lower, weights, in_parallel);
+  pool_backward(layer, made, held_of(layer, z_scale, dtype), checked(grad, dtype, sizes), lower, weights, in_parallel);
 }
 
 }  // namespace operators

@@ -11,7 +11,7 @@ void recur_backward(Tensor kept, Tensor start, Tensor memory, Tensor y, Tensor g
                     Tensor grad_s, Tensor grad_start, List list, Text text, int64_t kind);
 void convolve(Tensor x, List list, Tensor y, Text text);
 void pool_layer(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z, Tensor z_scale, int64_t kind);
-void pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z_scale, Tensor grad,
+void pool_layer_backward(Tensor x, Tensor x_scale, Tensor weight, Tensor index, Tensor z, Tensor z_scale, Tensor grad,
                          Tensor grad_x, Tensor grad_weight, int64_t kind);
 
 }  // namespace operators

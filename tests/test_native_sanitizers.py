@@ -69,7 +69,7 @@ def pooled_cases() -> list[bytes]:
     """Layers of convolutional arithmetic circuits: every semiring, gaps, scales, matrices shared or not."""
     made = []
     shapes = [(1, 1, 1, 1), (3, 4, 5, 7), (9, 4, 17, 3), (2, 3, 1, 33), (2, 11, 6, 2), (1, 2, 70, 12)]
-    options = itertools.product(shapes, range(3), (False, True), (False, True), (torch.float32, torch.float64))
+    options = itertools.product(shapes, range(4), (False, True), (False, True), (torch.float32, torch.float64))
     for number, ((windows, window, inside, outside), semiring, lifts, lowers, dtype) in enumerate(options):
         batch, locations = (1, 3, 16, 64, 70, 128, 150)[number % 7], windows * window + 1
         child = torch.randperm(locations)[: windows * window]

@@ -3,6 +3,8 @@
 For each window the results of its convolutions stay in the cache, are multiplied there, and only the pooled state is
 written: as many times fewer numbers as a window has locations. Backward they are made again from the pooled state
 below; the gradient of a factor is the product of the others, without a division, so that it is exact at zeros.
+Numbers divided by their root mean square are powers of two times the plain ones on the way there: what is normalized at
+the end of a window does not depend on a scale, and nor do its gradients.
 Logarithms take one exponential for each number that is read and one logarithm for each that is written.
 """
 
@@ -22,6 +24,7 @@ from structmat.nn.convac.options import Pooling
 from structmat.nn.convac.semiring import (
     Log,
     Plain,
+    RootMeanSquare,
     Scaled,
     Semiring,
     State,
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float64)
 
-_NUMBERS: dict[type[Semiring], int] = {Plain: 0, Scaled: 1, Log: 2}
+_NUMBERS: dict[type[Semiring], int] = {Plain: 0, Scaled: 1, Log: 2, RootMeanSquare: 3}
 """By which the library knows a semiring."""
 _LIFTS, _LOWERS = 4, 8
 
@@ -128,7 +131,9 @@ def _level(network: ConvAC, level: int) -> Layer | str:
 def _output(network: ConvAC) -> Layer | str:
     if type(network.semiring) not in _NUMBERS:
         return f"the semiring {network.semiring} has no native kernel"
-    return Layer(network.semiring, torch.zeros(2, 1, 1, dtype=torch.int64), True, lowers=True)
+    # Scores are not normalized.
+    semiring = Plain() if isinstance(network.semiring, RootMeanSquare) else network.semiring
+    return Layer(semiring, torch.zeros(2, 1, 1, dtype=torch.int64), True, lowers=True)
 
 
 def is_available() -> bool:
@@ -201,8 +206,9 @@ def _is_plain(weight: Tensor) -> bool:
 def _forward(layer: Layer, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     windows = layer.index.shape[1]
     made = x.new_empty(windows, weight.shape[1], x.shape[2])
-    held = (windows, x.shape[2]) if isinstance(layer.semiring, Scaled) else (0,)
-    made_scale = scale.new_empty(held)
+    held = scale if isinstance(layer.semiring, Scaled) else x  # whose dtype it has
+    holds = isinstance(layer.semiring, Scaled | RootMeanSquare)
+    made_scale = held.new_empty((windows, x.shape[2]) if holds else (0,))
     torch.ops.structmat.pool_layer.default(x, scale, weight, layer.index, made, made_scale, layer.kind)
     return made, made_scale
 
@@ -212,13 +218,14 @@ class _Pooled(torch.autograd.Function):
     def forward(ctx: Any, layer: Layer, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         made, made_scale = _forward(layer, x, scale, weight)
         ctx.layer = layer
-        ctx.save_for_backward(x, scale, weight, made_scale)
+        normalized = isinstance(layer.semiring, RootMeanSquare)
+        ctx.save_for_backward(x, scale, weight, made if normalized else x.new_empty(0), made_scale)
         ctx.mark_non_differentiable(made_scale)
         return made, made_scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, weight, made_scale = ctx.saved_tensors
+        x, scale, weight, made, made_scale = ctx.saved_tensors
         layer: Layer = ctx.layer
         wanted = (ctx.needs_input_grad[1], ctx.needs_input_grad[3])
         if not is_usual_backward(grad):
@@ -229,7 +236,7 @@ class _Pooled(torch.autograd.Function):
         grad_x = fresh(x) if wanted[0] else nothing
         grad_weight = torch.empty_like(weight) if wanted[1] else nothing
         torch.ops.structmat.pool_layer_backward.default(
-            x, scale, weight, layer.index, made_scale, grad.contiguous(), grad_x, grad_weight, layer.kind
+            x, scale, weight, layer.index, made, made_scale, grad.contiguous(), grad_x, grad_weight, layer.kind
         )
         return None, grad_x if wanted[0] else None, None, grad_weight if wanted[1] else None
 
@@ -259,7 +266,7 @@ class _Matrices:
 
     def tropical(self, x: Tensor) -> Tensor:
         """Not here: max-product has no native level, so nothing of it is differentiated again."""
-        raise AssertionError("native levels are of the plain, scaled and logarithmic semirings")
+        raise AssertionError("native levels are never of the max-product semiring")
 
 
 @dataclass(frozen=True, eq=False)

@@ -293,7 +293,7 @@ class ConvAC(nn.Module):
 
     def pool(self, level: int, state: State) -> State:
         """Windows of a level: (channels, windows, batch)."""
-        window = len(self.tree.levels[level][0])
+        window = self.window(level)
         if self.pooling is Pooling.PRODUCT:
             return window_product(self.semiring, state, window)
         split = state.value.unflatten(1, (-1, window))

@@ -243,10 +243,9 @@ class RootMeanSquare(_Values):
 
     All outputs of a sample are multiplied by one positive number, so that the class with the largest score stays the
     same, and the scores stay near one. This is what trains signed classifiers: the scale of a zero-mean product
-    network is unstable, the deviation of its logarithm multiplies by the window at each level.
+    network is unstable, the deviation of its logarithm multiplies by the window at each level. Where all channels are 0
+    they stay so.
     """
-
-    floor: float = 1e-30
 
     def lift(self, x: Tensor, *, logarithm: bool) -> State:
         if logarithm:
@@ -257,7 +256,8 @@ class RootMeanSquare(_Values):
         # A detached power-of-two first: the square of a float32 underflows long before the number does.
         top = state.value.detach().abs().amax(0, keepdim=True)
         value = state.value / torch.where(top > 0, top, 1.0)
-        return State(value * torch.rsqrt(value.square().mean(0, keepdim=True) + self.floor))
+        mean = value.square().mean(0, keepdim=True)
+        return State(value * torch.where(mean > 0, mean, 1.0).rsqrt())
 
 
 @dataclass(frozen=True)
