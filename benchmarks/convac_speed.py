@@ -5,8 +5,9 @@
     python -m benchmarks.convac_speed table
 
 256 locations, 32 representation channels, widths (32, 64, 128, 256), windows of 2 x 2, shared filters, batch 128,
-float32. Each figure is the median of several runs, the forms in turns. What a form keeps for its backward pass is
-counted without its parameters and without the input, which is there anyway.
+float32. Each figure is the median of several runs, the forms in turns; each run follows one of the same form that is
+not counted, so that none pays for what another left in the caches. What a form keeps for its backward pass is counted
+without its parameters and without the input, which is there anyway.
 """
 
 from __future__ import annotations
@@ -111,6 +112,29 @@ def kept(module: nn.Module, run: Callable[[], Tensor]) -> int:
     return sum(sizes.values()) - leaves
 
 
+def without_gradients(run: Callable[[], Tensor]) -> Callable[[], object]:
+    """Inference."""
+    return torch.no_grad()(run)
+
+
+def training_step(module: nn.Module, run: Callable[[], Tensor]) -> Callable[[], object]:
+    """Forward and backward."""
+
+    def step() -> None:
+        module.zero_grad()
+        run().sum().backward()
+
+    return step
+
+
+def second(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Seconds of the second of two calls."""
+    call()
+    start = clock()
+    call()
+    return clock() - start
+
+
 def milliseconds(widths: tuple[int, ...]) -> dict[str, Any]:
     """Medians of inference and of a training step (forward and backward), and what is kept between."""
     known = forms(widths)
@@ -119,14 +143,8 @@ def milliseconds(widths: tuple[int, ...]) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {name: {"inference": [], "step": []} for name in known}
     for _ in range(RUNS + 1):
         for name, (module, run) in known.items():
-            with torch.no_grad():
-                start = clock()
-                run()
-                found[name]["inference"].append(clock() - start)
-            module.zero_grad()
-            start = clock()
-            run().sum().backward()
-            found[name]["step"].append(clock() - start)
+            found[name]["inference"].append(second(without_gradients(run), clock))
+            found[name]["step"].append(second(training_step(module, run), clock))
     medians = {n: {what: 1e3 * statistics.median(t[1:]) for what, t in own.items()} for n, own in found.items()}
     held = {name: kept(module, run) for name, (module, run) in known.items()}
     return {"milliseconds": medians, "kept": held, "threads": torch.get_num_threads()}
@@ -176,7 +194,7 @@ def tables(done: Mapping[str, dict[str, Any]]) -> list[str]:
     def megabytes(own: dict[str, Any], name: str) -> str:
         return f"{own['kept'][name] / 1e6:.1f}"
 
-    native = ("ConvAC, plain", "ConvAC, scaled", "ConvAC, log")
+    native = ("ConvAC, plain", "ConvAC, scaled", "ConvAC, rms", "ConvAC, log")
     return [
         "Milliseconds for a batch of 128: inference / training step (forward and backward).",
         "",
