@@ -7,12 +7,15 @@ import importlib
 import json
 import pkgutil
 import types
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import structmat as sm
 
@@ -146,3 +149,39 @@ def test_axes_are_marked_by_three_to_nine_round_numbers(low: float, width: float
     assert 3 <= len(marks) <= 9
     slack = 1e-9 * (abs(low) + width)
     assert all(low - slack <= mark <= high + slack for mark in marks)
+
+
+def test_a_model_writes_what_it_thinks_likely() -> None:
+    """One that is sure of the next letter of the alphabet writes that; one that is not, each as often as it says."""
+    from benchmarks.real_recurrent import FORGOTTEN, written
+
+    class Alphabet(nn.Module):
+        def forward(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+            seen = x if state is None else torch.cat([state, x], 1)
+            return 100.0 * F.one_hot((x + 1) % 7, 7), seen
+
+    rows = written(Alphabet(), torch.arange(7), 5, torch.Generator().manual_seed(0))
+    assert rows.tolist() == [[(first + FORGOTTEN + 1 + i) % 7 for i in range(5)] for first in range(7)]
+
+    class Dice(nn.Module):
+        def forward(self, x: Tensor, _: None) -> tuple[Tensor, None]:
+            return torch.tensor([0.1, 0.2, 0.7]).log().expand(*x.shape, 3), None
+
+    drawn = written(Dice(), torch.zeros(2000, dtype=torch.int64), 5, torch.Generator().manual_seed(0))
+    shares = drawn.flatten().bincount().double() / drawn.numel()
+    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64), rtol=0, atol=0.02)
+
+
+def test_every_other_batch_of_text_is_written_by_the_original(real_data: Path) -> None:
+    from benchmarks.real_nets import char_lstm
+    from benchmarks.real_recurrent import CHAR_LSTM
+
+    first, again = (list(islice(iter(CHAR_LSTM.training(0)), 4)) for _ in range(2))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    _, text = char_lstm(real_data)
+    whole = "".join(map(chr, text.tolist()))
+    for number, (x, y) in enumerate(first):
+        assert x.shape == y.shape == (32, 128)
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        found = sum("".join(map(chr, row)) in whole for row in x.tolist())
+        assert found == 32 if number % 2 == 0 else found < 4
