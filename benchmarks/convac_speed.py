@@ -141,11 +141,11 @@ def milliseconds(widths: tuple[int, ...]) -> dict[str, Any]:
     # The time that the process had, where that is one thread's: on a shared machine it says more than the clock.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     found: dict[str, dict[str, list[float]]] = {name: {"inference": [], "step": []} for name in known}
-    for _ in range(RUNS + 1):
+    for _ in range(RUNS):
         for name, (module, run) in known.items():
             found[name]["inference"].append(second(without_gradients(run), clock))
             found[name]["step"].append(second(training_step(module, run), clock))
-    medians = {n: {what: 1e3 * statistics.median(t[1:]) for what, t in own.items()} for n, own in found.items()}
+    medians = {n: {what: 1e3 * statistics.median(t) for what, t in own.items()} for n, own in found.items()}
     held = {name: kept(module, run) for name, (module, run) in known.items()}
     return {"milliseconds": medians, "kept": held, "threads": torch.get_num_threads()}
 

@@ -86,16 +86,11 @@ class TextAndWritten:
     def __iter__(self) -> Iterator[Labelled]:
         text, original = _text()["train"], char_lstm(DATA)[0]
         random, generator = np.random.default_rng(self.seed), torch.Generator().manual_seed(self.seed)
-        pool: list[Tensor] = []
-        for number in range(self.count):
-            if number % 2 == 0:
+        for _ in range(self.count // (2 * WRITTEN_AT_ONCE)):
+            first = text[torch.randint(len(text), (ROWS * WRITTEN_AT_ONCE,), generator=generator)]
+            for windows in reversed(written(original, first, LENGTH + 1, generator).split(ROWS)):
                 yield _windows(text, random.integers(0, len(text) - LENGTH - 1, ROWS))
-                continue
-            if not pool:
-                first = text[torch.randint(len(text), (ROWS * WRITTEN_AT_ONCE,), generator=generator)]
-                pool = list(written(original, first, LENGTH + 1, generator).split(ROWS))
-            windows = pool.pop()
-            yield windows[:, :-1], windows[:, 1:]
+                yield windows[:, :-1], windows[:, 1:]
 
     def __len__(self) -> int:
         return self.count

@@ -115,9 +115,12 @@ def test_single_precision_is_as_good_as_the_reference(semiring: str) -> None:
     true = made_by(copy.deepcopy(net).double(), x.double(), "reference")
     found, reference = made_by(net, x, "auto"), made_by(net, x, "reference")
     for a, b, t in zip(*([v.detach() for v in made] for made in (found, reference, true)), strict=True):
-        # Of all numbers together: the largest error of a single one is a matter of luck.
+        allowed = 8 * torch.finfo(torch.float32).eps
         error, own = (float((v.double() - t).norm() / t.norm()) for v in (a, b))
-        assert error <= 2 * own + 8 * torch.finfo(torch.float32).eps
+        assert error <= 2 * own + allowed
+        if semiring != "rms":  # there the largest error of a single number is a matter of luck
+            error, own = (float((v.double() - t).abs().max() / t.abs().max()) for v in (a, b))
+            assert error <= 2 * own + allowed
 
 
 @pytest.mark.parametrize("tree", TREES)
