@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,29 +205,8 @@ def compressible(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         yield {name: model.get_submodule(name).weight for name in names}  # type: ignore[misc]
 
 
-def keep_zeros(model: nn.Module) -> Callable[[], None]:
-    """Weights that are zero stay it in training: their gradients are zero, and so are Adam's steps.
-
-    Returns:
-        What ends this.
-    """
-    handles = []
-    with compressible(model) as weights:
-        pruned = {w.untyped_storage().data_ptr() for w in weights.values()}
-    for parameter in model.parameters():
-        if parameter.untyped_storage().data_ptr() in pruned:
-            mask = parameter.detach() != 0
-            handles.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
-
-    def end() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return end
-
-
 def as_sparse(model: nn.Module) -> nn.Module:
-    """A pruned model whose layers multiply by sparse matrices, as it would be deployed."""
+    """A pruned model whose layers multiply by sparse matrices, as it learns and would be deployed."""
     import copy
 
     import structmat as sm

@@ -49,7 +49,7 @@ from benchmarks.compress_methods import (
     PRUNED,
     SMALL,
     applies,
-    keep_zeros,
+    as_sparse,
     make,
     processor_seconds,
     rates,
@@ -167,17 +167,23 @@ def run_before(cell: Cell) -> dict[str, Any]:
 
 def recovered(cell: Cell, rate: float, steps: int, folder: Path | None) -> tuple[nn.Module, Any]:
     """The model of the first phase after so many steps, and what recovery reported."""
-    import structmat as sm
     from structmat.compression.recover import recover
 
     real = MODELS[cell.model]
     original = real.load()
-    model = sm.load(cell.folder / "before", skeleton(cell.method, cell.budget, real))
-    end = keep_zeros(model) if cell.method == PRUNED else lambda: None
-    settings = recovery_settings(cell, steps, rate)
-    outcome = recover(model, original, (), settings, forward=real.forward, seed=cell.seed, folder=folder)
-    end()
+    model, settings = started(cell), recovery_settings(cell, steps, rate)
+    outcome = recover(
+        model, original, (), settings, forward=real.forward, loss=real.loss, seed=cell.seed, folder=folder
+    )
     return model, outcome
+
+
+def started(cell: Cell) -> nn.Module:
+    """The model of the first phase; a pruned one holds no more than the weights that are left."""
+    import structmat as sm
+
+    model = sm.load(cell.folder / "before", skeleton(cell.method, cell.budget, MODELS[cell.model]))
+    return as_sparse(model) if cell.method == PRUNED else model
 
 
 def run_recovery(cell: Cell, rate: float, steps: int, minutes: float) -> dict[str, Any]:
@@ -243,7 +249,6 @@ def run_tune(cell: Cell) -> dict[str, Any]:
 
 def step_seconds(cell: Cell) -> dict[str, Any]:
     """The processor's median time from one training batch to the next, after a few that warm up."""
-    import structmat as sm
     from structmat.compression.recover import recover
 
     real = MODELS[cell.model]
@@ -262,8 +267,8 @@ def step_seconds(cell: Cell) -> dict[str, Any]:
         closed_form=False,
         statistics=False,
     )
-    model = sm.load(cell.folder / "before", skeleton(cell.method, cell.budget, real))
-    recover(model, real.load(), (), settings, forward=real.forward, seed=cell.seed)
+    model = started(cell)
+    recover(model, real.load(), (), settings, forward=real.forward, loss=real.loss, seed=cell.seed)
     steps = [after - before for before, after in itertools.pairwise(times[-CLOCKED_STEPS:])]
     return {
         "cell": dataclasses.asdict(cell),
@@ -283,7 +288,9 @@ def recovery_settings(cell: Cell, steps: int, rate: float) -> Any:
         data=real.training(cell.seed),
         held_out=real.held_out(),
         learning_rate=rate,
+        optimizer=real.optimizer,
         closed_form=True,
+        own_loss=real.own_loss,
         temperature=real.temperature,
         normalise=real.normalise or cell.method == SMALL,
         check_every=max(1, steps // 8),

@@ -6,6 +6,7 @@ evaluated on: calibration, recovery and every choice use training data.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
+
+from structmat.compression.distill import Optimizer
 
 DATA = Path(os.environ.get("STRUCTMAT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -44,6 +47,9 @@ class RealModel:
             of nearly all that it was trained on.
         normalise: whether batch normalisation learns its statistics in recovery.
         rates: the learning rates that every method is tried with.
+        optimizer: of the recovery.
+        own_loss: weight of the task's own loss beside the distance from the original.
+        loss: ``loss(output, batch)``, where the batch's labels are none of the usual.
     """
 
     name: str
@@ -66,6 +72,9 @@ class RealModel:
     temperature: float = 1.0
     normalise: bool = False
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    optimizer: Optimizer = Optimizer.ADAM
+    own_loss: float = 0.0
+    loss: Callable[[Any, Any], Tensor] | None = None
 
 
 def require_data() -> None:
@@ -86,6 +95,23 @@ class Draws:
         random = np.random.default_rng(self.seed)
         for _ in range(self.count):
             yield self.draw(random)
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Batches of one pass after another over all that there is, the same ones in the same order each time they are
+    read."""
+
+    one: Callable[[np.random.Generator], Iterator[Any]]
+    seed: int
+    count: int
+
+    def __iter__(self) -> Iterator[Any]:
+        random = np.random.default_rng(self.seed)
+        return itertools.islice(itertools.chain.from_iterable(self.one(random) for _ in itertools.count()), self.count)
 
     def __len__(self) -> int:
         return self.count

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.real_data import DATA, Draws, RealModel
+from benchmarks.real_data import DATA, Passes, RealModel
 from benchmarks.real_nets import G2P, CharLSTM, char_lstm, known_words, lesson, phoneme_errors, spellings
+from structmat.compression.distill import Optimizer
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -136,7 +137,8 @@ CHAR_LSTM = RealModel(
     minutes=5.0,
     narrow=lambda width: CharLSTM(width).eval(),
     width=128,
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(3e-3, 1e-2, 3e-2),
+    optimizer=Optimizer.SOAP,
 )
 
 # ------------------------------------------------------------------------------------------------- the spelling GRU
@@ -162,14 +164,34 @@ def _word_calibration(seed: int, batches: int = 24, size: int = 64) -> list[Less
     return [lesson([words[i] for i in random.integers(0, len(words), size)]) for _ in range(batches)]
 
 
-def _word_training(seed: int) -> Draws:
+WORDS, SORTED = 256, 16
+"""Words of a training batch; batches whose words are dealt by their lengths, so that those of one are alike: a step
+takes three fifths of the time then."""
+
+
+def _word_training(seed: int) -> Passes:
+    """Every word once before any comes again."""
     words = _words()[0]
-    return Draws(lambda random: lesson([words[i] for i in random.integers(0, len(words), 64)]), seed + 1000, 1_000_000)
+
+    def sorted_lessons(random: np.random.Generator) -> Iterator[Lesson]:
+        order = random.permutation(len(words))
+        for start in range(0, len(order) - WORDS * SORTED + 1, WORDS * SORTED):
+            some = [words[i] for i in order[start : start + WORDS * SORTED]]
+            some.sort(key=lambda entry: (len(entry[1]), len(entry[0])))
+            for batch in random.permutation(SORTED):
+                yield lesson(some[batch * WORDS : (batch + 1) * WORDS])
+
+    return Passes(sorted_lessons, seed + 1000, 1_000_000)
 
 
 def _word_held_out() -> list[Lesson]:
     words = _words()[1]
     return [lesson(words[i : i + 250]) for i in range(0, 1000, 250)]
+
+
+def _word_loss(output: dict[str, Tensor], batch: Lesson) -> Tensor:
+    wanted = batch[1][:, 1:]
+    return F.cross_entropy(output["logits"], wanted[wanted != -100])
 
 
 def _errors(model: nn.Module) -> float:
@@ -193,5 +215,8 @@ G2P_GRU = RealModel(
     narrow=lambda width: G2P(DATA, width).eval(),
     width=256,
     forward=lambda model, batch: model.teach(batch),
-    rates=(1e-4, 3e-4, 1e-3),
+    rates=(2e-4, 6e-4, 2e-3),
+    optimizer=Optimizer.SOAP,
+    own_loss=1.0,
+    loss=_word_loss,
 )

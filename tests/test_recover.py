@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from recovery_models import Classifier, KilledError, batches, classifier, far, same, shuffled, state, student_of
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from structmat.compression.checkpoint import NAME
-from structmat.compression.recover import DIVERGENCE, SQUARES, Distill, distance, recover
+from structmat.compression.recover import DIVERGENCE, SQUARES, Distill, Optimizer, distance, recover
 from structmat.compression.running import Outcome
 from structmat.compression.teaching import Teaching
 from structmat.errors import DataError, FormatError, StructureError
@@ -79,10 +81,19 @@ def test_equal_seeds_give_equal_weights(original: Classifier, student: Classifie
     assert not same(results[0], results[2])
 
 
-@pytest.mark.parametrize("at", [3, 9, 17])
-def test_a_killed_run_goes_on_exactly(original: Classifier, student: Classifier, tmp_path: Path, at: int) -> None:
+@pytest.mark.parametrize("optimizer", Optimizer)
+@pytest.mark.parametrize("at", [3, 9, 32])
+def test_a_killed_run_goes_on_exactly(
+    original: Classifier, student: Classifier, tmp_path: Path, at: int, optimizer: Optimizer
+) -> None:
     settings = Distill(
-        steps=15, layerwise=5, held_out=batches(2, seed=1), check_every=4, save_every=0, learning_rate=1e-2
+        steps=30,
+        layerwise=5,
+        held_out=batches(2, seed=1),
+        check_every=4,
+        save_every=0,
+        learning_rate=1e-2,
+        optimizer=optimizer,
     )
     whole = copy.deepcopy(student)
     expected = recover(whole, original, shuffled(), settings, show=False)
@@ -159,6 +170,16 @@ def test_users_forward_and_loss_are_honoured(original: Classifier, student: Clas
     assert seen == [16, 16, 16]
     with pytest.raises(DataError, match="needs a loss"):
         recover(student, original, [{"x": x} for x, _ in batches()], Distill(steps=3, own_loss=0.5), show=False)
+
+
+
+def test_what_is_held_out_judges_by_the_tasks_loss_too(original: Classifier, student: Classifier) -> None:
+    (x, y), apart = batches(1, seed=3)[0], copy.deepcopy(student)
+    settings = Distill(steps=1, own_loss=2.0, held_out=[(x, y)])
+    result = recover(student, original, batches(), settings, show=False)
+    alone = recover(apart, original, batches(), replace(settings, own_loss=0.0), show=False)
+    task = float(functional.cross_entropy(student_of(original).eval()(x), y).detach())
+    assert result.held_out[0][1] == pytest.approx(alone.held_out[0][1] + 2 * task, rel=1e-4)
 
 
 def test_time_limit(original: Classifier, student: Classifier) -> None:

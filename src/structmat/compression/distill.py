@@ -24,6 +24,16 @@ class Rates(StrEnum):
     """That of a dense layer for every tensor."""
 
 
+class Optimizer(StrEnum):
+    """What makes the steps of recovery."""
+
+    ADAM = "Adam"
+    """``torch.optim.AdamW``: one rate for each number."""
+
+    SOAP = "SOAP"
+    """:class:`structmat.learn.soap.SOAP`: along the axes of each matrix in which gradients are uncorrelated."""
+
+
 @dataclass(frozen=True)
 class Distill:
     """How to recover: distillation from the original model, after an optional layer-wise reconstruction.
@@ -33,6 +43,7 @@ class Distill:
         minutes: stop after this time (resumed runs add up). The schedule follows whichever limit is nearer.
         learning_rate: for a dense layer; structured tensors get multiples.
         rates: which multiples.
+        optimizer: of the steps.
         temperature: of the softmax of both models (Hinton, Vinyals, Dean 2015); only for outputs that are logits.
         own_loss: weight of the task's own loss (the user's, the output's ``.loss``, or cross-entropy to the labels of a
             batch) that is added to the distance from the original.
@@ -56,10 +67,10 @@ class Distill:
         clip: largest norm of the gradient.
         weight_decay: for matrices that are not structured; structured tensors never decay.
         data: batches to train on, if others than those of calibration.
-        held_out: batches to be judged by: the state that is nearest to the original on them is kept, so that recovery
-            never ends farther from the original than it began; where a look finds the model 30 times as far away as at
-            the start, or half as far again after half or three quarters of the steps, the best state is taken up again
-            with a third of the learning rate. Without them the last state is kept.
+        held_out: batches to be judged by: the state that is nearest to the original on them is kept (with ``own_loss``,
+            that of the least sum), so that recovery never ends worse than it began; where a look finds the model 30
+            times as far away as at the start, or half as far again after half or three quarters of the steps, the best
+            state is taken up again with a third of the learning rate. Without them the last state is kept.
         windows: let the structure move while distilling: the windows of GBLR layers are learned, each layer at the
             numbers that it holds (see :class:`structmat.learn.windows.WindowLearner`), then made compact again. The
             state that ``held_out`` judges and keeps has its windows in whole numbers already. Needs ``steps``, and
@@ -73,6 +84,7 @@ class Distill:
     minutes: float | None = None
     learning_rate: float = 1e-3
     rates: Rates = Rates.LAYER
+    optimizer: Optimizer = Optimizer.ADAM
     temperature: float = 1.0
     own_loss: float = 0.0
     layerwise: int = 0
@@ -124,6 +136,10 @@ class Distill:
             "hidden": (0 <= self.hidden < math.inf, not_negative),
             "anneal": (0 <= self.anneal < 1, share),
             "rates": (isinstance(self.rates, Rates), f"one of {', '.join(f'Rates.{rates.name}' for rates in Rates)}"),
+            "optimizer": (
+                isinstance(self.optimizer, Optimizer),
+                f"one of {', '.join(f'Optimizer.{optimizer.name}' for optimizer in Optimizer)}",
+            ),
             "patience": (self.patience is None or _is_whole(self.patience, 1), f"{some}, or None"),
             "warmup": (0 <= self.warmup < 1, share),
             "clip": (self.clip > 0, "above 0"),
@@ -154,7 +170,8 @@ class Recovery:
         steps: of distillation, and before it ``layerwise_steps`` and ``blockwise_steps``.
         seconds: of all runs together.
         losses: (step, mean training loss since the entry before).
-        held_out: (step, distance from the original on the held-out batches); empty without them.
+        held_out: (step, distance from the original on the held-out batches, with the task's loss where that is asked
+            for); empty without them.
         kept_step: whose state the model has now.
         closed_form: what solving last factors again did, if it was asked for: layers that changed, whether they were
             kept, and the distances on the held-out batches where there are such.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.compression.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from structmat.compression.distill import Distill, Rates, Recovery
+from structmat.compression.distill import Distill, Optimizer, Rates, Recovery
 from structmat.compression.moving import MovingWindows
 from structmat.compression.objectives import DIVERGENCE, SQUARES, distance
 from structmat.compression.passes import endless
@@ -28,6 +28,8 @@ from structmat.compression.statistics import reestimate, tensors_of
 from structmat.compression.teaching import Teaching
 from structmat.errors import DataError
 from structmat.learn.groups import parameter_groups, recovery_groups
+from structmat.learn.layouts import layouts
+from structmat.learn.soap import SOAP
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ CLOSED_FORM_BATCHES = 24
 STATISTICS_BATCHES = 16
 """Likewise to estimate batch statistics again."""
 
-__all__ = ["DIVERGENCE", "SQUARES", "Distill", "Rates", "Recovery", "distance", "recover"]
+__all__ = ["DIVERGENCE", "SQUARES", "Distill", "Optimizer", "Rates", "Recovery", "distance", "recover"]
 
 
 def recover(
@@ -138,7 +140,7 @@ class _Run:
                 group["lr"] = settings.learning_rate
             group["params"] = [by_parameter[id(p)] for p in group["params"]]
             group["top"] = group["lr"]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = self._optimizer(groups)
         self.teaching = Teaching(model, original, settings, forward, loss)
         self.buffers = tensors_of(model)  # of these
         self.step = 0  # of all phases together
@@ -152,6 +154,14 @@ class _Run:
         self.done = False
         self.closed_form: dict[str, Any] | None = None
         self.statistics: dict[str, Any] | None = None
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        rate, betas = self.settings.learning_rate, (0.9, 0.95)
+        if self.settings.optimizer is Optimizer.ADAM:
+            return torch.optim.AdamW(groups, lr=rate, betas=betas)
+        known = layouts(self.model)
+        by_master = {self.masters[name]: known[p] for name, p in self.names.items() if p in known}
+        return SOAP(groups, lr=rate, betas=betas, layouts=by_master)
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -393,12 +403,10 @@ class _Run:
             return
         facts, tensors = found.facts, found.tensors
         self._write(_of(tensors, "value."))
+        saved = _of(tensors, "optimizer.")
         for name, master in self.masters.items():
-            state = {
-                key: tensors[f"optimizer.{key}.{name}"].to(master.device if key != "step" else "cpu")
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{key}.{name}" in tensors
-            }
+            state = {key.removesuffix(f".{name}"): t for key, t in saved.items() if key.endswith(f".{name}")}
+            state = {key: t.to("cpu" if key == "step" else master.device) for key, t in state.items() if "." not in key}
             if state:
                 self.optimizer.state[master] = state
         if any(key.startswith("best.") for key in tensors):

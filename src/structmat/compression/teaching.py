@@ -78,16 +78,18 @@ class Teaching:
                 return self._lesson(batch)
 
     def held_out(self) -> float:
-        """The mean distance on the held-out batches.
+        """The mean over the held-out batches of what distillation makes small, but for the errors of hidden states.
 
         Raises:
-            DataError: there are none.
+            DataError: there are none, or the task's loss is asked for and there is none.
         """
         assert self._settings.held_out is not None
         device, total, count = device_of(self._model), 0.0, 0
         with torch.no_grad():
             for batch in self._settings.held_out:
-                total += float(self._distance(to_device(batch, device), None)[0])
+                batch = to_device(batch, device)
+                value, output = self._distance(batch, None)
+                total += float(self._with_own_loss(value, output, batch))
                 count += 1
         if not count:
             raise DataError("held_out has no batches. Leave it out, or give some.")
@@ -124,15 +126,19 @@ class Teaching:
         value, output = self._distance(batch, errors if settings.hidden > 0 else None)
         if errors:
             value = value + settings.hidden * torch.stack(errors).mean()
-        if settings.own_loss > 0:
-            task = own_loss(output, batch, self._loss)
-            if task is None:
-                raise DataError(
-                    f"Distill(own_loss={settings.own_loss}) needs a loss and the batches have no labels. "
-                    f"Pass loss=lambda output, batch: ..."
-                )
-            value = value + settings.own_loss * task
-        return value
+        return self._with_own_loss(value, output, batch)
+
+    def _with_own_loss(self, value: Tensor, output: Any, batch: Any) -> Tensor:
+        weight = self._settings.own_loss
+        if weight == 0:
+            return value
+        task = own_loss(output, batch, self._loss)
+        if task is None:
+            raise DataError(
+                f"Distill(own_loss={weight}) needs a loss and the batches have no labels. "
+                f"Pass loss=lambda output, batch: ..."
+            )
+        return value + weight * task
 
     def _distance(self, batch: Any, errors: list[Tensor] | None) -> tuple[Tensor, Any]:
         """The distance of the outputs, and the model's output.
