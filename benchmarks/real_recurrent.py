@@ -139,6 +139,7 @@ CHAR_LSTM = RealModel(
     width=128,
     rates=(3e-3, 1e-2, 3e-2),
     optimizer=Optimizer.SOAP,
+    own_loss=2.0,
 )
 
 # ------------------------------------------------------------------------------------------------- the spelling GRU

@@ -58,7 +58,11 @@ def plain_layout(tensor: Tensor) -> Layout | None:
 def layouts(model: nn.Module) -> dict[Tensor, Layout]:
     """Of the parameters of a model: of structured layers each block by itself and lists of entries at their places, of
     all others as :func:`plain_layout`; vectors have none."""
-    found = {p: layout for p in model.parameters() if (layout := plain_layout(p)) is not None}
+    found: dict[Tensor, Layout] = {}
+    for parameter in model.parameters():
+        layout = plain_layout(parameter)
+        if layout is not None:
+            found[parameter] = layout
     for module in model.modules():
         for stage in _stages(module):
             tensors = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
