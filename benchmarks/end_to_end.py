@@ -203,15 +203,16 @@ def block(kind: Callable[[Build], nn.Module], structure: Any | None) -> nn.Modul
 def language_model(cell: Cell, folder: Path) -> nn.Module:
     """The compressed language model: loaded, recovered or not, or made."""
     import structmat as sm
-    from benchmarks import compress_real
+    from benchmarks.compress_cells import Cell as StudyCell
+    from benchmarks.compress_phases import compressed
     from benchmarks.real_models import MODELS
 
-    real, own = MODELS[cell.model], compress_real.Cell(cell.model, "ours", cell.budget, 0)
+    real, own = MODELS[cell.model], StudyCell(cell.model, "ours", cell.budget, 0)
     for state in ("after", "before"):
         if (folder / own.key / state).is_dir():
             return sm.load(folder / own.key / state, real.load())
     if not (own.folder / "before").is_dir():
-        made, _ = compress_real.compressed(own, real)
+        made, _ = compressed(own, real)
         sm.save(made, own.folder / "before")
     return sm.load(own.folder / "before", real.load())
 

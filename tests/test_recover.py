@@ -172,7 +172,6 @@ def test_users_forward_and_loss_are_honoured(original: Classifier, student: Clas
         recover(student, original, [{"x": x} for x, _ in batches()], Distill(steps=3, own_loss=0.5), show=False)
 
 
-
 def test_what_is_held_out_judges_by_the_tasks_loss_too(original: Classifier, student: Classifier) -> None:
     (x, y), apart = batches(1, seed=3)[0], copy.deepcopy(student)
     settings = Distill(steps=1, own_loss=2.0, held_out=[(x, y)])

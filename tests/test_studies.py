@@ -54,16 +54,16 @@ def test_every_cell_of_the_trained_models_can_be_built() -> None:
 
 
 def test_tables_mark_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = importlib.import_module("benchmarks.compress_real")
-    monkeypatch.setattr(study, "STUDY_FOLDER", tmp_path / "compress_real")
+    cells = importlib.import_module("benchmarks.compress_cells")
+    monkeypatch.setattr(cells, "STUDY_FOLDER", tmp_path / "compress_real")
     tables = importlib.import_module("benchmarks.tables")
-    tables.write_tables(tmp_path / "compress_real", study.cells(3))
+    tables.write_tables(tmp_path / "compress_real", cells.cells(3))
     text = (tmp_path / "compress_real.md").read_text()
     assert text.count("| not run |") >= 6 * 2 * 8
     assert "Target after recovery: 91.2 %." in text
     data = json.loads((tmp_path / "compress_real.json").read_text())
     assert data["cells"] == {}
-    assert len(data["not_run"]) == len(study.cells(3))
+    assert len(data["not_run"]) == len(cells.cells(3))
 
 
 @pytest.mark.parametrize("method", ["SVD, uniform", "Monarch, uniform", "Tucker-2, uniform", "magnitude pruning"])
