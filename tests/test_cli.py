@@ -377,6 +377,42 @@ def test_compress_from_a_config_file(package: str, tmp_path: Path, monkeypatch: 
     assert (tmp_path / "other" / "plan.json").exists()
 
 
+def test_recovery_from_a_config_file(package: str, tmp_path: Path) -> None:
+    """Every setting of Distill by its name, loaders and the task's loss as functions."""
+    (tmp_path / "lessons.py").write_text(
+        "import torch\n"
+        "def call(model, batch):\n    return model(batch['pixels'])\n"
+        "def loss(output, batch):\n    return torch.nn.functional.cross_entropy(output, batch['digit'])\n"
+        "def some(count, seed):\n    torch.manual_seed(seed)\n"
+        "    return [{'pixels': torch.randn(8, 16), 'digit': torch.arange(8) % 4} for _ in range(count)]\n"
+        "def batches():\n    return some(3, 1)\n"
+        "def apart():\n    return some(1, 2)\n"
+    )
+    path = config(
+        tmp_path,
+        f'model = "{package}:make"\ncalibration = "lessons:batches"\nforward = "lessons:call"\n'
+        'task-loss = "lessons:loss"\nout = "small"\nfamily = ["LowRank"]\nbudget = 0.3\n'
+        '[recover]\nsteps = 4\nown-loss = 0.5\nrates = "equal"\noptimizer = "SOAP"\nheld-out = "lessons:apart"\n'
+        'data = "lessons:batches"\ncheck-every = 2\n',
+    )
+    run("compress", path)
+    recovery = json.loads((tmp_path / "small" / "report.json").read_text(encoding="utf-8"))["recovery"]
+    assert recovery["steps"] == 4
+    assert [step for step, _ in recovery["held_out"]] == [0, 2, 4]
+    sys.modules.pop("lessons", None)
+
+
+def test_compress_in_steps(package: str, tmp_path: Path) -> None:
+    run(
+        *("compress", "--model", f"{package}:make", "--calibration", f"{package}:load", "--family", "LowRank"),
+        *("--step", "0.7", "--budget", "0.4", "--recover", "6", "--out", tmp_path / "out"),
+    )
+    assert {path.name for path in (tmp_path / "out" / "work").iterdir()} >= {"step-0", "step-1"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["recovery"]["steps"] == 3
+    assert report["parameters"]["after"] <= 0.4 * report["parameters"]["before"]
+
+
 @pytest.mark.parametrize("rows", ["3", "[8, 8, 8]", "{ rows = [4, 4, 4], groups = 2 }"])
 def test_rows_are_split_from_a_config_file(rows: str, package: str, tmp_path: Path) -> None:
     (tmp_path / "fused.py").write_text(
@@ -447,7 +483,15 @@ def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         ("at_least = 0.5", "no option at_least. Did you mean at-least?"),
         ("zzz = 1", "no option zzz. Known are"),
         ('seed = "one"', "seed is an integer; got 'one'"),
-        ("recover = -1", "recover is an integer of at least 0"),
+        ("recover = -1", "recover is a number of steps of at least 0, or a table"),
+        ('model = "userland:make"\n[recover]\nstep = 3', "no setting step. Did you mean steps?"),
+        ('model = "userland:make"\n[recover]\nzzz = 3', "no setting zzz. Known are anneal"),
+        ('model = "userland:make"\n[recover]\noptimizer = "sgd"', "optimizer is one of adam, soap; got 'sgd'"),
+        ('model = "userland:make"\n[recover]\nsteps = 0', "steps is an integer of at least 1"),
+        ('model = "userland:make"\n[recover]\nclip = "much"', "Its settings are those of structmat.Distill"),
+        ('model = "userland:make"\n[recover]\ndata = "userland:none"', "recover: data userland:none: userland has no"),
+        ('model = "userland:make"\nstep = [0.7]\nbudget = 0.5', "Say how with --recover"),
+        ('model = "userland:make"\nstep = [0.7]\nloss = 0.5\nrecover = 2', "goes before one --budget"),
         ("relative = 1", "relative is true or false"),
         ("family = [1]", "family is a list of strings"),
         ("model = 3", "model is a string"),

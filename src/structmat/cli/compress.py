@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from structmat.cli import config, goals, splits
+from structmat.cli import config, goals, recovery, splits
 from structmat.cli.common import (
     fail,
     find,
@@ -62,8 +63,21 @@ def compress(
     evaluate: Annotated[
         str | None, typer.Option(help="package:function, from the model to its quality: a number or several by name.")
     ] = None,
+    forward: Annotated[
+        str | None,
+        typer.Option(help="package:function, from the model and a batch to the output."),
+    ] = None,
+    task_loss: Annotated[
+        str | None, typer.Option(help="package:function, from the output and a batch to the task's own loss.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Follow this plan.json instead of choosing.")] = None,
-    recover: Annotated[int, typer.Option(min=0, help="Steps of recovery by distillation (with --model).")] = 0,
+    recover: Annotated[
+        int, typer.Option(min=0, help="Steps of recovery by distillation; in a config file a table of all settings.")
+    ] = 0,
+    step: Annotated[
+        list[float] | None,
+        typer.Option(help="Share to compress to and recover at first, before the budget; may be repeated."),
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Only layers that match (glob); may be repeated.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers that match (glob); may be repeated.")] = None,
     family: Annotated[list[str] | None, typer.Option("--family", help="Only this family; may be repeated.")] = None,
@@ -108,8 +122,11 @@ OPTIONS: dict[str, config.Read] = {
     "model": config.text,
     "calibration": config.text,
     "evaluate": config.text,
+    "forward": config.text,
+    "task-loss": config.text,
     "plan": config.path,
-    "recover": config.whole(0),
+    "recover": recovery.recovery,
+    "step": config.numbers,
     "include": config.texts,
     "exclude": config.texts,
     "family": config.texts,
@@ -142,8 +159,11 @@ class Settings:
     model: str | None
     calibration: str | None
     evaluate: str | None
+    forward: str | None
+    task_loss: str | None
     plan: Path | None
-    recover: int
+    recover: int | Mapping[str, Any]
+    step: list[float] | None
     include: list[str] | None
     exclude: list[str] | None
     family: list[str] | None
@@ -163,6 +183,7 @@ def _compress(given: Settings, folder: Path | None) -> None:
         raise fail(f"--plan says what every layer becomes; {option} has nothing to choose. Leave one of them out.")
     import structmat as sm
     from structmat.cli.summary import summary
+    from structmat.compression.gradual import compress_gradually
     from structmat.compression.report_html import write_html
 
     quality = {n: getattr(given, n) for n in ("loss", "relative", "better", "at_least", "at_most", "of", "tries")}
@@ -171,26 +192,36 @@ def _compress(given: Settings, folder: Path | None) -> None:
         raise fail("--plan says what every layer becomes; there is no budget to keep. Leave one of them out.")
     if given.plan is None and not asked:
         asked = goals.goal(("0.5",), (), given.unit, given.batch, {})
+    if given.step and (given.plan is not None or len(asked) != 1 or not isinstance(asked[0], sm.Parameters | sm.Flops)):
+        raise fail("--step goes before one --budget of parameters or flops. Leave out what else says where to go.")
+    if given.step and not given.recover:
+        raise fail("--step recovers at every size. Say how with --recover.")
     with only_data_on_stdout():
         network = _weights(given.file) if given.file is not None else find(str(given.model), "--model", folder)()
         loader = None if given.calibration is None else find(given.calibration, "--calibration", folder)()
-        result = sm.compress_(
-            network,
-            budget=None if given.plan is not None else asked[0] if len(asked) == 1 else asked,
-            plan=None if given.plan is None else sm.Plan.read(given.plan),
-            calibration=loader,
-            include=tuple(given.include or ()),
-            exclude=tuple(given.exclude or ()),
-            structures=given.family or None,
-            split=splits.asked(given.split or ()),
-            recover=sm.Distill(steps=given.recover) if given.recover else None,
-            evaluate=None if given.evaluate is None else find(given.evaluate, "--evaluate", folder),
-            frontier=tuple(given.frontier or ()),
-            rounds=given.rounds,
-            folder=given.out / "work",
-            seed=given.seed,
-            progress=True,
-        )
+        recover = recovery.distill(given.recover, folder)
+        options: dict[str, Any] = {
+            "calibration": loader,
+            "include": tuple(given.include or ()),
+            "exclude": tuple(given.exclude or ()),
+            "structures": given.family or None,
+            "split": splits.asked(given.split or ()),
+            "forward": _function(given.forward, "--forward", folder),
+            "loss": _function(given.task_loss, "--task-loss", folder),
+            "evaluate": _function(given.evaluate, "--evaluate", folder),
+            "frontier": tuple(given.frontier or ()),
+            "rounds": given.rounds,
+            "folder": given.out / "work",
+            "seed": given.seed,
+            "progress": True,
+        }
+        if given.step:
+            kind = type(asked[0])
+            result = compress_gradually(network, [*map(kind, given.step), asked[0]], recover, **options)
+        else:
+            budget = None if given.plan is not None else asked[0] if len(asked) == 1 else asked
+            plan = None if given.plan is None else sm.Plan.read(given.plan)
+            result = sm.compress_(network, budget=budget, plan=plan, recover=recover, **options)
     sm.save(result.model, given.out / "model")
     result.plan.write(given.out / "plan.json")
     result.report.write(given.out / "report.json")
@@ -201,6 +232,10 @@ def _compress(given: Settings, folder: Path | None) -> None:
         show(summary(result.report))
     places = f"model   {given.out / 'model'}\nplan    {given.out / 'plan.json'}\nreport  {page.resolve()}"
     words().print(places, soft_wrap=True)
+
+
+def _function(name: str | None, option: str, folder: Path | None) -> Callable[..., Any] | None:
+    return None if name is None else find(name, option, folder)
 
 
 def _weights(file: Path) -> Any:
