@@ -169,9 +169,9 @@ def _preface(results: Iterable[dict[str, Any]]) -> list[str]:
         "",
         f'*Excess removed* is the share of the loss of quality of "{REFERENCE}" (before recovery, same budget) that is '
         "gone. Where there are several seeds: mean ± standard deviation (number of seeds). "
-        "Recovery is distillation from the original, for the recurrent nets with the task's own loss beside it and by "
-        "SOAP, with the same settings for every method of a model, for as many steps as fit into the same minutes of "
-        "the processor, which are said: cells with fewer than others are of an earlier study. "
+        "Recovery is distillation from the original, for the recurrent nets by SOAP, for g2p-gru with the task's own "
+        "loss beside it, with the same settings for every method of a model, for as many steps as fit into the same "
+        "minutes of the processor, which are said: cells with fewer than others are of an earlier study. "
         "*Time* is that of the frozen compressed model by that of the original, at several batch sizes; *tuned* after "
         "`sm.tune`.",
     ]
