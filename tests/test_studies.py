@@ -173,14 +173,30 @@ def test_a_model_writes_what_it_thinks_likely() -> None:
 
 def test_every_other_batch_of_text_is_written_by_the_original(real_data: Path) -> None:
     from benchmarks.real_nets import char_lstm
-    from benchmarks.real_recurrent import CHAR_LSTM
+    from benchmarks.real_recurrent import CHAR_LSTM, FORGOTTEN
 
     first, again = (list(islice(iter(CHAR_LSTM.training(0)), 4)) for _ in range(2))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
     _, text = char_lstm(real_data)
     whole = "".join(map(chr, text.tolist()))
     for number, (x, y) in enumerate(first):
-        assert x.shape == y.shape == (32, 128)
-        assert torch.equal(x[:, 1:], y[:, :-1])
+        assert x.shape == (32, 128)
+        assert torch.equal(x[:, FORGOTTEN + 1 :], y[:, :-1])
         found = sum("".join(map(chr, row)) in whole for row in x.tolist())
         assert found == 32 if number % 2 == 0 else found < 4
+
+
+def test_words_come_once_a_pass_and_those_of_a_batch_are_alike(real_data: Path) -> None:
+    from benchmarks.real_recurrent import G2P_GRU, SORTED, WORDS, _words
+
+    lessons = list(islice(iter(G2P_GRU.training(0)), 3 * SORTED))
+    assert all(len(words) == WORDS for words, _ in lessons)
+    pairs = [
+        (word, tuple(row[row >= 0].tolist())) for words, ids in lessons for word, row in zip(words, ids, strict=True)
+    ]
+    known = {(word, tuple(ids)) for word, ids in _words()[0]}
+    assert set(pairs) <= known
+    assert len(set(pairs)) == len(pairs)
+    spread = [max(map(len, words)) - min(map(len, words)) for words, _ in lessons]
+    everywhere = [len(word) for word, _ in pairs]
+    assert sum(spread) / len(spread) < 0.7 * (max(everywhere) - min(everywhere))
