@@ -15,11 +15,12 @@ A cell is (model, method, budget, seed). Each phase of a cell runs in a process 
 its own, and is written when it ends: a study that was interrupted goes on where it stopped, recovery in the middle.
 Compressed models and checkpoints lie in ``build/compress_real``; figures and tables in ``benchmarks/results``.
 
-Every method is recovered in the same way and for the same time, 5 minutes, or 15 for compressing and recovery of the
-language model together. Three learning rates are tried for a third of the time each (seed 0, a quarter of the numbers);
-the recovery has, from the beginning, the rate that ended best on held-out training data. What is measured is the
-processor's seconds of a step, and every cell takes as many steps as fit: a busy machine delays the study but does not
-change its outcome.
+Every method is recovered in the same way and for the same time: 5 minutes, 1 for the perceptron, 6 for compressing and
+recovery of the language model together (which runs on both cores: ``OMP_NUM_THREADS=2``; all others on one). Three
+learning rates are tried for a third of the time each (seed 0, a quarter of the numbers); the recovery has, from the
+beginning, the rate that ended best on held-out training data. What is measured is the processor's seconds of a step,
+and every cell takes as many steps as fit. A processor whose neighbour is busy takes longer for a step: ``--phase
+steps`` on a quiet machine first, and then a busy one delays the study but does not change its outcome.
 ``--minutes`` shortens recovery, to see that everything runs; its results are not written among the others.
 """
 

@@ -80,7 +80,7 @@ PERCEPTRON = RealModel(
     sample=lambda size: _mnist()["x_train"][:size],
     batches=(1, 64),
     rows=1,
-    minutes=5.0,
+    minutes=1.0,
     narrow=_narrow,
     width=500,
 )

@@ -146,7 +146,7 @@ CHAR_LSTM = RealModel(
     narrow=lambda width: CharLSTM(width).eval(),
     width=128,
     forward=lambda model, batch: model(batch[0])[0][:, FORGOTTEN:],
-    rates=(3e-3, 1e-2, 3e-2),
+    rates=(1e-3, 3e-3, 1e-2),
     optimizer=Optimizer.SOAP,
 )
 
