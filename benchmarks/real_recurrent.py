@@ -28,9 +28,10 @@ ROWS = 32
 """Windows of a training batch."""
 
 FORGOTTEN = 20
-"""Characters after which the model does not remember any more that its state was empty. What it says before is neither
-asked nor imitated: with an empty state the original, which never saw one, takes five bits for each of the first eight
-characters, and to say the same would cost a small model what it has."""
+"""Characters after which the model does not remember any more that its state was empty. What it says before is not to
+be imitated: with an empty state the original, which never saw one, takes five bits for each of the first eight
+characters, and to say the same would cost a small model what it has. To calibrate on them too is better, though: fitted
+without them a quarter of the numbers begins farther from the original everywhere (.32 nats in place of .25)."""
 
 WRITTEN_AT_ONCE = 32
 """Batches that a model writes together, which takes a fraction of the time that they would take one after the other."""
@@ -48,19 +49,26 @@ def _text() -> dict[str, Tensor]:
     return {"train": text[:start], "held out": text[start:end], "test": text[end:]}
 
 
-def _labelled(windows: Tensor) -> Labelled:
+def _labelled(windows: Tensor, forgotten: int = FORGOTTEN) -> Labelled:
     """Of windows of one character more: the characters, and what follows them once the start is forgotten."""
-    return windows[:, :-1], windows[:, FORGOTTEN + 1 :]
+    return windows[:, :-1], windows[:, forgotten + 1 :]
 
 
-def _windows(text: Tensor, starts: np.ndarray) -> Labelled:
-    return _labelled(torch.stack([text[s : s + LENGTH + 1] for s in starts]))
+def _windows(text: Tensor, starts: np.ndarray, forgotten: int = FORGOTTEN) -> Labelled:
+    return _labelled(torch.stack([text[s : s + LENGTH + 1] for s in starts]), forgotten)
+
+
+def _said(model: nn.Module, batch: Labelled) -> Tensor:
+    """Of the last characters, as many as have labels."""
+    x, y = batch
+    logits: Tensor = model(x)[0]
+    return logits[:, -y.shape[1] :]
 
 
 def _text_calibration(seed: int, windows: int = 512, size: int = 32) -> list[Labelled]:
     text = _text()["train"]
     starts = np.random.default_rng([seed, 1]).integers(0, len(text) - LENGTH - 1, windows)
-    return [_windows(text, starts[i : i + size]) for i in range(0, windows, size)]
+    return [_windows(text, starts[i : i + size], forgotten=0) for i in range(0, windows, size)]
 
 
 @torch.no_grad()
@@ -145,7 +153,7 @@ CHAR_LSTM = RealModel(
     minutes=5.0,
     narrow=lambda width: CharLSTM(width).eval(),
     width=128,
-    forward=lambda model, batch: model(batch[0])[0][:, FORGOTTEN:],
+    forward=_said,
     rates=(1e-3, 3e-3, 1e-2),
     optimizer=Optimizer.SOAP,
 )

@@ -156,6 +156,21 @@ def test_a_tensor_without_a_gradient_stays() -> None:
     assert torch.equal(other, before)
 
 
+def test_half_precision_has_moments_in_float32() -> None:
+    w = nn.Parameter(parameter(8, 8).detach().bfloat16())
+    before = float((w.float() - 1).pow(2).sum().detach())
+    optimizer = SOAP([w], lr=0.05)
+    moved(optimizer, lambda: (w.float() - 1).pow(2).sum(), 100)
+    assert w.dtype == torch.bfloat16
+    assert {t.dtype for t in optimizer.state[w].values()} == {torch.float32}
+    assert float((w.float() - 1).pow(2).sum().detach()) < 0.02 * before
+
+
+def test_complex_tensors_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"real tensors.*complex64.*view_as_real"):
+        SOAP([nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))])
+
+
 def test_its_state_is_saved_and_loaded() -> None:
     def run(steps: list[int]) -> Tensor:
         w, state = parameter(6, 7), None

@@ -34,7 +34,7 @@ class SOAP(Optimizer):
     itself, the entries of a sparse matrix at their places, where the step is the part of the matrix's step that the
     places hold. Vectors, and matrices without a side of 4 to ``largest``, take Adam's own steps.
 
-    The first gradient of a tensor only finds its axes.
+    The first gradient of a tensor only finds its axes. Moments of tensors in half precision are kept in float32.
 
     Cost of a step for an m x n matrix with axes on both sides: ``3 m n (m + n)`` multiply-adds beside Adam's, and
     ``2 (m^3 + n^3)`` more every ``refreshed`` steps; memory ``2 m^2 + 2 n^2`` numbers beside Adam's.
@@ -55,7 +55,7 @@ class SOAP(Optimizer):
         refreshed: steps between two looks for the axes.
 
     Raises:
-        ModelError: a number is out of its range.
+        ModelError: a number is out of its range, or a tensor is complex.
     """
 
     def __init__(
@@ -83,6 +83,13 @@ class SOAP(Optimizer):
         self._largest, self._refreshed = largest, refreshed
         defaults = {"lr": lr, "betas": betas, "shampoo_beta": shampoo_beta, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.is_complex():
+                    raise ModelError(
+                        f"SOAP takes real tensors; one of shape {tuple(parameter.shape)} is {parameter.dtype}. Hold it "
+                        "as pairs of real numbers (torch.view_as_real), as structured layers do."
+                    )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -106,6 +113,8 @@ class SOAP(Optimizer):
         layout = self._layouts.get(parameter) or plain_layout(parameter)
         sides = () if layout is None else self._sides(layout)
         g = layout.matrices(gradient) if layout is not None and sides else gradient
+        if g.dtype in (torch.float16, torch.bfloat16):
+            g = g.float()
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(g), torch.zeros_like(g)
@@ -128,7 +137,7 @@ class SOAP(Optimizer):
             update = layout.tensor(_turned_back(update, state, sides), parameter)
         if group["weight_decay"]:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.sub_(update, alpha=group["lr"] / (1 - beta1**count))
+        parameter.sub_(update.to(parameter.dtype), alpha=group["lr"] / (1 - beta1**count))
         if sides and int(count) % self._refreshed == 0:
             self._refresh(state, sides)
 
