@@ -29,12 +29,14 @@ def place(results: Path | None, work: Path | None) -> None:
     global STUDY_FOLDER, WORK
     if results is not None:
         STUDY_FOLDER = results.resolve() / STUDY_FOLDER.name
-        WORK = (work or results / "work").resolve()
+        work = work or results / "work"  # never among the study's own
+    if work is not None:
+        WORK = work.resolve()
 
 
 def placed() -> tuple[str, ...]:
     """The options of the command line that say where a process of a cell writes."""
-    return () if STUDY_FOLDER.parent == RESULTS else ("--results", str(STUDY_FOLDER.parent), "--work", str(WORK))
+    return ("--results", str(STUDY_FOLDER.parent), "--work", str(WORK))
 
 
 @dataclasses.dataclass(frozen=True)

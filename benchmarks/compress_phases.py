@@ -8,7 +8,6 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,11 +58,14 @@ def run_before(cell: Cell) -> dict[str, Any]:
     }
 
 
-def recovered(cell: Cell, rate: float, steps: int, folder: Path | None) -> tuple[nn.Module, Any]:
-    """The model of the first phase after so many steps, and what recovery reported."""
+def recovered(cell: Cell, rate: float, steps: int, name: str) -> tuple[nn.Module, Any]:
+    """The model of the first phase after so many steps, and what recovery reported.
+
+    What was interrupted goes on from its checkpoint; one of other steps, as when these were timed anew, is not read.
+    """
     from structmat.compression.recover import recover
 
-    real = MODELS[cell.model]
+    real, folder = MODELS[cell.model], cell.folder / f"{name}-{rate:g}-{steps}"
     original = real.load()
     model, settings = started(cell), recovery_settings(cell, steps, rate)
     outcome = recover(
@@ -86,7 +88,7 @@ def run_recovery(cell: Cell, rate: float, steps: int, minutes: float) -> dict[st
 
     real = MODELS[cell.model]
     result: dict[str, Any] = json.loads(cell.result.read_text(encoding="utf-8"))
-    model, outcome = recovered(cell, rate, steps, cell.folder / "recovery")
+    model, outcome = recovered(cell, rate, steps, "recovery")
     sm.save(model, cell.folder / "after")
     result["quality"]["after"] = real.evaluate(model)
     result["peak_memory_mb"]["recovery"] = compress_measure.peak()
@@ -105,7 +107,7 @@ def run_recovery(cell: Cell, rate: float, steps: int, minutes: float) -> dict[st
 
 def run_rate(cell: Cell, rate: float, steps: int) -> dict[str, Any]:
     """Recover what the first phase saved at one learning rate; judged on data held out from training."""
-    _, outcome = recovered(cell, rate, steps, cell.folder / f"rate-{rate:g}")
+    _, outcome = recovered(cell, rate, steps, "rate")
     return {
         "cell": dataclasses.asdict(cell),
         "rate": rate,

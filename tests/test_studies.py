@@ -66,6 +66,21 @@ def test_tables_mark_what_was_not_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(data["not_run"]) == len(cells.cells(3))
 
 
+def test_a_study_writes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models too: never those of a shorter run among the study's own. Processes of cells are told the same."""
+    cells = importlib.import_module("benchmarks.compress_cells")
+    figures, work = cells.STUDY_FOLDER, cells.WORK
+    monkeypatch.setattr(cells, "STUDY_FOLDER", figures)
+    monkeypatch.setattr(cells, "WORK", work)
+    places = []
+    for told in ((None, tmp_path / "models"), (tmp_path, None), (tmp_path, tmp_path / "models")):
+        cells.place(*told)
+        places.append((cells.STUDY_FOLDER, cells.WORK))
+    own = tmp_path / figures.name
+    assert places == [(figures, tmp_path / "models"), (own, tmp_path / "work"), (own, tmp_path / "models")]
+    assert cells.placed() == ("--results", str(tmp_path), "--work", str(tmp_path / "models"))
+
+
 @pytest.mark.parametrize("method", ["SVD, uniform", "Monarch, uniform", "Tucker-2, uniform", "magnitude pruning"])
 @pytest.mark.parametrize("kind", ["convolutional", "recurrent"])
 def test_baselines_have_their_share(method: str, kind: str, tmp_path: Path) -> None:
