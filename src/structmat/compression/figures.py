@@ -22,7 +22,7 @@ from structmat.compression.layers import cost_of, layer_named, structured_layer_
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, frozen_layers
 from structmat.compression.report import LayerReport, Timing, Totals
-from structmat.compression.running import Forward
+from structmat.compression.running import Forward, can_run, samples_in
 from structmat.compression.scan import Site
 from structmat.compression.score import Measurement
 from structmat.compression.timing import ModelTiming, sized, time_models
@@ -74,10 +74,17 @@ class Timer:
         if self.batch is None or original is None:
             return (Timing(BATCHES[0], *self._layers(plan, BATCHES[0])),)
         found: list[ModelTiming] = []
-        for size, batch in sized(self.batch, BATCHES).items():
+        for size, batch in self._sized(original).items():
             with frozen_layers(model, self._rows(size)):
                 found += time_models(original, model, {size: batch}, forward=self.forward, seconds=MODEL_SECONDS)
         return tuple(Timing(t.batch, *self._layers(plan, t.batch), t.before, t.after, t.ratio) for t in found)
+
+    def _sized(self, original: nn.Module) -> dict[int, Any]:
+        """The batch at every size, or as it is where the original does not take a part of it."""
+        found = sized(self.batch, BATCHES)
+        if all(can_run(original, batch, self.forward) for batch in found.values()):
+            return found
+        return {samples_in(self.batch): self.batch}
 
     def _rows(self, batch: int) -> int:
         """Of the input of a typical layer."""

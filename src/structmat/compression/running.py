@@ -23,6 +23,9 @@ Loss = Callable[[Any, Any], Tensor]
 GIVEN, LABELS, SQUARES = "given loss", "labels sampled from the model", "squared error of the output"
 """The three ways in which an effect on the output is measured."""
 
+IGNORED = -100
+"""The label that PyTorch's cross-entropy leaves out."""
+
 
 def call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     """Run a model on a batch: a tensor, a tuple ``(inputs,)`` or ``(inputs, labels)``, or a dict of arguments.
@@ -146,18 +149,40 @@ def _is_sequence(batch: Any) -> bool:
 
 
 def check_loader(loader: Iterable[Any]) -> None:
-    """Raise unless a loader can be read more than once.
+    """Raise unless a loader is one of batches that can be read more than once.
 
     Raises:
-        DataError: it is a generator or an iterator.
+        DataError: it is a single batch, a generator or an iterator.
     """
-    if not isinstance(loader, Iterable):
+    if isinstance(loader, Tensor):
+        raise DataError(
+            f"Calibration data is an iterable of batches; got one tensor of shape {tuple(loader.shape)}, whose rows "
+            f"would be taken for batches. Pass [x], or x.split(64)."
+        )
+    if isinstance(loader, Mapping):
+        raise DataError(
+            f"Calibration data is an iterable of batches; got a {type(loader).__name__} with the keys "
+            f"{', '.join(map(repr, list(loader)[:4]))}. Pass [batch] if it is one."
+        )
+    if isinstance(loader, str) or not isinstance(loader, Iterable):
         raise DataError(f"Calibration data is an iterable of batches; got {type(loader).__name__}.")
     if isinstance(loader, Iterator):
         raise DataError(
             f"The calibration data is a {type(loader).__name__}, which can be read only once, and several steps read "
             f"it. Pass a DataLoader, a list of batches, or an object whose __iter__ starts anew."
         )
+
+
+@torch.no_grad()
+def can_run(model: nn.Module, batch: Any, forward: Forward | None) -> bool:
+    """Whether a model takes a batch that was cut from one it takes: not if what was cut are no samples, as the steps of
+    a sequence or the nodes of a graph that lie along the first axis, with other arguments of their number."""
+    try:
+        with evaluating(model):
+            call(model, to_device(batch, device_of(model)), forward)
+    except Exception:  # whatever a user's model raises; the whole batch, run next, says what is wrong
+        return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------------------- losses
@@ -180,7 +205,8 @@ def outcome(output: Any, batch: Any) -> Outcome:
     """Find the logits or the main tensor of an output.
 
     An output has logits if it says so by an attribute or key ``logits``, or if integer labels come with the batch
-    whose shape is that of the output without its last axis (or, as in ``F.cross_entropy``, without its second).
+    whose shape is that of the output without its last axis (or, as in ``F.cross_entropy``, without its second). Logits
+    are of two classes at least: a single number for each label is one to be compared as it is.
 
     Raises:
         DataError: there is no floating point tensor in the output.
@@ -196,9 +222,9 @@ def outcome(output: Any, batch: Any) -> Outcome:
         )
     labels = labels_of(batch)
     if labels is not None and not labels.is_floating_point() and found.dim() >= 2:
-        if labels.shape == found.shape[:-1]:
+        if labels.shape == found.shape[:-1] and found.shape[-1] > 1:
             return Outcome(found.reshape(-1, found.shape[-1]), True)
-        if labels.shape == found.shape[:1] + found.shape[2:]:
+        if labels.shape == found.shape[:1] + found.shape[2:] and found.shape[1] > 1:
             return Outcome(found.movedim(1, -1).reshape(-1, found.shape[1]), True)
     return Outcome(found.reshape(-1, found.shape[-1] if found.dim() else 1), False)
 
@@ -246,7 +272,10 @@ def sampled_loss(result: Outcome, generator: torch.Generator) -> Tensor:
 
 
 def own_loss(output: Any, batch: Any, loss: Loss | None) -> Tensor | None:
-    """The loss of a batch: the user's, the output's own, or cross-entropy to the labels; None if there is none."""
+    """The loss of a batch: the user's, the output's own, or cross-entropy to the labels.
+
+    None if there is none: no labels, or some that are no class (only the user knows what 255 stands for).
+    """
     if loss is not None:
         given: object = loss(output, batch)
         if not isinstance(given, Tensor) or given.numel() != 1:
@@ -262,7 +291,11 @@ def own_loss(output: Any, batch: Any, loss: Loss | None) -> Tensor | None:
     if result.classes:
         if labels.numel() != result.values.shape[0]:
             return None  # the output leaves some out, such as padding: which are whose is the user's to say
-        return F.cross_entropy(result.values.float(), labels.reshape(-1).long())
+        wanted = labels.reshape(-1).long()
+        counted = wanted[wanted != IGNORED]
+        if not counted.numel() or int(counted.min()) < 0 or int(counted.max()) >= result.values.shape[1]:
+            return None
+        return F.cross_entropy(result.values.float(), wanted, ignore_index=IGNORED)
     if labels.is_floating_point() and labels.numel() == result.values.numel():
         return F.mse_loss(result.values.float(), labels.reshape(result.values.shape).float())
     return None

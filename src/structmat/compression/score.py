@@ -20,6 +20,7 @@ from structmat.compression.running import (
     Forward,
     Loss,
     call,
+    can_run,
     detached,
     device_of,
     evaluating,
@@ -235,24 +236,28 @@ class Probe:
         samples = terms = 0
         device = device_of(self.model)
         for batch in loader:
-            batch = to_device(first_samples(batch, MOST_SAMPLES - samples), device)
+            batch, most = to_device(batch, device), MOST_SAMPLES - samples
             if terms and samples_in(batch):
                 each = terms / samples
                 needed = max(FEWEST_SAMPLES - samples, math.ceil((TERMS - terms) / each))
-                batch = first_samples(batch, max(needed, 1))
-            else:
-                batch = first_samples(batch, MOST_SAMPLES)
-            reference = self._run(batch)
+                most = min(most, max(needed, 1))
+            batch, reference = self._run_part(batch, most)
             count = reference.shape[0] if reference.dim() else samples_in(batch)
             if not samples and count > TERMS and samples_in(batch) > FEWEST_SAMPLES:
                 keep = max(FEWEST_SAMPLES, math.ceil(TERMS * samples_in(batch) / count))
-                batch = first_samples(batch, keep)
-                reference = self._run(batch)
+                batch, reference = self._run_part(batch, keep)
                 count = reference.shape[0] if reference.dim() else samples_in(batch)
             samples, terms = samples + samples_in(batch), terms + count
             yield batch, reference
             if samples >= MOST_SAMPLES or (terms >= TERMS and samples >= FEWEST_SAMPLES):
                 return
+
+    def _run_part(self, batch: Any, most: int) -> tuple[Any, Tensor]:
+        """The first samples of a batch and what the model says of them; of the whole if it takes no part of it."""
+        part = first_samples(batch, most)
+        if part is not batch and can_run(self.model, part, self.forward):
+            batch = part
+        return batch, self._run(batch)
 
     @torch.no_grad()
     def _run(self, batch: Any, model: nn.Module | None = None) -> Tensor:

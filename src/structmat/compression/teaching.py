@@ -135,7 +135,7 @@ class Teaching:
         task = own_loss(output, batch, self._loss)
         if task is None:
             raise DataError(
-                f"Distill(own_loss={weight}) needs a loss and the batches have no labels. "
+                f"Distill(own_loss={weight}) needs a loss, and the batches have no labels of the model's classes. "
                 f"Pass loss=lambda output, batch: ..."
             )
         return value + weight * task
