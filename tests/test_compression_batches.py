@@ -127,3 +127,20 @@ def test_batches_that_cannot_be_cut_are_used_whole(kind: str, monkeypatch: pytes
 def test_a_single_batch_is_no_calibration_data(data: Any, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         compressed(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8)), data)
+
+
+def test_evaluate_gets_the_model_in_evaluation_mode() -> None:
+    """A model that was left in training mode would be judged with its dropout; its modes are given back."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.9), nn.Linear(32, 8)).train()
+    x, modes = torch.randn(64, 16), []
+
+    def mean(judged: nn.Module) -> float:
+        modes.append(judged.training)
+        return float(judged(x).square().mean())
+
+    result = sm.compress(model, budget=sm.Parameters(0.7), calibration=[x], structures=["LowRank"], evaluate=mean)
+    assert modes == [False, False]
+    assert model.training
+    assert result.model.training
+    with torch.no_grad():
+        assert result.report.quality["before"]["quality"] == mean(model.eval())

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,8 +240,15 @@ def test_the_saved_model_has_at_most_the_bytes_of_the_budget(
 
 
 def test_bytes_that_the_rest_alone_exceeds() -> None:
-    with pytest.raises(BudgetError, match="what is not compressed takes"):
+    """The message names an amount that is enough, and the least that is."""
+    with pytest.raises(BudgetError, match=r"of what is not compressed.*compress more layers") as caught:
         sm.compress(Tied(), budget=sm.Memory("2kB"), structures=CLOSED)
+    found = re.search(r"Memory\((\d+)\) or more", str(caught.value))
+    assert found is not None
+    least = int(found[1])
+    assert sm.compress(Tied(), budget=sm.Memory(least), structures=CLOSED).plan is not None
+    with pytest.raises(BudgetError):
+        sm.compress(Tied(), budget=sm.Memory(least - 1), structures=CLOSED)
 
 
 # --------------------------------------------------------------------------------------------------- quality

@@ -18,6 +18,38 @@ def structured() -> nn.Module:
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[StructmatError], str]] = {
+    **{
+        f"{name}={value!r}": (
+            lambda name=name, value=value: sm.compress(  # type: ignore[misc]
+                nn.Sequential(nn.Linear(8, 8)), budget=sm.Parameters(0.5), **{name: value}
+            ),
+            StructmatError,
+            message,
+        )
+        for name, value, message in (
+            ("evaluate", 3, r"evaluate= is called as evaluate\(model\), which returns the quality; got 3"),
+            ("forward", "x", r"forward= is called as forward\(model, batch\), .* got 'x'"),
+            ("loss", 3, r"loss= is called as loss\(output, batch\), .* got 3"),
+            ("seed", "a", r"seed='a' is an integer, 0 or more"),
+            ("rounds", "2", r"rounds='2' is an integer, 0 or more"),
+            ("sweeps", -1, r"sweeps=-1 is an integer, 0 or more"),
+            ("sweeps", 1.5, r"sweeps=1\.5 is an integer, 0 or more"),
+            ("floor", "x", r"floor='x' is a share of each layer's dense cost"),
+            ("frontier", 0.3, r"frontier=0\.3 is a list of shares, such as \(0\.2, 0\.4\)"),
+            ("folder", 3, r"folder=3 is a path"),
+            ("include", "*", r"include='\*' is a list of glob patterns"),
+            ("overrides", ["0"], r"overrides= is a dict from glob patterns .* got \['0'\]"),
+            ("structures", "LowRank", r"structures= is a list of families, such as \['LowRank', 'Monarch'\]; got 'Low"),
+            ("structures", ["Lowrank"], r"Unknown family 'Lowrank'\. Did you mean 'LowRank'\? Known are"),
+            ("structures", ["Tuckers"], r"Unknown family 'Tuckers'"),
+            ("plan", {}, r"plan= is a structmat\.Plan, such as Plan\.read\('plan\.json'\); got dict"),
+        )
+    },
+    "a group of layers that there are not": (
+        lambda: sm.compress(nn.Sequential(nn.Linear(8, 8)), budget={"*attn*": sm.Parameters(0.5)}),
+        ModelError,
+        r"pattern '\*attn\*' of a budget matches none of the 1 layers",
+    ),
     "a model that is none": (
         lambda: sm.compress(3, budget=sm.Parameters(0.5)),  # type: ignore[type-var]
         ModelError,

@@ -73,8 +73,8 @@ def goal(
         pattern, separator, amount = text.rpartition("=")
         if not separator or not pattern:
             raise fail(f"--group {text} is not PATTERN=SHARE, such as '*attn*=0.5'.")
-        head, _, kind = pattern.rpartition("=")
-        pattern, kind = (head, kind) if head and kind in UNITS else (pattern, unit)
+        head, _, kind = pattern.rpartition("=")  # no name of a module holds one
+        pattern, kind = (head, kind) if head else (pattern, unit)
         by_pattern.setdefault(pattern, []).append(one(kind, amount, f"--group {text}"))
     if by_pattern:
         found.append(by_pattern)

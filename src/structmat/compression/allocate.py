@@ -188,7 +188,7 @@ def _check_feasible(one: Limit, least: float) -> None:
     )
     raise BudgetError(
         f"The budget of {one.most:.6g} {one.unit} can't be met: the cheapest candidates take {needed:.6g}{share}"
-        f"{beside}. Use {remedy} or more, or allow more structures."
+        f"{beside}. Use {remedy} or more, allow more structures{', or compress more layers' if beside else ''}."
     )
 
 

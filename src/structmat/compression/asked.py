@@ -11,6 +11,7 @@ from torch import nn
 from structmat.compression.budget import Parameters
 from structmat.compression.evaluate import Evaluate
 from structmat.compression.goals import Goal, Goals, read_goals
+from structmat.compression.limits import matching_sites
 from structmat.compression.parts import Split
 from structmat.compression.plan import Plan
 from structmat.compression.running import check_loader
@@ -50,7 +51,7 @@ def asked_of(
     """The layers that take part, and what is fixed of them.
 
     Raises:
-        ModelError: a pattern matches nothing, or the plan is of another model.
+        ModelError: a pattern matches nothing, that of a group too, or the plan is of another model.
     """
     overrides = {"*": Dense(), **plan.layers} if plan is not None else overrides
     asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
@@ -61,6 +62,8 @@ def asked_of(
     if plan is not None:
         _check_plan(plan, found)
     fixed = _fixed(found, overrides)
+    for pattern in {pattern for _, pattern in goals.limits if pattern} if goals is not None else ():
+        matching_sites(pattern, found.sites)
     if plan is not None:
         numbers = {s.name: max(s.copies * count_stored(fixed[s.name], s.shape), s.numbers) for s in found.sites}
         goals = read_goals(Parameters(sum(numbers.values())))
@@ -97,8 +100,6 @@ def goals_of(
             raise BudgetError(f"frontier={tuple(frontier)!r}: each is a share above 0 and up to 1, as a float.")
     if frontier and evaluate is None:
         raise BudgetError("The models of frontier= are measured by evaluate=, which is missing.")
-    if rounds < 0:
-        raise BudgetError(f"rounds={rounds!r} is a number of repetitions, 0 or more.")
     if rounds and calibration is None:
         raise DataError("rounds= measures layers in the compressed model, on calibration data. Pass calibration=....")
     goals = None if budget is None else read_goals(budget)
@@ -117,7 +118,6 @@ def check_given(
     original: nn.Module | None,
     calibration: Iterable[Any] | None,
     overrides: Mapping[str, Structure] | None,
-    floor: float,
 ) -> None:
     """Raise if what is given can't be worked with, as :func:`structmat.compress_` says."""
     if not isinstance(model, nn.Module):
@@ -131,8 +131,6 @@ def check_given(
     for pattern, structure in (overrides or {}).items():
         if not isinstance(structure, Structure):
             raise StructureError(f"overrides[{pattern!r}] is a structure such as LowRank(rank=64); got {structure!r}.")
-    if not 0.0 <= floor < 1.0:
-        raise BudgetError(f"floor={floor!r} is a share of each layer's dense cost, at least 0 and below 1.")
 
 
 def _check_plan(plan: Plan, found: Scan) -> None:

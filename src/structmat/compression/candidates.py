@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -129,12 +130,29 @@ def variant_of(structure: Structure, form: str = "") -> Variant:
     )
 
 
+def check_choices(structures: Sequence[Choice] | None) -> None:
+    """Raise unless every item is a structure, a family, or a name of one or of a form of any kind of layer.
+
+    Raises:
+        StructureError: it is none of these.
+    """
+    if structures is None:
+        return
+    if isinstance(structures, str | type | Structure) or not isinstance(structures, Sequence):
+        raise StructureError(f"structures= is a list of families, such as ['LowRank', 'Monarch']; got {structures!r}.")
+    forms = {name for adapter in layers() for name in adapter.form_names}
+    for choice in structures:
+        if not isinstance(choice, Structure) and choice not in forms:
+            _family(choice)
+
+
 def families_of(structures: Sequence[Choice] | None) -> list[type[Structure]]:
     """The families that a choice names; for None all that are tried by default.
 
     Raises:
         StructureError: a name is no family.
     """
+    check_choices(structures)
     known = families()
     if structures is None:
         return [known[name] for name in sorted(known) if known[name].by_default]
@@ -174,7 +192,10 @@ def _family(choice: object) -> type[Structure]:
     if isinstance(choice, type) and known.get(name, choice) is choice:
         return choice
     if name not in known:
-        raise StructureError(f"Unknown family {name!r}. Known are {', '.join(sorted(known))}.")
+        alike = {k.lower(): k for k in known}
+        near = [alike[k] for k in difflib.get_close_matches(name.lower(), alike, 1)]
+        meant = f"Did you mean {near[0]!r}? " if near else ""
+        raise StructureError(f"Unknown family {name!r}. {meant}Known are {', '.join(sorted(known))}.")
     return known[name]
 
 

@@ -35,6 +35,7 @@ from structmat.compression.frontier import Point, write_plans
 from structmat.compression.goals import Goal, Goals
 from structmat.compression.make import Maker
 from structmat.compression.norms import check_weight
+from structmat.compression.options import check_options
 from structmat.compression.parts import Split
 from structmat.compression.plan import Plan
 from structmat.compression.report import Report, Totals, environment
@@ -127,7 +128,8 @@ def compress_(
         forward: ``forward(model, batch)`` returns the output, if a batch is none of the usual.
         loss: ``loss(output, batch)`` returns a scalar; without it the effect on the output itself counts.
         recover: how to train afterwards, from the original; None for not at all.
-        evaluate: ``evaluate(model)`` returns the quality, a number or several by name.
+        evaluate: ``evaluate(model)`` returns the quality, a number or several by name. The model comes in evaluation
+            mode.
         seed: of every random choice.
         folder: where finished work is kept. If the work is interrupted, the same call goes on from there, with the same
             result. Also gets ``plan.json``, ``report.json`` and ``report.html``.
@@ -149,8 +151,21 @@ def compress_(
     """
     from structmat import __version__
 
+    check_options(
+        plan=plan,
+        overrides=overrides,
+        structures=structures,
+        include=include,
+        exclude=exclude,
+        split=split,
+        functions={"evaluate": evaluate, "forward": forward, "loss": loss},
+        counts={"seed": seed, "sweeps": sweeps, "rounds": rounds},
+        floor=floor,
+        frontier=frontier,
+        folder=folder,
+    )
     goals = goals_of(budget, plan, overrides, split, evaluate, recover, frontier, rounds, calibration)
-    check_given(model, original, calibration, overrides, floor)
+    check_given(model, original, calibration, overrides)
     work = WorkFolder(
         folder, remember=bool(frontier) or rounds > 0 or (goals is not None and goals.quality is not None)
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from structmat.compression.running import evaluating
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import DataError
 
@@ -16,12 +17,12 @@ Evaluate = Callable[[nn.Module], float | Mapping[str, float]]
 
 
 def quality_of(evaluate: Evaluate, model: nn.Module) -> dict[str, float]:
-    """What ``evaluate`` says of a model, by name.
+    """What ``evaluate`` says of a model, which it gets in evaluation mode, by name.
 
     Raises:
         DataError: it says something that is no number.
     """
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model, fast=True):
         value = evaluate(model)
     named: Mapping[str, Any] = value if isinstance(value, Mapping) else {"quality": value}
     found = {}

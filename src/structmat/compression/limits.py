@@ -14,7 +14,7 @@ from structmat.compression.candidates import Candidate, Screening
 from structmat.compression.goals import Goals
 from structmat.compression.layers import cost_of
 from structmat.compression.scan import Site, matching
-from structmat.errors import BudgetError, ModelError
+from structmat.errors import ModelError
 from structmat.io import StoredSize
 from structmat.structure import Structure
 from structmat.structures.dense import Dense
@@ -90,11 +90,6 @@ def _memory(budget: Memory, counted: Mapping[str, Site], model: nn.Module) -> Li
 
     dense = size.beside + sum(size.dense(name) for name in counted)
     most = limit(budget, dense)  # type: ignore[arg-type]  # it has an amount, and that is all that counts here
-    if most < size.beside:
-        raise BudgetError(
-            f"The budget of {most:.6g} bytes can't be met: what is not compressed takes {size.beside:,} bytes by "
-            f"itself. Compress more layers, or use Memory({size.beside}) or more."
-        )
     return Limit(budget, most, dense, spend, beside=float(size.beside))
 
 
