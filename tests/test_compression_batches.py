@@ -144,3 +144,12 @@ def test_evaluate_gets_the_model_in_evaluation_mode() -> None:
     assert result.model.training
     with torch.no_grad():
         assert result.report.quality["before"]["quality"] == mean(model.eval())
+
+
+def test_a_pair_of_inputs_and_data_without_samples_are_named() -> None:
+    pair = (torch.randn(20, 8), torch.rand(20, 20))
+    with pytest.raises(DataError, match=r"A pair is \(inputs, labels\), and Graph was called .* missing .* 'edges'"):
+        compressed(Graph(), [pair])
+    assert compressed(Graph(), [pair], forward=lambda model, batch: model(*batch)).report.layers
+    with pytest.raises(DataError, match="2 batches came, and none held a sample"):
+        compressed(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8)), [torch.randn(0, 16)] * 2)

@@ -183,6 +183,8 @@ def _calibrated(
             "The calibration data is empty: not one batch came. "
             "Pass at least one batch; a generator that has been read once is empty."
         )
+    if samples == 0:
+        raise DataError(f"The calibration data is empty: {batches} batches came, and none held a sample.")
     if gradients and not any(r.gradient is not None or r.has_gradient for r in watch.records.values()):
         logger.warning("No gradient reached any layer: the model's output does not depend on them differentiably.")
     mean_loss = sum(losses) / len(losses) if losses else None

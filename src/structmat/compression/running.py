@@ -40,7 +40,15 @@ def call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple | list) and 1 <= len(batch) <= 2 and isinstance(batch[0], Tensor):
-        return model(batch[0])
+        try:
+            return model(batch[0])
+        except TypeError as error:
+            if len(batch) == 2 and "missing" in str(error) and "positional argument" in str(error):
+                raise DataError(
+                    f"A pair is (inputs, labels), and {type(model).__name__} was called with the first alone: {error}. "
+                    f"If both are inputs, pass dicts of arguments, or forward=lambda model, batch: model(*batch)."
+                ) from error
+            raise
     size = f" of {len(batch)} items" if isinstance(batch, tuple | list) else ""
     raise DataError(
         f"A batch is a tensor, a tuple (inputs, labels) or a dict of arguments; got {type(batch).__name__}{size}. "
