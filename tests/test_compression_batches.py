@@ -121,7 +121,7 @@ def test_batches_that_cannot_be_cut_are_used_whole(kind: str, monkeypatch: pytes
     [
         (torch.randn(64, 16), "one tensor of shape (64, 16), whose rows would be taken for batches. Pass [x]"),
         ({"x": torch.randn(64, 16)}, "got a dict with the keys 'x'. Pass [batch]"),
-        ("train.pt", "an iterable of batches; got str"),
+        ("train.pt", "The calibration data: an iterable of batches is needed; got str"),
     ],
 )
 def test_a_single_batch_is_no_calibration_data(data: Any, message: str) -> None:

@@ -125,9 +125,9 @@ def test_a_killed_run_goes_on_exactly(
 
 def test_a_checkpoint_of_another_run_is_refused(original: Classifier, student: Classifier, tmp_path: Path) -> None:
     recover(student, original, batches(), Distill(steps=2), folder=tmp_path, show=False)
-    with pytest.raises(FormatError, match="another run: settings differ"):
+    with pytest.raises(FormatError, match="another run: settings, start differ"):
         recover(student, original, batches(), Distill(steps=3), folder=tmp_path, show=False)
-    with pytest.raises(FormatError, match="another run: seed differ"):
+    with pytest.raises(FormatError, match="another run: seed, start differ"):
         recover(student, original, batches(), Distill(steps=2), seed=1, folder=tmp_path, show=False)
     content = (tmp_path / NAME).read_bytes()
     (tmp_path / NAME).write_bytes(content[: len(content) // 2])

@@ -100,6 +100,8 @@ def goals_of(
             raise BudgetError(f"frontier={tuple(frontier)!r}: each is a share above 0 and up to 1, as a float.")
     if frontier and evaluate is None:
         raise BudgetError("The models of frontier= are measured by evaluate=, which is missing.")
+    if recover is not None and recover.data is None and calibration is None:
+        raise DataError("Recovery needs data. Pass calibration=..., or Distill(data=...).")
     if rounds and calibration is None:
         raise DataError("rounds= measures layers in the compressed model, on calibration data. Pass calibration=....")
     goals = None if budget is None else read_goals(budget)

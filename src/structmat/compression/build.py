@@ -65,7 +65,7 @@ class Builder:
             return {str(n): float(v) for n, v in kept[0].items()}
         model, report = self.model(plan), None
         if recovered:
-            report = self.maker.recover_(model, f"recovery-{own[:12]}")
+            report = self.maker.recover_(model, own)
         quality = quality_of(self._evaluate, model)
         self.maker.work.store(name, key, quality)
         self.last = Built(own, model, report)

@@ -23,6 +23,7 @@ from structmat.compression.running import (
     detached,
     device_of,
     evaluating,
+    first_input,
     frozen,
     outcome,
     own_loss,
@@ -239,7 +240,7 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         for name, module in self.modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -253,11 +254,11 @@ class _Watch:
     def finish(self) -> None:
         self._last = _Shared()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Any]:
         site, adapter = self.sites[name], adapter_of(self.modules[name])
 
-        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-            x = arguments[0]
+        def hook(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
+            x = first_input(arguments, named)
             record = self.records.get(name)
             if record is None:
                 size = site.shape[1]

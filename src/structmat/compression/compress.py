@@ -158,6 +158,7 @@ def compress_(
         include=include,
         exclude=exclude,
         split=split,
+        recover=recover,
         functions={"evaluate": evaluate, "forward": forward, "loss": loss},
         counts={"seed": seed, "sweeps": sweeps, "rounds": rounds},
         floor=floor,
@@ -233,7 +234,7 @@ def compress_(
             recovery = chosen.built.recovery
         elif recover is not None and (goals.quality is None or final.changed):
             with clock("recover"):
-                recovery = maker.recover_(model, _recovery_name(builder, final, goals))
+                recovery = maker.recover_(model, builder.key(final))
             if recover.windows:
                 allocation = as_they_are(allocation, model, sites, goals.unit, seen)
                 final = _plan(allocation, sites, goals, seed, folder)
@@ -376,8 +377,3 @@ def _plan(
     if folder is not None:
         plan.write(Path(folder) / "plan.json")
     return plan
-
-
-def _recovery_name(builder: Builder, plan: Plan, goals: Goals) -> str:
-    """The folder of the recovery's checkpoints."""
-    return "recovery" if goals.quality is None else f"recovery-{builder.key(plan)[:12]}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from numbers import Real
 from typing import Any
 
+from structmat.compression.running import check_loader
 from structmat.errors import StructureError
 
 
@@ -106,6 +108,15 @@ class Distill:
     save_every: float = 60.0
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            value: object = getattr(self, name)
+            if value is None and name in ("steps", "minutes", "patience"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise StructureError(f"Distill({name}={value!r}): {name} is a number.")
+        for name in ("data", "held_out"):
+            if getattr(self, name) is not None:
+                check_loader(getattr(self, name), f"Distill({name}=...)")
         if self.steps is None and self.minutes is None:
             raise StructureError("Distill(steps=None, minutes=None) would never end. Give one of the two.")
         if self.windows and self.steps is None:
@@ -121,13 +132,15 @@ class Distill:
             )
         if self.patience is not None and self.held_out is None:
             raise StructureError("Distill(patience=...) counts looks at held_out batches. Give held_out=....")
+        if not isinstance(self.blocks, str) and not all(isinstance(pattern, str) for pattern in self.blocks):
+            raise StructureError(f"Distill(blocks={self.blocks!r}) is a sequence of patterns, such as ['layers.*'].")
         if isinstance(self.blocks, str):
             raise StructureError(f"Distill(blocks={self.blocks!r}) is a sequence of patterns. Pass [{self.blocks!r}].")
         positive, not_negative, share = "above 0 and finite", "at least 0 and finite", "at least 0 and below 1"
         count, some = "an integer of at least 0", "an integer of at least 1"
         rules = {
             "steps": (self.steps is None or _is_whole(self.steps, 1), f"{some}, or None with minutes"),
-            "minutes": (self.minutes is None or self.minutes > 0, "above 0, or None"),
+            "minutes": (self.minutes is None or 0 < self.minutes < math.inf, f"{positive}, or None"),
             "learning_rate": (0 < self.learning_rate < math.inf, positive),
             "temperature": (0 < self.temperature < math.inf, positive),
             "own_loss": (0 <= self.own_loss < math.inf, not_negative),
@@ -152,9 +165,33 @@ class Distill:
                 raise StructureError(f"Distill({name}={getattr(self, name)!r}): {name} is {words}.")
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that make one recovery another than that of other settings; data are not among them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("data", "held_out", "save_every")}
+
+    @property
     def before(self) -> int:
         """Steps before distillation."""
         return self.layerwise + self.blockwise
+
+
+_NUMBERS = (
+    "steps",
+    "minutes",
+    "learning_rate",
+    "temperature",
+    "own_loss",
+    "layerwise",
+    "blockwise",
+    "hidden",
+    "anneal",
+    "warmup",
+    "clip",
+    "weight_decay",
+    "patience",
+    "check_every",
+    "save_every",
+)
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from structmat.compression.layers import layer_of, structured_layer_of
 from structmat.compression.objectives import structured_names
+from structmat.compression.running import first_input
 
 
 class Fading:
@@ -46,10 +47,10 @@ class Fading:
         if share > 0:
             for name, rest in self._rests.items():
 
-                def add(_: nn.Module, arguments: Any, output: Tensor, rest: nn.Module = rest) -> Tensor:
-                    return torch.add(output, rest(arguments[0]), alpha=share)
+                def add(_: nn.Module, given: Any, named: Any, output: Tensor, rest: nn.Module = rest) -> Tensor:
+                    return torch.add(output, rest(first_input(given, named)), alpha=share)
 
-                handles.append(self._model.get_submodule(name).register_forward_hook(add))
+                handles.append(self._model.get_submodule(name).register_forward_hook(add, with_kwargs=True))
         try:
             yield
         finally:

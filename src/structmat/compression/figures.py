@@ -22,7 +22,7 @@ from structmat.compression.layers import cost_of, layer_named, structured_layer_
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, frozen_layers
 from structmat.compression.report import LayerReport, Timing, Totals
-from structmat.compression.running import Forward, can_run, samples_in
+from structmat.compression.running import Forward, can_run, has_values, samples_in
 from structmat.compression.scan import Site
 from structmat.compression.score import Measurement
 from structmat.compression.timing import ModelTiming, sized, time_models
@@ -186,13 +186,13 @@ def total_flops(sites: Sequence[Site], allocation: Allocation, seen: Calibration
 
 def stored_numbers(model: nn.Module) -> int:
     """Stored numbers of a whole model: parameters, and what says where those of structured layers lie."""
-    size = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() for p in model.parameters() if has_values(p))
     return size + sum(copies * spec.stored for _, spec, copies in _fixed_tensors(model))
 
 
 def bytes_of(model: nn.Module) -> int:
     """Of all tensors that are saved, each once."""
-    kept = {(t.data_ptr(), t.shape, t.dtype): t for t in model.state_dict().values() if isinstance(t, Tensor)}
+    kept = {(t.data_ptr(), t.shape, t.dtype): t for t in model.state_dict().values() if isinstance(t, Tensor) and has_values(t)}
     packed = {
         t.data_ptr(): copies * math.prod(spec.file_shape) for t, spec, copies in _fixed_tensors(model) if spec.is_packed
     }

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from structmat.compression.budget import Budget, Latency
+from structmat.compression.budget import Budget, Flops, Latency, Memory, Parameters
 from structmat.compression.compress import Result, compress
 from structmat.compression.distill import Distill, Recovery
+from structmat.compression.evaluate import quality_of
 from structmat.compression.recover import recover as recover_
 from structmat.compression.replace import to_dense
+from structmat.compression.workfolder import digest, fingerprint
 from structmat.errors import BudgetError, DataError
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def compress_gradually(
         budgets: of all compressible layers, one after the other smaller, such as
             ``[Parameters(0.5), Parameters(0.25)]``.
         recover: how each step recovers; its ``steps`` and ``minutes`` are those of all steps together, in equal parts.
-        evaluate: of the last model, before and after its recovery.
+        evaluate: of the model that was given, and of the last one before and after its recovery.
         seed: of every random choice.
         folder: where finished work is kept; a call that was interrupted goes on from there.
         options: of :func:`structmat.compression.compress.compress`, among them ``calibration``.
@@ -53,11 +55,17 @@ def compress_gradually(
         The last model, with the plan and the report of its step.
 
     Raises:
-        BudgetError: there is no budget.
+        BudgetError: there is no budget, or one that is no amount.
         DataError: neither ``calibration`` nor ``recover.data`` is given.
     """
     if not budgets:
         raise BudgetError("compress_gradually takes one budget for each step; got none.")
+    for given in budgets:
+        if not isinstance(given, Parameters | Flops | Latency | Memory):
+            raise BudgetError(
+                f"compress_gradually takes Parameters, Flops, Latency or Memory for each step, such as "
+                f"Parameters(0.5); got {given!r}."
+            )
     shares = [b.amount for b in budgets if not isinstance(b, Latency) and isinstance(b.amount, float)]
     if len(shares) == len(budgets) and any(a < b for a, b in itertools.pairwise(shares)):
         raise BudgetError(f"Budgets get smaller from step to step; got the shares {shares}. Sort them.")
@@ -81,20 +89,25 @@ def compress_gradually(
             forward=options.get("forward"),
             loss=options.get("loss"),
             seed=seed,
-            folder=None if own is None else own / "recovery",
+            folder=None if own is None else own / _recovery_name(result.model, model, settings),
             show=bool(options.get("progress", False)),
         )
         return result, done
 
+    before = {} if evaluate is None else quality_of(evaluate, model)
     current = model
     for number in range(len(budgets) - 1):
         current = to_dense(step(current, number, None)[0].model)
     result, done = step(current, len(budgets) - 1, evaluate)
     report = dataclasses.replace(result.report, recovery=dataclasses.asdict(done))
     if evaluate is not None:
-        value = evaluate(result.model)
-        named = {"quality": float(value)} if not isinstance(value, Mapping) else dict(value)
-        report = dataclasses.replace(report, quality={**report.quality, "recovered": named})
+        quality = {"before": before, "after": report.quality["after"], "recovered": quality_of(evaluate, result.model)}
+        report = dataclasses.replace(report, quality=quality)
     if folder is not None:
         report.write(Path(folder) / "report.json")
     return dataclasses.replace(result, report=report)
+
+
+def _recovery_name(model: nn.Module, original: nn.Module, settings: Distill) -> str:
+    """The folder of a step's checkpoints: what differs in any of these begins anew."""
+    return f"recovery-{digest(fingerprint(model), fingerprint(original), settings.identity)[:12]}"

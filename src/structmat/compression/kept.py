@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from structmat.compression.layers import Layer, structured_layer_of
+from structmat.compression.layers import Layer, splitter_of, structured_layer_of
 
 LARGE_SHARE = 0.01
 """A layer of another type is reported from this share of the model's parameters on."""
@@ -86,15 +86,43 @@ def doubt_about(
     parent = modules[parent_name]
     if isinstance(parent, nn.TransformerEncoderLayer):
         return None  # reads weights in the fast path of evaluation, which it can be told to decline
+    while isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential) and parent_name:
+        parent_name, _, child = parent_name.rpartition(".")  # an item is read by who holds the list
+        parent = modules[parent_name]
     if child in _weights_read_by(cast(Hashable, type(parent))):
         return f"{type(parent).__name__} reads its weight"
     return None
 
 
-@cache
+def read_by_parent(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the source of a module's parent reads tensors of it, which are not there once it is taken apart.
+
+    Args:
+        name: of a recurrent net or of attention.
+        modules: of the model, by name.
+    """
+    parent_name, _, child = name.rpartition(".")
+    parent = modules.get(parent_name)
+    if parent is None or type(parent).__module__.startswith("torch.nn."):
+        return False
+    return any(own == child and read != "weight" for own, read in _tensors_read_by(cast(Hashable, type(parent))))
+
+
 def _weights_read_by(parent: Hashable) -> frozenset[str]:
     """Names ``child`` for which the source of a class reads ``self.child.weight`` outside of initialisation."""
-    found: set[str] = set()
+    return frozenset(child for child, read in _tensors_read_by(parent) if read == "weight")
+
+
+_READS = re.compile(
+    r"\bself\.(\w+)(?:\[[^\]]*\])?\.((?:weight|bias)_[ih][ihr]_l\w+|in_proj_\w+|[qkv]_proj_weight|out_proj\.weight|weight\b)"
+)
+"""A tensor of a child, or of an item of one."""
+
+
+@cache
+def _tensors_read_by(parent: Hashable) -> frozenset[tuple[str, str]]:
+    """(child, tensor) that the source of a class reads of its children outside of initialisation."""
+    found: set[tuple[str, str]] = set()
     for name, method in inspect.getmembers(parent, inspect.isfunction):
         if name.startswith("__") or "init" in name or name in ("reset_parameters", "extra_repr"):
             continue
@@ -104,7 +132,7 @@ def _weights_read_by(parent: Hashable) -> frozenset[str]:
             source = textwrap.dedent(inspect.getsource(method))
         except (OSError, TypeError):
             continue  # a class without source: what it reads shows in calibration, where such layers are never called
-        found.update(re.findall(r"\bself\.(\w+)\.weight\b", source))
+        found.update(_READS.findall(source))
     return frozenset(found)
 
 
@@ -159,6 +187,9 @@ def others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
                 size,
                 f"layers of type {kind} are not known to compress; those of one and two dimensions are",
             )
+        elif splitter_of(module) is not None and len(shape) >= 2:
+            reason = "it was not taken apart: it has hooks or parametrizations, or its tensors are read by others"
+            yield Skipped(name, kind, shape, size, reason)
         elif len(shape) == 3 and size >= LARGE_SHARE * total:
             yield Skipped(
                 name,

@@ -62,7 +62,7 @@ class Maker:
 
     def digest(self, *more: object) -> str:
         """What tells its models from those of other settings."""
-        recover = None if self.recover is None else dataclasses.asdict(self.recover)
+        recover = None if self.recover is None else self.recover.identity
         return digest(self.key, self.sequential, self.sweeps, *more, recover)
 
     def fit_(self, model: nn.Module, plan: Plan, splits: Splits) -> Fitted:
@@ -105,8 +105,9 @@ class Maker:
         self.work.store(piece, key, dataclasses.asdict(found), statistics.tensors_of(model))
         return dataclasses.asdict(found)
 
-    def recover_(self, model: nn.Module, name: str) -> dict[str, Any]:
-        """Train a model, in place, and report; checkpoints go to a folder of this name.
+    def recover_(self, model: nn.Module, plan: str) -> dict[str, Any]:
+        """Train a model, in place, and report; checkpoints go to a folder of their own for each model, calibration,
+        way to recover and plan, of which the key is given.
 
         Raises:
             DataError: there is nothing to train on.
@@ -120,12 +121,12 @@ class Maker:
         outcome = recover(
             model,
             self.original,
-            self.loader or (),
+            () if self.loader is None else self.loader,
             self.recover,
             forward=self.forward,
             loss=self.loss,
             seed=self.seed,
-            folder=None if self.work.path is None else Path(self.work.path) / name,
+            folder=None if self.work.path is None else Path(self.work.path) / f"recovery-{self.digest(plan)[:12]}",
             show=self.progress,
         )
         return dataclasses.asdict(outcome)

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from structmat.compression.candidates import check_choices
+from structmat.compression.distill import Distill
 from structmat.compression.plan import Plan
 from structmat.errors import BudgetError, DataError, ModelError
 
@@ -26,6 +27,7 @@ def check_options(
     include: Sequence[str],
     exclude: Sequence[str],
     split: Mapping[str, Any] | None,
+    recover: Distill | None,
     functions: Mapping[str, Any],
     counts: Mapping[str, Any],
     floor: float,
@@ -37,7 +39,7 @@ def check_options(
     Args:
         functions: what is called, by the option's name; None where it is not given.
         counts: numbers of something, by the option's name.
-        plan, overrides, structures, include, exclude, split, floor, frontier, folder: as they are there.
+        plan, overrides, structures, include, exclude, split, recover, floor, frontier, folder: as they are there.
 
     Raises:
         BudgetError: a number is none, or is out of its range.
@@ -65,4 +67,6 @@ def check_options(
             raise ModelError(f"{name}= is a dict from glob patterns to what matches gets; got {table!r}.")
     if folder is not None and not isinstance(folder, str | os.PathLike):
         raise ModelError(f"folder={folder!r} is a path.")
+    if recover is not None and not isinstance(recover, Distill):
+        raise ModelError(f"recover= is a structmat.Distill, such as Distill(steps=300); got {recover!r}.")
     check_choices(structures)

@@ -26,6 +26,7 @@ from structmat.compression.running import Forward, Loss, check_loader, device_of
 from structmat.compression.split import split_apart
 from structmat.compression.statistics import reestimate, tensors_of
 from structmat.compression.teaching import Teaching
+from structmat.compression.workfolder import digest, fingerprint
 from structmat.errors import DataError
 from structmat.learn.groups import parameter_groups, recovery_groups
 from structmat.learn.layouts import layouts
@@ -127,6 +128,7 @@ class _Run:
         self.moving = moving
         self.model, self.original, self.data, self.settings = model, original, data, settings
         self.forward, self.seed = forward, seed
+        self.start = digest(fingerprint(model), fingerprint(original))
         self.device = device_of(model)
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.names:
@@ -363,10 +365,9 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on."""
-        settings = self.settings
-        options = {n: getattr(settings, n) for n in settings.__dataclass_fields__ if n not in _NOT_IDENTITY}
         return {
-            "settings": options,
+            "settings": self.settings.identity,
+            "start": self.start,
             "seed": self.seed,
             "tensors": {name: list(parameter.shape) for name, parameter in self.names.items()},
         }
@@ -422,9 +423,6 @@ class _Run:
             self.moving.load(facts["moving"], _of(tensors, "moving."))
             self.moving.slow_down(self.caution)
         logger.info("recovery goes on from step %d", self.step)
-
-
-_NOT_IDENTITY = ("data", "held_out", "save_every")
 
 
 def _of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -140,13 +141,22 @@ class Report:
     version: int = VERSION
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with the format's version first."""
-        data = asdict(self)
+        """Plain values, with the format's version first; numbers that are not finite, as of a perplexity, as text."""
+        data = _plain(asdict(self))
         return {"structmat_report": data.pop("version"), **data}
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write ``report.json``; the file appears whole or not at all."""
         write_json(path, self.to_json())
+
+
+def _plain(value: Any) -> Any:
+    """Without NaN and infinities, which JSON does not have: ``float`` reads what is in their place."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _backend(kernels: Native) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from structmat.errors import DataError
@@ -56,6 +57,11 @@ def call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     )
 
 
+def first_input(given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """What a module was called with, by its place or as ``input=``, as PyTorch's layers name it."""
+    return given[0] if given else named["input"]
+
+
 def inputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: Forward | None) -> list[Tensor]:
     """What a layer reads for one batch, in the order of its calls; the model runs no further than to the last one.
 
@@ -67,7 +73,13 @@ def inputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: Forw
     """
     layer = model.get_submodule(name)
     return _kept(
-        model, lambda keep: layer.register_forward_pre_hook(lambda _, given: keep(given[0])), calls, batch, forward
+        model,
+        lambda keep: layer.register_forward_pre_hook(
+            lambda _, given, named: keep(first_input(given, named)), with_kwargs=True
+        ),
+        calls,
+        batch,
+        forward,
     )
 
 
@@ -118,6 +130,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape yet: not that of a lazy module that never ran."""
+    return not is_lazy(tensor)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lies."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -156,28 +173,32 @@ def _is_sequence(batch: Any) -> bool:
     return isinstance(batch, tuple | list)
 
 
-def check_loader(loader: Iterable[Any]) -> None:
+def check_loader(loader: Iterable[Any], what: str = "The calibration data") -> None:
     """Raise unless a loader is one of batches that can be read more than once.
+
+    Args:
+        loader: what was given.
+        what: it is for.
 
     Raises:
         DataError: it is a single batch, a generator or an iterator.
     """
     if isinstance(loader, Tensor):
         raise DataError(
-            f"Calibration data is an iterable of batches; got one tensor of shape {tuple(loader.shape)}, whose rows "
+            f"{what}: an iterable of batches is needed; got one tensor of shape {tuple(loader.shape)}, whose rows "
             f"would be taken for batches. Pass [x], or x.split(64)."
         )
     if isinstance(loader, Mapping):
         raise DataError(
-            f"Calibration data is an iterable of batches; got a {type(loader).__name__} with the keys "
+            f"{what}: an iterable of batches is needed; got a {type(loader).__name__} with the keys "
             f"{', '.join(map(repr, list(loader)[:4]))}. Pass [batch] if it is one."
         )
     if isinstance(loader, str) or not isinstance(loader, Iterable):
-        raise DataError(f"Calibration data is an iterable of batches; got {type(loader).__name__}.")
+        raise DataError(f"{what}: an iterable of batches is needed; got {type(loader).__name__}.")
     if isinstance(loader, Iterator):
         raise DataError(
-            f"The calibration data is a {type(loader).__name__}, which can be read only once, and several steps read "
-            f"it. Pass a DataLoader, a list of batches, or an object whose __iter__ starts anew."
+            f"{what}: a {type(loader).__name__} can be read only once, and several steps read it. "
+            f"Pass a DataLoader, a list of batches, or an object whose __iter__ starts anew."
         )
 
 
@@ -337,7 +358,7 @@ def evaluating(model: nn.Module, *, fast: bool = False) -> Iterator[None]:
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient; what did is restored."""
-    required = [(p, p.requires_grad) for p in model.parameters()]
+    required = [(p, p.requires_grad) for p in model.parameters() if has_values(p)]
     for parameter, _ in required:
         parameter.requires_grad_(False)
     try:

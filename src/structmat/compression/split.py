@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
+from structmat.compression.kept import read_by_parent
 from structmat.compression.layers import splitter_of
 
 
@@ -28,7 +29,7 @@ def split_(model: nn.Module, only: Collection[str] | None = None) -> Splits:
     """Put equal modules, whose matrices are modules of their own, in the places of recurrent nets and attention.
 
     They share the memory of the given ones. Left as they are: the model itself, modules with hooks or
-    parametrizations, and those whose parameters another module has too.
+    parametrizations, those whose parameters another module has too, and those whose tensors the parent reads itself.
 
     Args:
         model: changed in place.
@@ -43,6 +44,7 @@ def split_(model: nn.Module, only: Collection[str] | None = None) -> Splits:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(id(module))
     found: dict[str, Split] = {}
+    present = dict(model.named_modules(remove_duplicate=False))
     for key, module in modules.items():
         adapter = splitter_of(module)
         own = names[key]
@@ -51,6 +53,8 @@ def split_(model: nn.Module, only: Collection[str] | None = None) -> Splits:
         inside = {id(part) for part in module.modules()}
         shared = any(owners[id(parameter)] - inside for parameter in module.parameters())
         if shared or any(_is_special(part) for part in module.modules()):
+            continue
+        if any(read_by_parent(name, present) for name in own):
             continue
         found[own[0]] = Split(module, tuple(own))
         _put(model, tuple(own), adapter.split(module))

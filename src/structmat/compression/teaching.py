@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -93,6 +94,11 @@ class Teaching:
                 count += 1
         if not count:
             raise DataError("held_out has no batches. Leave it out, or give some.")
+        if math.isnan(total):
+            raise DataError(
+                "The distance from the original on the held-out batches is NaN. Look at held_out, or lower "
+                "learning_rate."
+            )
         return total / count
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from structmat.errors import FormatError
 from structmat.files import write_atomically, write_text
@@ -94,6 +95,9 @@ def fingerprint(model: nn.Module) -> str:
     """A digest of all parameters and buffers: names, shapes, types and values."""
     total = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):  # of a lazy module that never ran
+            total.update(name.encode())
+            continue
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type != "meta":
             total.update(_raw(tensor))
@@ -103,12 +107,20 @@ def fingerprint(model: nn.Module) -> str:
 def form_and_start(loader: Iterable[Any]) -> tuple[list[Any], str]:
     """What tells data apart whatever its order (numbers of batches and samples, shapes and types in the first batch),
     and a digest of the values in the first batch."""
-    lengths = [len(d) if isinstance(d, Sized) else None for d in (loader, getattr(loader, "dataset", None))]
+    lengths = [_length(d) for d in (loader, getattr(loader, "dataset", None))]
     tensors = list(_tensors(next(iter(loader), None)))
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(_raw(tensor))
     return [*lengths, [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]], total.hexdigest()[:24]
+
+
+def _length(data: object) -> int | None:
+    """If it has one: a loader of a dataset that is read as it comes says so only when it is asked."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -66,7 +66,7 @@ def _allowed(layer: StructuredLinear, x: Tensor) -> Tensor:
 
 
 def _dynamic_batch() -> dict[str, dict[int, object]]:
-    return {"x": {0: torch.export.Dim("batch", min=2, max=1 << 20)}}
+    return {"input": {0: torch.export.Dim("batch", min=2, max=1 << 20)}}
 
 
 def check_export(case: Case) -> None:

@@ -64,17 +64,17 @@ class EntriesConvolution(nn.Module):
         made.flatten(1)[row, self.column.long()] = self.values
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As of the layer with this kernel."""
         dims = self.geometry.dims
-        if x.dim() == 1 + dims:
-            y: Tensor = self(x.unsqueeze(0))[0]
+        if input.dim() == 1 + dims:
+            y: Tensor = self(input.unsqueeze(0))[0]
             return y
-        x = self.geometry.padded(x)
-        found = convolve(self._steps, [self.values, self.start, self.column], x, self.bias)
+        input = self.geometry.padded(input)
+        found = convolve(self._steps, [self.values, self.start, self.column], input, self.bias)
         if found is not None:
             return found
-        return self.geometry.after_padding.convolve(x, self.kernel, self.bias, self.groups, range(dims))
+        return self.geometry.after_padding.convolve(input, self.kernel, self.bias, self.groups, range(dims))
 
     def extra_repr(self) -> str:
         return f"{self.values.numel()} of {self.size} numbers of the kernel"
