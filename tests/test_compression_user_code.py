@@ -22,6 +22,7 @@ from structmat.compression.gradual import compress_gradually
 from structmat.compression.objectives import Parts
 from structmat.compression.recover import recover
 from structmat.compression.report_html import write_html
+from structmat.compression.statistics import reestimate
 from structmat.errors import BudgetError, DataError, FormatError
 
 
@@ -267,3 +268,59 @@ def test_compression_in_steps_is_judged_from_the_original(tmp_path: Path) -> Non
 def test_recovery_without_data_is_refused_at_once() -> None:
     with pytest.raises(DataError, match="Recovery needs data"):
         compress_(perceptron(), budget=sm.Parameters(0.6), recover=sm.Distill(steps=2))
+
+
+# --------------------------------------------------------------------------------------------- batch normalisation
+
+
+class Auxiliary(nn.Module):
+    """A part that only training has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 8)
+        self.beside = nn.BatchNorm1d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        y = self.beside(y) if self.training else y
+        z: Tensor = self.last(F.relu(y))
+        return z
+
+
+def test_statistics_of_what_is_not_called_stay() -> None:
+    model = Auxiliary().eval()
+    with torch.no_grad():
+        model.beside.running_mean.fill_(3.0)
+        model.beside.running_var.fill_(7.0)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.first.weight.mul_(3.0)  # far enough that statistics estimated again are kept
+    found = reestimate(other, model, BATCHES)
+    assert found is not None
+    assert found.kept
+    assert float(other.beside.running_mean[0]) == 3.0
+    assert float(other.beside.running_var[0]) == 7.0
+
+
+def test_batches_of_one_sample_are_enough() -> None:
+    """They have no statistics of their own; a net with batch normalisation is compressed and recovered all the same."""
+    ones = [x[:1] for x in BATCHES]
+    for data in (ones, [*BATCHES, ones[0]]):
+        result = compressed(Auxiliary(), data, recover=sm.Distill(steps=4, normalise=True))
+        assert result.report.recovery["steps"] == 4
+        assert all(bool(torch.isfinite(b).all()) for b in result.model.buffers())
+
+
+# ------------------------------------------------------------------------------------------------------------ plans
+
+
+def test_a_plan_that_keeps_a_table_can_be_applied() -> None:
+    """What is kept dense is named in a plan, and may be asked for only by name."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 32), nn.Linear(32, 8))
+    words = [torch.randint(64, (8, 5)) for _ in range(2)]
+    result = compressed(model, words, share=0.8, include=("*", "0"), overrides={"0": sm.Dense()})
+    assert result.plan.layers["0"] == sm.Dense()
+    again = sm.compress(model, plan=result.plan, calibration=words)
+    assert again.plan.layers == result.plan.layers

@@ -54,7 +54,7 @@ def asked_of(
         ModelError: a pattern matches nothing, that of a group too, or the plan is of another model.
     """
     overrides = {"*": Dense(), **plan.layers} if plan is not None else overrides
-    asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
+    asked = [pattern for pattern, s in overrides.items() if plan is not None or not isinstance(s, Dense)]
     if plan is not None:  # a wrong name is found out below, and called one of the plan
         present = dict(model.named_modules())
         asked = [name for name in asked if name in present]

@@ -192,7 +192,11 @@ def stored_numbers(model: nn.Module) -> int:
 
 def bytes_of(model: nn.Module) -> int:
     """Of all tensors that are saved, each once."""
-    kept = {(t.data_ptr(), t.shape, t.dtype): t for t in model.state_dict().values() if isinstance(t, Tensor) and has_values(t)}
+    kept = {
+        (t.data_ptr(), t.shape, t.dtype): t
+        for t in model.state_dict().values()
+        if isinstance(t, Tensor) and has_values(t)
+    }
     packed = {
         t.data_ptr(): copies * math.prod(spec.file_shape) for t, spec, copies in _fixed_tensors(model) if spec.is_packed
     }

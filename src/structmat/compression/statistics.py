@@ -7,7 +7,7 @@ compressed model gives those of the new ones; whether these serve better is meas
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -114,12 +114,35 @@ def _estimate(model: nn.Module, batches: Iterable[Any], forward: Forward | None)
 def _collecting(model: nn.Module) -> Iterator[None]:
     layers = [m for m in normalisations(model).values() if isinstance(m, nn.modules.batchnorm._NormBase)]
     rates = [layer.momentum for layer in layers]
+    held = {name: buffer.clone() for name, buffer in tensors_of(model).items()}
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # the mean over all batches
-        layer.training = True
     try:
-        yield
+        with by_batches(layers):
+            yield
     finally:
         for layer, rate in zip(layers, rates, strict=True):
             layer.momentum = rate
+        for name, module in normalisations(model).items():
+            if module.num_batches_tracked == 0:  # nothing called it, as a part that only training has
+                for key, buffer in module.named_buffers(recurse=False):
+                    buffer.copy_(held[f"{name}.{key}"])
+
+
+@contextmanager
+def by_batches(layers: Collection[nn.Module]) -> Iterator[None]:
+    """Batch normalisations use and follow the statistics of batches, but of those with one number a channel, which has
+    none: there they use their own."""
+
+    def choose(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        layer.training = given[0].numel() > given[0].shape[1]
+
+    handles = [layer.register_forward_pre_hook(choose) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            layer.training = False

@@ -23,7 +23,7 @@ from structmat.compression.objectives import (
     structured_names,
 )
 from structmat.compression.running import Forward, Loss, call, device_of, outcome, own_loss, to_device
-from structmat.compression.statistics import normalisations
+from structmat.compression.statistics import by_batches, normalisations
 from structmat.errors import DataError
 
 
@@ -104,14 +104,8 @@ class Teaching:
     @contextlib.contextmanager
     def _as_in_training(self) -> Iterator[None]:
         """Batch normalisation with the statistics of the batches, if that is asked for."""
-        chosen = self.normalisations.values() if self._settings.normalise else ()
-        for module in chosen:
-            module.training = True
-        try:
+        with by_batches(self.normalisations.values() if self._settings.normalise else ()):
             yield
-        finally:
-            for module in chosen:
-                module.training = False
 
     @cached_property
     def _layers(self) -> Parts:
