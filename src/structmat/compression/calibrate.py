@@ -24,6 +24,7 @@ from structmat.compression.running import (
     device_of,
     evaluating,
     frozen,
+    input_of,
     outcome,
     own_loss,
     sampled_loss,
@@ -237,7 +238,7 @@ class _Watch:
 
     def __enter__(self) -> _Watch:
         for name, module in self.modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -251,11 +252,11 @@ class _Watch:
     def finish(self) -> None:
         self._last = _Shared()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
         site, adapter = self.sites[name], adapter_of(self.modules[name])
 
-        def hook(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-            x = arguments[0]
+        def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+            x = input_of(arguments, named)
             record = self.records.get(name)
             if record is None:
                 size = site.shape[1]

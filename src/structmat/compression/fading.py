@@ -46,10 +46,10 @@ class Fading:
         if share > 0:
             for name, rest in self._rests.items():
 
-                def add(_: nn.Module, arguments: Any, output: Tensor, rest: nn.Module = rest) -> Tensor:
-                    return torch.add(output, rest(arguments[0]), alpha=share)
+                def add(_: nn.Module, given: Any, named: Any, output: Tensor, rest: nn.Module = rest) -> Tensor:
+                    return torch.add(output, rest(*given, **named), alpha=share)
 
-                handles.append(self._model.get_submodule(name).register_forward_hook(add))
+                handles.append(self._model.get_submodule(name).register_forward_hook(add, with_kwargs=True))
         try:
             yield
         finally:

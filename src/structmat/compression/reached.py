@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from structmat.compression.running import Forward, call, device_of, evaluating, to_device
+from structmat.compression.running import Forward, call, device_of, evaluating, input_of, to_device
 from structmat.nn.convolution import FrozenConvolution
 from structmat.nn.recurrent import FrozenRecurrent, Recurrent
 from structmat.nn.recurrent.cells import Cell
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""Called before a module, with its arguments."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +51,26 @@ def reached(
     """Run the model on an example and look."""
     found = Reached()
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
-            found.inputs[name] = given[0]
+    def watch(name: str) -> Hook:
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.inputs[name] = input_of(given, named)
 
         return hook
 
-    def count(name: str, layer: Recurrent | FrozenRecurrent) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def count(name: str, layer: Recurrent | FrozenRecurrent) -> Hook:
         states = [".".join(filter(None, (name, own))) for own, _ in layer.named_children() if not own.startswith("ih")]
 
-        def hook(_: nn.Module, given: tuple[Any, ...]) -> None:
-            cell = None if layer.options.proj_size or isinstance(given[0], PackedSequence) else layer.cell
-            state = State(cell, _sequences(given[0], layer.options.batch_first))
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = input_of(given, named)
+            cell = None if layer.options.proj_size or isinstance(x, PackedSequence) else layer.cell
+            state = State(cell, _sequences(x, layer.options.batch_first))
             found.states.update(dict.fromkeys(states, state))
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in convolutions.items()]
+    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in convolutions.items()]
     handles += [
-        module.register_forward_pre_hook(count(name, module))
+        module.register_forward_pre_hook(count(name, module), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, Recurrent | FrozenRecurrent)
     ]

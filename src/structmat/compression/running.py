@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,13 @@ def inputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: Forw
     """
     layer = model.get_submodule(name)
     return _kept(
-        model, lambda keep: layer.register_forward_pre_hook(lambda _, given: keep(given[0])), calls, batch, forward
+        model,
+        lambda keep: layer.register_forward_pre_hook(
+            lambda _, given, named: keep(input_of(given, named)), with_kwargs=True
+        ),
+        calls,
+        batch,
+        forward,
     )
 
 
@@ -66,6 +72,13 @@ def outputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: For
     return _kept(
         model, lambda keep: layer.register_forward_hook(lambda _, __, output: keep(output)), calls, batch, forward
     )
+
+
+def input_of(given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """What a layer was called with, by position or by name: the arguments of a hook with ``with_kwargs``."""
+    if given:
+        return given[0]
+    return named["input"] if "input" in named else next(iter(named.values()))
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error

@@ -91,20 +91,20 @@ class StructuredEmbedding(nn.Module):
         shape = (self.num_embeddings, self.embedding_dim)
         return StructuredMatrix(self.structure, shape, self.tensors(), dtype=self._dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Positions (...), integers, to rows (..., embedding_dim).
 
         Raises:
             ShapeError: the input is not of integers, or (on the CPU) a position is outside of the table.
         """
-        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-            raise ShapeError(f"An embedding takes integer positions; got {x.dtype}.")
-        if x.device.type == "cpu" and not is_traced() and x.numel():
-            least, most = (int(bound) for bound in torch.aminmax(x))
+        if input.is_floating_point() or input.is_complex() or input.dtype == torch.bool:
+            raise ShapeError(f"An embedding takes integer positions; got {input.dtype}.")
+        if input.device.type == "cpu" and not is_traced() and input.numel():
+            least, most = (int(bound) for bound in torch.aminmax(input))
             if least < 0 or most >= self.num_embeddings:
                 raise ShapeError(f"Positions from {least} to {most} are not all among {self.num_embeddings} rows.")
-        y = take_rows(self._program, self.tensors(), x.long())
-        return y if self.padding_idx is None else y.masked_fill((x == self.padding_idx).unsqueeze(-1), 0)
+        y = take_rows(self._program, self.tensors(), input.long())
+        return y if self.padding_idx is None else y.masked_fill((input == self.padding_idx).unsqueeze(-1), 0)
 
     @property
     def lookup_macs(self) -> int:

@@ -112,14 +112,14 @@ class StructuredLinear(nn.Module):
         """The structure's tensors by name, as the program reads them (gradients flow to the parameters)."""
         return {name: self._loaded(getattr(self, name)) for name in self._names}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
         if not self._complex and not is_compiling():
-            found = self._quick(x, self._parameters, self._buffers)
+            found = self._quick(input, self._parameters, self._buffers)
             if found is not None:
                 return found
         bias = None if self.bias is None else self._loaded(self.bias)
-        return multiply(self._program, self.tensors(), x, bias)
+        return multiply(self._program, self.tensors(), input, bias)
 
     @property
     def matrix(self) -> StructuredMatrix:
@@ -270,20 +270,20 @@ class FrozenLinear(nn.Module):
         self._holds_dense = hold
         self._is_short = self._can_be_short and not hold
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
         if self._is_short and not is_compiling():
-            short = self._standing(x, self._buffers)
-            return multiply(self.program, self.tensors(), x, self.bias) if short is None else short
-        if self._fourier is not None and x.is_complex() and x.numel() > 0 and not self._holds_dense:
+            short = self._standing(input, self._buffers)
+            return multiply(self.program, self.tensors(), input, self.bias) if short is None else short
+        if self._fourier is not None and input.is_complex() and input.numel() > 0 and not self._holds_dense:
             transform = torch.fft.ifft if self._fourier.inverse else torch.fft.fft
-            found: Tensor = transform(x)
+            found: Tensor = transform(input)
             bias = self._buffers["bias"]  # a module attribute takes 0.4 of the 7 microseconds of such a call
             return found if bias is None else found + bias
         if self._on_parts:
-            wide = x if x.is_complex() else torch.complex(x, torch.zeros_like(x))
-            x = torch.view_as_real(wide.resolve_conj()).flatten(-2)
-        y = self._product(x)
+            wide = input if input.is_complex() else torch.complex(input, torch.zeros_like(input))
+            input = torch.view_as_real(wide.resolve_conj()).flatten(-2)
+        y = self._product(input)
         return torch.view_as_complex(y.contiguous().unflatten(-1, (-1, 2))) if self._on_parts else y
 
     def _product(self, x: Tensor) -> Tensor:

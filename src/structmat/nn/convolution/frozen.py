@@ -28,6 +28,8 @@ class FrozenConvolution(nn.Module):
     def __init__(self, layer: StructuredConvolution[Any]) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.padding_mode, self.output_padding = layer.padding, layer.padding_mode, layer.output_padding
         self.layer = copy.deepcopy(layer).requires_grad_(False)
         self.entries = None if layer.is_lowered else by_entries(layer)
         self.dense: nn.Module | None = None
@@ -55,11 +57,11 @@ class FrozenConvolution(nn.Module):
             dense = type(self.layer).from_conv(dense, Dense())
         self.dense = None if dense is None else dense.requires_grad_(False)
 
-    def forward(self, x: Tensor, *more: Any, **named: Any) -> Tensor:
+    def forward(self, input: Tensor, *more: Any, **named: Any) -> Tensor:
         """As of the layer that was frozen."""
         own = self._modules  # a module as an attribute takes half a microsecond
         run = own.get("dense") or own.get("entries") or own["layer"]
-        y: Tensor = run(x, *more, **named)  # type: ignore[misc]
+        y: Tensor = run(input, *more, **named)  # type: ignore[misc]
         return y
 
     def extra_repr(self) -> str:

@@ -49,9 +49,9 @@ class _Forwards(StructuredConvolution[Straight]):
             in_channels, out_channels, geometry, padding, groups, bias, structure, order, device, dtype, generator
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(batch, in_channels, *sizes) to (batch, out_channels, *places), or without the batch."""
-        return self._run(x, self._geometry)
+        return self._run(input, self._geometry)
 
 
 class _Transposed(StructuredConvolution[Turned]):
@@ -96,22 +96,22 @@ class _Transposed(StructuredConvolution[Turned]):
             in_channels, out_channels, geometry, padding, groups, bias, structure, order, device, dtype, generator
         )
 
-    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(batch, in_channels, *sizes) to (batch, out_channels, *places), or without the batch.
 
         Args:
-            x: the input.
+            input: the input.
             output_size: the places wanted, as of ``nn.ConvTranspose2d``: it replaces ``output_padding``.
         """
         if output_size is None:
-            return self._run(x, self._geometry)
+            return self._run(input, self._geometry)
         wanted = tuple(output_size)[-self.dims :]
-        least = replace(self._geometry, output_padding=(0,) * self.dims).out_sizes(x.shape[-self.dims :])
+        least = replace(self._geometry, output_padding=(0,) * self.dims).out_sizes(input.shape[-self.dims :])
         extra = tuple(w - n for w, n in zip(wanted, least, strict=True))
         most = tuple(n + s - 1 for n, s in zip(least, self.stride, strict=True))
         if any(not 0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
             raise ShapeError(f"output_size={tuple(output_size)}: from this input it is between {least} and {most}.")
-        return self._run(x, replace(self._geometry, output_padding=extra))
+        return self._run(input, replace(self._geometry, output_padding=extra))
 
 
 @final

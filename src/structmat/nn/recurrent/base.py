@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from structmat.errors import ModelError, StructureError
 from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import FrozenLinear, StructuredLinear
+from structmat.nn.recurrent.as_torch import OPTIONS, AsTorch
 from structmat.nn.recurrent.cells import Cell
 from structmat.nn.recurrent.frozen import FrozenRecurrent, as_returned
 from structmat.nn.recurrent.gates import GateLinear
@@ -24,7 +25,7 @@ from structmat.structure import Shape, Structure
 from structmat.structures.dense import Dense
 
 
-class Recurrent(nn.Module):
+class Recurrent(AsTorch):
     """What :class:`StructuredLSTM`, :class:`StructuredGRU` and :class:`StructuredRNN` share; not made by itself.
 
     The matrices are layers of their own: ``ih_l0`` for PyTorch's ``weight_ih_l0`` and ``bias_ih_l0``, and so on. With a
@@ -103,25 +104,21 @@ class Recurrent(nn.Module):
         """The structure of a matrix by its name here, such as ``"ih_l0"``, before fractions are resolved."""
         return {"ih": self.input_structure, "hh": self.structure, "hr": self.projection_structure}[name[:2]]
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _OPTIONS and "options" in self.__dict__:
-            return getattr(self.options, name)
-        return super().__getattr__(name)
-
     def forward(
-        self, x: Tensor | PackedSequence, hx: Given = None
+        self, input: Tensor | PackedSequence, hx: Given = None
     ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
         """Outputs and last states, as PyTorch's layer returns them.
 
         Args:
-            x: (time, batch, inputs), (batch, time, inputs) if ``batch_first``, (time, inputs), or packed sequences.
+            input: (time, batch, inputs), (batch, time, inputs) if ``batch_first``, (time, inputs), or packed
+                sequences.
             hx: initial states (layers * directions, batch, size), without the batch for two axes; zero if None.
 
         Raises:
             ShapeError: an axis of the input or of a state has another size.
             DataError: a state has another dtype than the input.
         """
-        y, state = run_layers(self, self.cell, self.options, x, hx)
+        y, state = run_layers(self, self.cell, self.options, input, hx)
         return y, as_returned(state)
 
     # ------------------------------------------------------------------------------------------- PyTorch's layers
@@ -212,7 +209,7 @@ class Recurrent(nn.Module):
             raise ModelError(
                 f"{cls.__name__} takes the place of an nn.{cls.torch_class.__name__}; got a {type(layer).__name__}."
             )
-        options = {name: getattr(layer, name) for name in _OPTIONS if name != "proj_size"}
+        options = {name: getattr(layer, name) for name in OPTIONS if name != "proj_size"}
         weight = next(layer.parameters())
         made = cls(
             **options,
@@ -230,7 +227,7 @@ class Recurrent(nn.Module):
 
     def _to_torch(self, **more: Any) -> nn.RNNBase:
         state = self.torch_state_dict()
-        options = {name: getattr(self.options, name) for name in _OPTIONS if name != "proj_size"}
+        options = {name: getattr(self.options, name) for name in OPTIONS if name != "proj_size"}
         like = next(iter(state.values()))
         layer = self.torch_class(**options, **more, device=like.device, dtype=like.dtype)
         layer.load_state_dict(state)
@@ -260,7 +257,7 @@ class Recurrent(nn.Module):
     def extra_repr(self) -> str:
         shown = [f"{self.options.input_size}, {self.options.hidden_size}"]
         defaults = Options(1, 2)
-        for name in _OPTIONS[2:]:
+        for name in OPTIONS[2:]:
             value = getattr(self.options, name)
             if value != getattr(defaults, name):
                 shown.append(f"{name}={value}")
@@ -272,11 +269,6 @@ class Recurrent(nn.Module):
         if self.options.proj_size and self.projection_structure != self.structure:
             shown.append(f"projection_structure={self.projection_structure}")
         return ", ".join([*shown, f"per_gate={self.per_gate}"])
-
-
-_OPTIONS = (
-    "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size",
-)  # fmt: skip
 
 
 def _bias(layer: nn.Module) -> Tensor:

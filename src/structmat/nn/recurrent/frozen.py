@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from structmat.nn.linear import FrozenLinear
+from structmat.nn.recurrent.as_torch import AsTorch
 from structmat.nn.recurrent.cells import Cell, State
 from structmat.nn.recurrent.options import Options
 from structmat.nn.recurrent.run import run_layers
 from structmat.nn.recurrent.sequences import Given
 
 
-class FrozenRecurrent(nn.Module):
+class FrozenRecurrent(AsTorch):
     """A recurrent layer with fixed tensors: what ``freeze`` of a structured one returns. Called like that one.
 
     Args:
@@ -31,10 +32,10 @@ class FrozenRecurrent(nn.Module):
         self.eval()
 
     def forward(
-        self, x: Tensor | PackedSequence, hx: Given = None
+        self, input: Tensor | PackedSequence, hx: Given = None
     ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
         """Outputs and last states, as PyTorch's layer returns them."""
-        y, state = run_layers(self, self.cell, self.options, x, hx)
+        y, state = run_layers(self, self.cell, self.options, input, hx)
         return y, as_returned(state)
 
     def extra_repr(self) -> str:
