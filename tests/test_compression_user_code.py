@@ -66,3 +66,48 @@ def test_an_embedding_is_called_by_name() -> None:
     )
     assert "table" in result.plan.changed
     assert torch.isfinite(sm.freeze(result.model)(data[0])).all()
+
+
+class Reads(nn.Module):
+    """Reads weights of its layers in other ways than as ``self.layer.weight``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ls = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.by_name = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+        self.stack = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        self.rnn, self.other = nn.GRU(16, 16), nn.GRU(16, 16)
+        self.attn, self.out = nn.MultiheadAttention(16, 2), nn.MultiheadAttention(16, 2)
+        self.plain = nn.MultiheadAttention(16, 2)
+        self.block = nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stack[-1].weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.ls[0].weight.dtype).to(self.by_name["a"].weight).to(self.dtype)
+        for layer in (*self.ls, *self.by_name.values(), *self.stack):
+            x = torch.tanh(layer(x))
+        x = self.rnn(x, self.rnn.weight_hh_l0.new_zeros(1, x.shape[1], 16))[0]
+        x = x.to(self.attn.in_proj_weight.dtype).to(self.out.out_proj.weight.dtype)
+        for attention in (self.attn, self.out, self.plain):
+            x = attention(x, x, x)[0]
+        y: Tensor = self.block(self.other(x)[0])
+        return y
+
+
+def test_layers_whose_weights_a_model_reads_are_kept_with_the_reason() -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(5, 4, 16) for _ in range(2)]
+    result = sm.compress(Reads(), budget=sm.Parameters(0.95), calibration=data, overrides={"*": sm.LowRank(rank=2)})
+    reasons = {skipped["name"]: skipped["reason"] for skipped in result.report.skipped}
+    for name in ("ls.0", "by_name.a", "stack.0", "stack.1"):  # which of a stack -1 is, is not looked for
+        assert reasons[name] == "Reads reads its weight"
+    assert reasons["rnn"] == "Reads reads its weight_hh_l0"
+    assert reasons["attn"] == "Reads reads its in_proj_weight"
+    assert reasons["out"] == "Reads reads its out_proj.weight"
+    changed = {name.removesuffix("." + name.split(".")[-1]) for name in result.plan.changed}
+    assert changed == {"ls", "by_name", "other", "plain", "block", "block.self_attn"}
+    frozen = sm.freeze(result.model)
+    torch.testing.assert_close(frozen(data[0]), result.model.eval()(data[0]), rtol=1e-4, atol=1e-5)

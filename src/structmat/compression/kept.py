@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import textwrap
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import cast
 
 import torch
@@ -16,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from structmat.compression.layers import Layer, structured_layer_of
+from structmat.compression.reads import reader_of
 
 LARGE_SHARE = 0.01
 """A layer of another type is reported from this share of the model's parameters on."""
@@ -46,9 +43,9 @@ def forbidden(
     if not cast(Tensor, module.weight).is_floating_point():
         return f"its weight has dtype {module.weight.dtype}, which is not real floating point"
     if adapter.looks_up:
-        _, _, child = name.rpartition(".")
-        if parent is not None and child in _weights_read_by(cast(Hashable, type(parent))):
-            return f"{type(parent).__name__} reads its weight; let a head be an nn.Linear with the same weight"
+        reader = reader_of(name, ("weight",), modules)
+        if reader is not None:
+            return f"{reader[0]} reads its weight; let a head be an nn.Linear with the same weight"
         for owner in owners.get(id(module.weight), []):
             other, _, key = owner.rpartition(".")
             if modules[other] is not module and not (type(modules[other]) is nn.Linear and key == "weight"):
@@ -82,30 +79,8 @@ def doubt_about(
         return doubt
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks, which a replacement would lose"
-    parent_name, _, child = name.rpartition(".")
-    parent = modules[parent_name]
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return None  # reads weights in the fast path of evaluation, which it can be told to decline
-    if child in _weights_read_by(cast(Hashable, type(parent))):
-        return f"{type(parent).__name__} reads its weight"
-    return None
-
-
-@cache
-def _weights_read_by(parent: Hashable) -> frozenset[str]:
-    """Names ``child`` for which the source of a class reads ``self.child.weight`` outside of initialisation."""
-    found: set[str] = set()
-    for name, method in inspect.getmembers(parent, inspect.isfunction):
-        if name.startswith("__") or "init" in name or name in ("reset_parameters", "extra_repr"):
-            continue
-        if (getattr(method, "__module__", None) or "").startswith("torch.nn.modules.module"):
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(method))
-        except (OSError, TypeError):
-            continue  # a class without source: what it reads shows in calibration, where such layers are never called
-        found.update(re.findall(r"\bself\.(\w+)\.weight\b", source))
-    return frozenset(found)
+    reader = reader_of(name, ("weight",), modules)
+    return None if reader is None else f"{reader[0]} reads its weight"
 
 
 def weight_owners(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
@@ -138,8 +113,9 @@ def output_heads(model: nn.Module) -> set[int]:
     return found
 
 
-def others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
-    """Layers of other types that hold parameters of their own: embeddings, and whatever is large."""
+def others(modules: dict[str, nn.Module], total: int, whole: Mapping[int, str]) -> Iterator[Skipped]:
+    """Layers of other types that hold parameters of their own: embeddings, what is not taken apart (for the reasons in
+    ``whole``, by identity), and whatever is large."""
     for name, module in modules.items():
         size = own_parameters(module)
         if not size or isinstance(module, parametrize.ParametrizationList):
@@ -149,6 +125,8 @@ def others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
         shape = () if is_lazy(largest) else tuple(largest.shape)
         if isinstance(module, nn.EmbeddingBag):
             yield Skipped(name, kind, shape, size, "an embedding of bags, whose rows are summed as they are read")
+        elif id(module) in whole:
+            yield Skipped(name, kind, shape, size, whole[id(module)])
         elif (adapter := structured_layer_of(module)) is not None:
             yield Skipped(name, kind, shape, size, f"already structured: {adapter.content(module).structure}")
         elif isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
