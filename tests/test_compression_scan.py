@@ -133,7 +133,11 @@ def test_parametrized_hooked_and_special_layers_are_kept() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
 
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), Mine(8, 8))
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), Mine(8, 8), Standardised(8, 8, 3))
     parametrize.register_parametrization(model[0], "weight", Double())
     spectral_norm(model[1])
     model[2].register_forward_hook(lambda *_: None)
@@ -144,6 +148,7 @@ def test_parametrized_hooked_and_special_layers_are_kept() -> None:
     assert "hooks" in why["2"]
     assert "parent reads" in why["3"]
     assert why["5"] == "Mine has a forward of its own"
+    assert why["6"] == "Standardised has a _conv_forward of its own"
     assert [s.name for s in scan(model).sites] == ["4"]
 
 
