@@ -16,6 +16,7 @@ import structmat as sm
 from structmat.compression.fading import Fading
 from structmat.compression.objectives import Parts, block_names
 from structmat.compression.recover import Distill, recover
+from structmat.compression.running import outputs_at
 from structmat.compression.statistics import reestimate
 from structmat.errors import ModelError, StructureError
 
@@ -106,6 +107,26 @@ def test_no_gradient_passes_from_block_to_block() -> None:
     whole = Parts(student, original, block_names(student, ["blocks.2"]), apart=False)
     whole.error(batches(1)[0], None).backward()
     assert student.blocks[0].up.left.grad is not None
+
+
+def test_activations_in_place_leave_the_outputs_to_imitate_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+    x = torch.randn(16, 8)
+    assert Parts(model, copy.deepcopy(model), ["0", "2"], apart=True).error(x, None).detach() == 0
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x).relu_()).relu_()
+
+    twice = Twice()
+    with torch.no_grad():
+        first, _ = outputs_at(twice, "layer", 2, x, None)
+        assert torch.equal(first, twice.layer(x))
 
 
 def test_hidden_states_are_distilled_too() -> None:

@@ -95,9 +95,10 @@ def _kept(
     found: list[Tensor] = []
 
     def keep(value: Tensor) -> None:
-        found.append(value.detach())
-        if len(found) >= calls:
+        if len(found) + 1 >= calls:
+            found.append(value.detach())
             raise _Stop
+        found.append(value.detach().clone())  # what follows may work in place, on the same memory
 
     handle = register(keep)
     try:
