@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +21,7 @@ from structmat.compression.objectives import (
     structured_names,
 )
 from structmat.compression.running import Forward, Loss, call, device_of, outcome, own_loss, to_device
-from structmat.compression.statistics import normalisations
+from structmat.compression.statistics import by_batches, normalisations
 from structmat.errors import DataError
 
 
@@ -69,7 +68,7 @@ class Teaching:
         Raises:
             DataError: the task's loss is asked for and there is none.
         """
-        with self._as_in_training():
+        with by_batches(self.normalisations.values() if self._settings.normalise else ()):
             if step < self._settings.layerwise:
                 return self._layers.error(batch, self._forward)
             if step < self._settings.before:
@@ -94,18 +93,6 @@ class Teaching:
         if not count:
             raise DataError("held_out has no batches. Leave it out, or give some.")
         return total / count
-
-    @contextlib.contextmanager
-    def _as_in_training(self) -> Iterator[None]:
-        """Batch normalisation with the statistics of the batches, if that is asked for."""
-        chosen = self.normalisations.values() if self._settings.normalise else ()
-        for module in chosen:
-            module.training = True
-        try:
-            yield
-        finally:
-            for module in chosen:
-                module.training = False
 
     @cached_property
     def _layers(self) -> Parts:
