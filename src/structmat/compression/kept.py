@@ -40,6 +40,11 @@ def forbidden(
         return "nn.MultiheadAttention reads its weight and never calls it"
     if not name:
         return "it is the model itself; wrap it in nn.Sequential"
+    if "weight" not in module._parameters:
+        return (
+            "its weight is computed by a parametrization; remove that first, which keeps the weight as it is (as "
+            "torch.nn.utils.parametrize.remove_parametrizations does)"
+        )
     if not cast(Tensor, module.weight).is_floating_point():
         return f"its weight has dtype {module.weight.dtype}, which is not real floating point"
     if adapter.looks_up:
@@ -67,8 +72,8 @@ def doubt_about(
         return adapter.doubt(module)
     if len(names) > 1:
         return f"the module is shared, its other names are {', '.join(names[1:])}"
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return "its weight is computed by a parametrization"
+    if parametrize.is_parametrized(module):
+        return "its bias is computed by a parametrization"
     others = [o for o in owners.get(id(module.weight), []) if o != f"{name}.weight"]
     if others:
         return f"its weight is shared with {', '.join(others)}"

@@ -89,8 +89,8 @@ def scan(
 
     The adapters in :mod:`structmat.compression.layers` say what is known of each kind. Kept unless asked for are layers
     that are more than a linear map with a weight of their own: weights that are shared or tied, output heads, weights
-    that another module reads, and layers with hooks or parametrizations. A layer is asked for by its exact name
-    (without wildcards) in ``include`` or by a match in ``asked``.
+    that another module reads, and layers with hooks. A layer is asked for by its exact name (without wildcards) in
+    ``include`` or by a match in ``asked``. Weights that a parametrization computes are kept always.
 
     Args:
         model: any module; it may be on the meta device.
