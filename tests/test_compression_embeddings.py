@@ -229,6 +229,17 @@ def test_an_embedding_with_a_forward_of_its_own_is_refused() -> None:
         scan(model, include=("tokens",))
 
 
+def test_a_plan_that_keeps_a_table_dense_is_applied() -> None:
+    model = gpt()
+    result = compressed(model, overrides={"tokens": sm.Dense()})
+    assert result.plan.layers["tokens"] == sm.Dense()
+    again = sm.compress(model, plan=result.plan, calibration=texts())
+    assert again.plan.layers == result.plan.layers
+    assert again.model.head.weight is again.model.tokens.weight
+    x, _ = texts(1)[0]
+    torch.testing.assert_close(again.model(x), result.model(x))
+
+
 class Reading(GPT):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = nn.functional.linear(self.tokens(x), self.tokens.weight)
