@@ -218,6 +218,28 @@ def test_a_padding_row_stays_zero_and_the_rest_is_refused() -> None:
         assert [s.name for s in scan(model).sites] == ["mix", "back"], "unless asked for it is no matter"
 
 
+def test_an_embedding_with_a_forward_of_its_own_is_refused() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 3 * super().forward(input)
+
+    model = gpt(tied=False)
+    model.tokens = Scaled(WORDS, WIDTH)
+    with pytest.raises(ModelError, match="Scaled has a forward of its own"):
+        scan(model, include=("tokens",))
+
+
+def test_a_plan_that_keeps_a_table_dense_is_applied() -> None:
+    model = gpt()
+    result = compressed(model, overrides={"tokens": sm.Dense()})
+    assert result.plan.layers["tokens"] == sm.Dense()
+    again = sm.compress(model, plan=result.plan, calibration=texts())
+    assert again.plan.layers == result.plan.layers
+    assert again.model.head.weight is again.model.tokens.weight
+    x, _ = texts(1)[0]
+    torch.testing.assert_close(again.model(x), result.model(x))
+
+
 class Reading(GPT):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = nn.functional.linear(self.tokens(x), self.tokens.weight)

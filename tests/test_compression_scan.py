@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from compression_models import Encoder, gpt2, llama, mlp
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, spectral_norm
+from torch.nn.utils import parametrizations, parametrize, spectral_norm
 
 import structmat as sm
 from structmat.compression.scan import scan
@@ -133,7 +135,11 @@ def test_parametrized_hooked_and_special_layers_are_kept() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
 
-    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), Mine(8, 8))
+    class Standardised(nn.Conv2d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), Mine(8, 8), Standardised(8, 8, 3))
     parametrize.register_parametrization(model[0], "weight", Double())
     spectral_norm(model[1])
     model[2].register_forward_hook(lambda *_: None)
@@ -144,7 +150,19 @@ def test_parametrized_hooked_and_special_layers_are_kept() -> None:
     assert "hooks" in why["2"]
     assert "parent reads" in why["3"]
     assert why["5"] == "Mine has a forward of its own"
+    assert why["6"] == "Standardised has a _conv_forward of its own"
     assert [s.name for s in scan(model).sites] == ["4"]
+
+
+@pytest.mark.parametrize("computed", [parametrizations.weight_norm, parametrizations.spectral_norm, spectral_norm])
+def test_a_weight_that_is_computed_can_not_be_asked_for(computed: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(computed(nn.Linear(8, 8)), nn.Linear(8, 8))
+    for options in ({"include": ("*", "0")}, {"asked": ("0",)}):
+        with pytest.raises(ModelError, match=r"0 was asked for but can't be replaced: .* remove that first"):
+            scan(model, **options)
+    if parametrize.is_parametrized(model[0]):
+        parametrize.remove_parametrizations(model[0], "weight")
+        assert [s.name for s in scan(model).sites] == ["0", "1"]
 
 
 def test_large_unknown_layers_are_reported() -> None:

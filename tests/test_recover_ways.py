@@ -16,6 +16,7 @@ import structmat as sm
 from structmat.compression.fading import Fading
 from structmat.compression.objectives import Parts, block_names
 from structmat.compression.recover import Distill, recover
+from structmat.compression.running import outputs_at
 from structmat.compression.statistics import reestimate
 from structmat.errors import ModelError, StructureError
 
@@ -106,6 +107,26 @@ def test_no_gradient_passes_from_block_to_block() -> None:
     whole = Parts(student, original, block_names(student, ["blocks.2"]), apart=False)
     whole.error(batches(1)[0], None).backward()
     assert student.blocks[0].up.left.grad is not None
+
+
+def test_activations_in_place_leave_the_outputs_to_imitate_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+    x = torch.randn(16, 8)
+    assert Parts(model, copy.deepcopy(model), ["0", "2"], apart=True).error(x, None).detach() == 0
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x).relu_()).relu_()
+
+    twice = Twice()
+    with torch.no_grad():
+        first, _ = outputs_at(twice, "layer", 2, x, None)
+        assert torch.equal(first, twice.layer(x))
 
 
 def test_hidden_states_are_distilled_too() -> None:
@@ -213,6 +234,52 @@ def test_statistics_are_estimated_again_where_that_is_nearer() -> None:
     assert not found.kept  # nothing can be nearer
     assert all(torch.equal(b, held[n]) for n, b in same.named_buffers())
     assert reestimate(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)), [torch.zeros(1, 2)]) is None
+
+
+class TwoHeads(nn.Module):
+    """One of whose heads runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+        self.other = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.first(x))
+        return self.head(y) + self.other(y) if self.training else self.head(y)
+
+
+@pytest.mark.parametrize("last", [64, 1])
+def test_statistics_that_no_batch_shows_stay(last: int) -> None:
+    torch.manual_seed(0)
+    model = TwoHeads().train()
+    data = [torch.randn(size, 8) for size in (64, 64, 64, 64, last)]
+    for x in data[:4]:
+        model(x)
+    changed = copy.deepcopy(model.eval())
+    with torch.no_grad():
+        changed.first.weight.mul_(0.5)
+        changed.first.bias.add_(1.0)
+    found = reestimate(changed, model, data)
+    assert found is not None
+    assert found.kept
+    assert changed.norm.num_batches_tracked == 4 + (last > 1)
+    for key, buffer in changed.other[0].named_buffers():
+        assert torch.equal(buffer, model.other[0].get_buffer(key)), key
+
+
+def test_batches_of_one_sample_are_normalised_by_the_running_statistics() -> None:
+    original, student = normalised()
+    before = {n: b.clone() for n, b in student.named_buffers()}
+    one = [(x[:1], y[:1]) for x, y in batches(4)]
+    found = reestimate(student, original, one)
+    assert found is not None
+    assert not found.kept
+    recover(student, original, one, Distill(steps=2, normalise=True, statistics=False), show=False)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in student.named_buffers())
+    recover(student, original, [batches(1)[0], *one], Distill(steps=2, normalise=True), show=False)
+    assert not torch.equal(student.norm.running_mean, before["norm.running_mean"])
+    assert not student.norm.training
 
 
 def test_batch_statistics_are_estimated_again_at_the_end() -> None:

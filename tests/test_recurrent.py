@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import structmat as sm
 from structmat.errors import DataError, ModelError, ShapeError, StructureError
 from structmat.nn import StructuredGRU, StructuredLSTM, StructuredRNN
-from structmat.nn.recurrent import FrozenRecurrent, GateLinear, Recurrent, second_moments
+from structmat.nn.recurrent import FrozenRecurrent, GateLinear, Recurrent, joined, second_moments
 from structmat.structure import Structure, count_parameters
 
 STRUCTURES: tuple[Structure, ...] = (
@@ -426,6 +426,22 @@ def test_options_are_pytorchs_attributes() -> None:
     assert isinstance(StructuredGRU(2, 4, structure=sm.LowRank(1), per_gate=True).get_submodule("hh_l0"), GateLinear)
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = layer.nothing_here
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_code_around_a_layer_finds_what_it_reads_of_pytorchs(kind: str) -> None:
+    made, more = KINDS[kind]
+    layer = made(6, 8, 2, batch_first=True, structure=sm.LowRank(2), **more)
+    twin, x = joined(layer), torch.randn(2, 5, 6)
+    names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size"]
+    for own in (layer, layer.freeze()):
+        for name in names + ["nonlinearity"] * isinstance(twin, nn.RNN):
+            assert getattr(own, name) == getattr(twin, name)
+        own.flatten_parameters()
+        assert_equal_outcomes(own(input=x, hx=None), own(x))
+        if not isinstance(twin, nn.RNN):
+            with pytest.raises(AttributeError, match="nonlinearity"):
+                _ = own.nonlinearity
 
 
 def test_errors_say_the_numbers_and_a_remedy() -> None:

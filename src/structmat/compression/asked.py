@@ -54,10 +54,10 @@ def asked_of(
         ModelError: a pattern matches nothing, that of a group too, or the plan is of another model.
     """
     overrides = {"*": Dense(), **plan.layers} if plan is not None else overrides
-    asked = [pattern for pattern, s in overrides.items() if plan is not None or not isinstance(s, Dense)]
-    if plan is not None:  # a wrong name is found out below, and called one of the plan
+    asked = [pattern for pattern, s in overrides.items() if not isinstance(s, Dense)]
+    if plan is not None:  # dense ones too, which must be sites; a wrong name is found out below, and called the plan's
         present = dict(model.named_modules())
-        asked = [name for name in asked if name in present]
+        asked = [name for name in plan.layers if name in present]
     found = scan(model, include, exclude, [p for p in asked if not any(c in p for c in "*?[")], split)
     if plan is not None:
         _check_plan(plan, found)

@@ -23,8 +23,8 @@ from structmat.compression.running import (
     detached,
     device_of,
     evaluating,
-    first_input,
     frozen,
+    input_of,
     outcome,
     own_loss,
     sampled_loss,
@@ -254,11 +254,11 @@ class _Watch:
     def finish(self) -> None:
         self._last = _Shared()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], Any]:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]:
         site, adapter = self.sites[name], adapter_of(self.modules[name])
 
-        def hook(module: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Any:
-            x = first_input(arguments, named)
+        def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+            x = input_of(arguments, named)
             record = self.records.get(name)
             if record is None:
                 size = site.shape[1]

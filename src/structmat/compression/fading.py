@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from structmat.compression.layers import layer_of, structured_layer_of
 from structmat.compression.objectives import structured_names
-from structmat.compression.running import first_input
 
 
 class Fading:
@@ -48,7 +47,7 @@ class Fading:
             for name, rest in self._rests.items():
 
                 def add(_: nn.Module, given: Any, named: Any, output: Tensor, rest: nn.Module = rest) -> Tensor:
-                    return torch.add(output, rest(first_input(given, named)), alpha=share)
+                    return torch.add(output, rest(*given, **named), alpha=share)
 
                 handles.append(self._model.get_submodule(name).register_forward_hook(add, with_kwargs=True))
         try:

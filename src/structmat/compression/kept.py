@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-import textwrap
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import cast
 
 import torch
@@ -15,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from structmat.compression.layers import Layer, splitter_of, structured_layer_of
+from structmat.compression.layers import Layer, structured_layer_of
+from structmat.compression.reads import reader_of
 
 LARGE_SHARE = 0.01
 """A layer of another type is reported from this share of the model's parameters on."""
@@ -43,12 +40,17 @@ def forbidden(
         return "nn.MultiheadAttention reads its weight and never calls it"
     if not name:
         return "it is the model itself; wrap it in nn.Sequential"
+    if "weight" not in module._parameters:
+        return (
+            "its weight is computed by a parametrization; remove that first, which keeps the weight as it is (as "
+            "torch.nn.utils.parametrize.remove_parametrizations does)"
+        )
     if not cast(Tensor, module.weight).is_floating_point():
         return f"its weight has dtype {module.weight.dtype}, which is not real floating point"
     if adapter.looks_up:
-        _, _, child = name.rpartition(".")
-        if parent is not None and child in _weights_read_by(cast(Hashable, type(parent))):
-            return f"{type(parent).__name__} reads its weight; let a head be an nn.Linear with the same weight"
+        reader = reader_of(name, ("weight",), modules)
+        if reader is not None:
+            return f"{reader[0]} reads its weight; let a head be an nn.Linear with the same weight"
         for owner in owners.get(id(module.weight), []):
             other, _, key = owner.rpartition(".")
             if modules[other] is not module and not (type(modules[other]) is nn.Linear and key == "weight"):
@@ -70,8 +72,8 @@ def doubt_about(
         return adapter.doubt(module)
     if len(names) > 1:
         return f"the module is shared, its other names are {', '.join(names[1:])}"
-    if parametrize.is_parametrized(module) or "weight" not in module._parameters:
-        return "its weight is computed by a parametrization"
+    if parametrize.is_parametrized(module):
+        return "its bias is computed by a parametrization"
     others = [o for o in owners.get(id(module.weight), []) if o != f"{name}.weight"]
     if others:
         return f"its weight is shared with {', '.join(others)}"
@@ -82,58 +84,8 @@ def doubt_about(
         return doubt
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
         return "it has hooks, which a replacement would lose"
-    parent_name, _, child = name.rpartition(".")
-    parent = modules[parent_name]
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        return None  # reads weights in the fast path of evaluation, which it can be told to decline
-    while isinstance(parent, nn.ModuleList | nn.ModuleDict | nn.Sequential) and parent_name:
-        parent_name, _, child = parent_name.rpartition(".")  # an item is read by who holds the list
-        parent = modules[parent_name]
-    if child in _weights_read_by(cast(Hashable, type(parent))):
-        return f"{type(parent).__name__} reads its weight"
-    return None
-
-
-def read_by_parent(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the source of a module's parent reads tensors of it, which are not there once it is taken apart.
-
-    Args:
-        name: of a recurrent net or of attention.
-        modules: of the model, by name.
-    """
-    parent_name, _, child = name.rpartition(".")
-    parent = modules.get(parent_name)
-    if parent is None or type(parent).__module__.startswith("torch.nn."):
-        return False
-    return any(own == child and read != "weight" for own, read in _tensors_read_by(cast(Hashable, type(parent))))
-
-
-def _weights_read_by(parent: Hashable) -> frozenset[str]:
-    """Names ``child`` for which the source of a class reads ``self.child.weight`` outside of initialisation."""
-    return frozenset(child for child, read in _tensors_read_by(parent) if read == "weight")
-
-
-_READS = re.compile(
-    r"\bself\.(\w+)(?:\[[^\]]*\])?\.((?:weight|bias)_[ih][ihr]_l\w+|in_proj_\w+|[qkv]_proj_weight|out_proj\.weight|weight\b)"
-)
-"""A tensor of a child, or of an item of one."""
-
-
-@cache
-def _tensors_read_by(parent: Hashable) -> frozenset[tuple[str, str]]:
-    """(child, tensor) that the source of a class reads of its children outside of initialisation."""
-    found: set[tuple[str, str]] = set()
-    for name, method in inspect.getmembers(parent, inspect.isfunction):
-        if name.startswith("__") or "init" in name or name in ("reset_parameters", "extra_repr"):
-            continue
-        if (getattr(method, "__module__", None) or "").startswith("torch.nn.modules.module"):
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(method))
-        except (OSError, TypeError):
-            continue  # a class without source: what it reads shows in calibration, where such layers are never called
-        found.update(_READS.findall(source))
-    return frozenset(found)
+    reader = reader_of(name, ("weight",), modules)
+    return None if reader is None else f"{reader[0]} reads its weight"
 
 
 def weight_owners(modules: dict[str, nn.Module]) -> dict[int, list[str]]:
@@ -166,8 +118,9 @@ def output_heads(model: nn.Module) -> set[int]:
     return found
 
 
-def others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
-    """Layers of other types that hold parameters of their own: embeddings, and whatever is large."""
+def others(modules: dict[str, nn.Module], total: int, whole: Mapping[int, str]) -> Iterator[Skipped]:
+    """Layers of other types that hold parameters of their own: embeddings, what is not taken apart (for the reasons in
+    ``whole``, by identity), and whatever is large."""
     for name, module in modules.items():
         size = own_parameters(module)
         if not size or isinstance(module, parametrize.ParametrizationList):
@@ -177,6 +130,8 @@ def others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
         shape = () if is_lazy(largest) else tuple(largest.shape)
         if isinstance(module, nn.EmbeddingBag):
             yield Skipped(name, kind, shape, size, "an embedding of bags, whose rows are summed as they are read")
+        elif id(module) in whole:
+            yield Skipped(name, kind, shape, size, whole[id(module)])
         elif (adapter := structured_layer_of(module)) is not None:
             yield Skipped(name, kind, shape, size, f"already structured: {adapter.content(module).structure}")
         elif isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
@@ -187,9 +142,6 @@ def others(modules: dict[str, nn.Module], total: int) -> Iterator[Skipped]:
                 size,
                 f"layers of type {kind} are not known to compress; those of one and two dimensions are",
             )
-        elif splitter_of(module) is not None and len(shape) >= 2:
-            reason = "it was not taken apart: it has hooks or parametrizations, or its tensors are read by others"
-            yield Skipped(name, kind, shape, size, reason)
         elif len(shape) == 3 and size >= LARGE_SHARE * total:
             yield Skipped(
                 name,

@@ -116,7 +116,8 @@ class Parts:
             def keep(_: nn.Module, __: Any, output: Any, name: str = name) -> None:
                 found = main_tensor(output)
                 if found is not None:
-                    self._wanted[name].append(found.detach().clone())  # what follows may write on it
+                    # What follows may work in place, on the same memory.
+                    self._wanted[name].append(found.detach().clone())
 
             handles.append(self._original.get_submodule(name).register_forward_hook(keep))
         try:

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from structmat.compression.running import Forward, call, device_of, evaluating, first_input, to_device
+from structmat.compression.running import Forward, call, device_of, evaluating, input_of, to_device
 from structmat.nn.convolution import FrozenConvolution
 from structmat.nn.recurrent import FrozenRecurrent, Recurrent
 from structmat.nn.recurrent.cells import Cell
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""Called before a module, with its arguments."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,6 @@ class State:
 
     cell: Cell | None
     sequences: int
-
-
-_Hook = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ def reached(
     """Run the model on an example and look."""
     found = Reached()
 
-    def watch(name: str) -> _Hook:
-        def hook(_: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            found.inputs[name] = first_input(given, named)
+    def watch(name: str) -> Hook:
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.inputs[name] = input_of(given, named)
 
         return hook
 
-    def count(name: str, layer: Recurrent | FrozenRecurrent) -> _Hook:
+    def count(name: str, layer: Recurrent | FrozenRecurrent) -> Hook:
         states = [".".join(filter(None, (name, own))) for own, _ in layer.named_children() if not own.startswith("ih")]
 
-        def hook(_: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            x = first_input(given, named)
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = input_of(given, named)
             cell = None if layer.options.proj_size or isinstance(x, PackedSequence) else layer.cell
             state = State(cell, _sequences(x, layer.options.batch_first))
             found.states.update(dict.fromkeys(states, state))

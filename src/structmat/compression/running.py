@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,11 +57,6 @@ def call(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
     )
 
 
-def first_input(given: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    """What a module was called with, by its place or as ``input=``, as PyTorch's layers name it."""
-    return given[0] if given else named["input"]
-
-
 def inputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: Forward | None) -> list[Tensor]:
     """What a layer reads for one batch, in the order of its calls; the model runs no further than to the last one.
 
@@ -75,7 +70,7 @@ def inputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: Forw
     return _kept(
         model,
         lambda keep: layer.register_forward_pre_hook(
-            lambda _, given, named: keep(first_input(given, named)), with_kwargs=True
+            lambda _, given, named: keep(input_of(given, named)), with_kwargs=True
         ),
         calls,
         batch,
@@ -89,6 +84,13 @@ def outputs_at(model: nn.Module, name: str, calls: int, batch: Any, forward: For
     return _kept(
         model, lambda keep: layer.register_forward_hook(lambda _, __, output: keep(output)), calls, batch, forward
     )
+
+
+def input_of(given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """What a layer was called with, by position or by name: the arguments of a hook with ``with_kwargs``."""
+    if given:
+        return given[0]
+    return named["input"] if "input" in named else next(iter(named.values()))
 
 
 class _Stop(Exception):  # noqa: N818 - control flow, not an error
@@ -105,9 +107,10 @@ def _kept(
     found: list[Tensor] = []
 
     def keep(value: Tensor) -> None:
-        found.append(value.detach())
-        if len(found) >= calls:
+        if len(found) + 1 >= calls:
+            found.append(value.detach())
             raise _Stop
+        found.append(value.detach().clone())  # what follows may work in place, on the same memory
 
     handle = register(keep)
     try:

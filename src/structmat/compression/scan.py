@@ -24,7 +24,7 @@ from structmat.compression.kept import (
 from structmat.compression.layers import Layer, layer_of, splitters
 from structmat.compression.layers.embedding import Table
 from structmat.compression.parts import Parts, Split, parts_of
-from structmat.compression.split import split_apart
+from structmat.compression.split import kept_whole, split_apart
 from structmat.errors import ModelError
 from structmat.structure import Shape
 
@@ -89,8 +89,8 @@ def scan(
 
     The adapters in :mod:`structmat.compression.layers` say what is known of each kind. Kept unless asked for are layers
     that are more than a linear map with a weight of their own: weights that are shared or tied, output heads, weights
-    that another module reads, and layers with hooks or parametrizations. A layer is asked for by its exact name
-    (without wildcards) in ``include`` or by a match in ``asked``.
+    that another module reads, and layers with hooks. A layer is asked for by its exact name (without wildcards) in
+    ``include`` or by a match in ``asked``. Weights that a parametrization computes are kept always.
 
     Args:
         model: any module; it may be on the meta device.
@@ -186,7 +186,7 @@ def _scan(model: nn.Module, include: Sequence[str], exclude: Sequence[str], aske
             shape_ = () if is_lazy(weight) else tuple(weight.shape)
             skipped.append(Skipped(name, type(module).__name__, shape_, own_parameters(module), reason))
     total = sum(numel(p) for p in model.parameters())
-    skipped += others({n: modules[n] for n in aliases if n not in layers}, total)
+    skipped += others({n: modules[n] for n in aliases if n not in layers}, total, kept_whole(model))
     if not sites:
         kept = "; ".join(f"{s.name or 'the model itself'} ({s.kind}): {s.reason}" for s in skipped[:3])
         raise ModelError(

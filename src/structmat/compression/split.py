@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils import parametrize
 
-from structmat.compression.kept import read_by_parent
 from structmat.compression.layers import splitter_of
+from structmat.compression.reads import reader_of
 
 
 @dataclass(frozen=True)
@@ -28,37 +28,59 @@ Splits = Mapping[str, Split]
 def split_(model: nn.Module, only: Collection[str] | None = None) -> Splits:
     """Put equal modules, whose matrices are modules of their own, in the places of recurrent nets and attention.
 
-    They share the memory of the given ones. Left as they are: the model itself, modules with hooks or
-    parametrizations, those whose parameters another module has too, and those whose tensors the parent reads itself.
+    They share the memory of the given ones. Left as they are: those of :func:`kept_whole`.
 
     Args:
         model: changed in place.
         only: names to look at; None for all.
     """
     names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    owners: dict[int, set[int]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(id(module))
+    whole = kept_whole(model)
     found: dict[str, Split] = {}
-    present = dict(model.named_modules(remove_duplicate=False))
-    for key, module in modules.items():
-        adapter = splitter_of(module)
-        own = names[key]
-        if adapter is None or "" in own or (only is not None and not set(own) & set(only)):
-            continue
-        inside = {id(part) for part in module.modules()}
-        shared = any(owners[id(parameter)] - inside for parameter in module.parameters())
-        if shared or any(_is_special(part) for part in module.modules()):
-            continue
-        if any(read_by_parent(name, present) for name in own):
+    for module in list(model.modules()):
+        adapter, own = splitter_of(module), names[id(module)]
+        if adapter is None or id(module) in whole or (only is not None and not set(own) & set(only)):
             continue
         found[own[0]] = Split(module, tuple(own))
         _put(model, tuple(own), adapter.split(module))
     return found
+
+
+def kept_whole(model: nn.Module) -> dict[int, str]:
+    """Why modules with several matrices are not taken apart, by identity: the model itself, modules with hooks or
+    parametrizations, and those whose parameters another module has or reads too."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    owners: dict[int, set[int]] = {}
+    for name, module in modules.items():
+        names.setdefault(id(module), []).append(name)
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(id(module))
+    found: dict[int, str] = {}
+    for module in model.modules():
+        if splitter_of(module) is None:
+            continue
+        inside = {id(part) for part in module.modules()}
+        reader = _reader(module, names[id(module)], modules)
+        if module is model:
+            found[id(module)] = "it is the model itself; wrap it in nn.Sequential"
+        elif any(owners[id(parameter)] - inside for parameter in module.parameters()):
+            found[id(module)] = "another module has its parameters too"
+        elif any(_is_special(part) for part in module.modules()):
+            found[id(module)] = "it has hooks or parametrizations, which its parts would lose"
+        elif reader is not None:
+            found[id(module)] = f"{reader[0]} reads its {reader[1]}"
+    return found
+
+
+def _reader(module: nn.Module, names: Collection[str], modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+    """As :func:`structmat.compression.reads.reader_of`, of all that a module has no more once it was taken apart."""
+    wanted = [name for name, _ in (*module.named_parameters(), *module.named_children())]
+    if isinstance(module, nn.RNNBase):
+        wanted += ["all_weights", "_flat_weights"]
+    return next((found for name in names if name and (found := reader_of(name, wanted, modules)) is not None), None)
 
 
 def _is_special(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ compressed model gives those of the new ones; whether these serve better is meas
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from structmat.compression.objectives import distance
-from structmat.compression.running import Forward, call, device_of, evaluating, outcome, to_device
+from structmat.compression.running import Forward, call, device_of, evaluating, input_of, outcome, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -114,35 +114,41 @@ def _estimate(model: nn.Module, batches: Iterable[Any], forward: Forward | None)
 def _collecting(model: nn.Module) -> Iterator[None]:
     layers = [m for m in normalisations(model).values() if isinstance(m, nn.modules.batchnorm._NormBase)]
     rates = [layer.momentum for layer in layers]
-    held = {name: buffer.clone() for name, buffer in tensors_of(model).items()}
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # the mean over all batches
-    try:
-        with by_batches(layers):
+    begun: set[nn.Module] = set()
+
+    def begin(layer: nn.modules.batchnorm._NormBase, _: Any) -> None:
+        # Only now: a layer that is never called, or never for more than one value a channel, keeps what it had.
+        if layer.training and layer not in begun:
+            begun.add(layer)
+            layer.reset_running_stats()
+
+    with by_batches(layers):
+        handles = [layer.register_forward_pre_hook(begin) for layer in layers]
+        for layer in layers:
+            layer.momentum = None  # the mean over all batches
+        try:
             yield
-    finally:
-        for layer, rate in zip(layers, rates, strict=True):
-            layer.momentum = rate
-        for name, module in normalisations(model).items():
-            if module.num_batches_tracked == 0:  # nothing called it, as a part that only training has
-                for key, buffer in module.named_buffers(recurse=False):
-                    buffer.copy_(held[f"{name}.{key}"])
+        finally:
+            for layer, rate, handle in zip(layers, rates, handles, strict=True):
+                layer.momentum = rate
+                handle.remove()
 
 
 @contextmanager
-def by_batches(layers: Collection[nn.Module]) -> Iterator[None]:
-    """Batch normalisations use and follow the statistics of batches, but of those with one number a channel, which has
-    none: there they use their own."""
+def by_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Batch normalisations with the statistics of the batches, as in training; by the running ones where a channel has
+    one value, which has no variance (the last batch of an epoch may be one sample). Afterwards they are in evaluation
+    mode."""
+    layers = list(layers)
 
-    def choose(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        layer.training = given[0].numel() > given[0].shape[1]
+    def choose(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = input_of(given, named)
+        layer.training = x.numel() > x.shape[1]
 
-    handles = [layer.register_forward_pre_hook(choose) for layer in layers]
+    handles = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:
-        for handle in handles:
+        for layer, handle in zip(layers, handles, strict=True):
             handle.remove()
-        for layer in layers:
             layer.training = False

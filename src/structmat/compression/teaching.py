@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -70,7 +69,7 @@ class Teaching:
         Raises:
             DataError: the task's loss is asked for and there is none.
         """
-        with self._as_in_training():
+        with by_batches(self.normalisations.values() if self._settings.normalise else ()):
             if step < self._settings.layerwise:
                 return self._layers.error(batch, self._forward)
             if step < self._settings.before:
@@ -100,12 +99,6 @@ class Teaching:
                 "learning_rate."
             )
         return total / count
-
-    @contextlib.contextmanager
-    def _as_in_training(self) -> Iterator[None]:
-        """Batch normalisation with the statistics of the batches, if that is asked for."""
-        with by_batches(self.normalisations.values() if self._settings.normalise else ()):
-            yield
 
     @cached_property
     def _layers(self) -> Parts:

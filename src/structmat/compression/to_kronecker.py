@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from structmat.compression.calibrate import calibrate
 from structmat.compression.plan import Plan
 from structmat.compression.replace import Replaced, replace_layers
-from structmat.compression.running import Forward, call, evaluating, outcome
+from structmat.compression.running import Forward, call, evaluating, input_of, outcome
 from structmat.compression.scan import Scan, scan
 from structmat.errors import DataError, ModelError, StructureError
 from structmat.nn.kronecker.activation import Activation, Slopes
@@ -257,16 +257,18 @@ def _shift(
     least: dict[tuple[str, int], Tensor] = {}
 
     def watch(name: str) -> Any:
-        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def look(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             # Without its activations the block is linear: see what each of them would meet.
-            for gap, rows in linear_hidden(blocks[name], args[0]):
+            for gap, rows in linear_hidden(blocks[name], input_of(args, named)):
                 low = rows.reshape(-1, gap.numel).amin(0)
                 key = (name, gap.place)
                 least[key] = torch.minimum(least[key], low) if key in least else low
 
         return look
 
-    handles: list[RemovableHandle] = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    handles: list[RemovableHandle] = [
+        layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()
+    ]
     try:
         with evaluating(model):
             for batch in calibration:

@@ -211,6 +211,8 @@ def has_fast_rows(program: Program) -> bool:
 
 def refusal(embedding: nn.Embedding) -> str | None:
     """Why a structured embedding can't take the place of a dense one, or None."""
+    if type(embedding).forward is not nn.Embedding.forward:
+        return f"{type(embedding).__name__} has a forward of its own"
     if embedding.max_norm is not None:
         return f"max_norm={embedding.max_norm} rescales rows of its table whenever they are read"
     if embedding.sparse:

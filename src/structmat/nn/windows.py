@@ -355,11 +355,12 @@ class WindowedLinear(nn.Module):
                 getattr(self, name).requires_grad_()
         return self.widths, self.locations
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Rows (..., in_features) to (..., out_features)."""
-        if x.shape[-1:] != (self.in_features,):
+        if input.shape[-1:] != (self.in_features,):
             raise ShapeError(
-                f"The input has shape {tuple(x.shape)}; its last axis must hold in_features={self.in_features} numbers."
+                f"The input has shape {tuple(input.shape)}; its last axis must hold in_features={self.in_features} "
+                "numbers."
             )
         widths, locations = self._structure()
         held, masked = self._held(), []
@@ -371,7 +372,7 @@ class WindowedLinear(nn.Module):
             shaped = content.view(-1, size) if arcs.full else content
             sigma = self.sigmas[side]
             masked.append(_Masked.apply(shaped, width, location, arcs, size, sigma))  # type: ignore[no-untyped-call]
-        y = self._multiply(masked[0], masked[1], x)
+        y = self._multiply(masked[0], masked[1], input)
         return y if self.bias is None else y + self.bias
 
     def _multiply(self, left: Tensor, right: Tensor, x: Tensor) -> Tensor:

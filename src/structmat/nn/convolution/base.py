@@ -16,7 +16,7 @@ from structmat.modes import is_compiling
 from structmat.nn.convolution.calls import simple
 from structmat.nn.convolution.forms import KernelForm
 from structmat.nn.convolution.frozen import FrozenConvolution
-from structmat.nn.convolution.geometry import GEOMETRY, PADDING_MODES, Geometry, as_sizes, places
+from structmat.nn.convolution.geometry import PADDING_MODES, Geometry, as_sizes, places
 from structmat.nn.convolution.plan import Axis, Plan, is_lowered, lower, unfolded
 from structmat.nn.convolution.run import PATCH_NUMBERS, Run, multiply_adds
 from structmat.nn.convolution.text import lines
@@ -396,6 +396,7 @@ def _plan(structure: Structure, shape: Shape, kernel: tuple[int, ...], order: Or
 
 def _options(conv: Conv | StructuredConvolution[Any]) -> dict[str, Any]:
     """The arguments that dense and structured layers share."""
-    turned = isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d) or getattr(conv, "is_transposed", False)
-    names = GEOMETRY if turned else [name for name in GEOMETRY if name != "output_padding"]
+    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    if isinstance(conv, nn.ConvTranspose1d | nn.ConvTranspose2d) or getattr(conv, "is_transposed", False):
+        names.append("output_padding")
     return {**{name: getattr(conv, name) for name in names}, "bias": conv.bias is not None}

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from structmat.kernels.convolve import is_available
 from structmat.nn.convolution.entries import by_entries
-from structmat.nn.convolution.geometry import GEOMETRY
 from structmat.structures.dense import Dense
 
 if TYPE_CHECKING:
@@ -28,8 +27,9 @@ class FrozenConvolution(nn.Module):
 
     def __init__(self, layer: StructuredConvolution[Any]) -> None:
         super().__init__()
-        for name in GEOMETRY:
-            setattr(self, name, getattr(layer, name))
+        self.in_channels, self.out_channels, self.groups = layer.in_channels, layer.out_channels, layer.groups
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.padding_mode, self.output_padding = layer.padding, layer.padding_mode, layer.output_padding
         self.layer = copy.deepcopy(layer).requires_grad_(False)
         self.entries = None if layer.is_lowered else by_entries(layer)
         self.dense: nn.Module | None = None

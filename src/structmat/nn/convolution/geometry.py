@@ -15,12 +15,6 @@ Sizes = tuple[int, ...]
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
-GEOMETRY = (
-    "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
-    "output_padding",
-)  # fmt: skip
-"""What dense, structured and frozen layers say of themselves by the same names."""
-
 
 @dataclass(frozen=True)
 class Geometry:

@@ -177,7 +177,7 @@ class KroneckerBlock(nn.Module):
         """Size of the last axis of the output."""
         return self.shape.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Vectors (..., in_features) to (..., out_features), or matrices (..., n, p) to (..., m, q).
 
         What is flattened row-major is a view: nothing is copied between blocks. Where the last axis has in_features
@@ -187,13 +187,13 @@ class KroneckerBlock(nn.Module):
             ShapeError: the input is neither.
         """
         count = len(self.shape.inputs)
-        is_vectors = self.holds_vectors(x)
-        y = self._natively(x if is_vectors else x.flatten(-count))
+        is_vectors = self.holds_vectors(input)
+        y = self._natively(input if is_vectors else input.flatten(-count))
         if y is None:
-            y = self.linear(x)
+            y = self.linear(input)
             if self.outer is not None:
                 y = self.outer(y)
-        return y if is_vectors else y.reshape(*x.shape[:-count], *self.shape.outputs)
+        return y if is_vectors else y.reshape(*input.shape[:-count], *self.shape.outputs)
 
     def _natively(self, rows: Tensor) -> Tensor | None:
         """All of the block in one pass, where that serves."""

@@ -12,10 +12,11 @@ from torch.nn.utils.rnn import PackedSequence
 from structmat.errors import ModelError, StructureError
 from structmat.matrix import StructuredMatrix
 from structmat.nn.linear import FrozenLinear, StructuredLinear
+from structmat.nn.recurrent.as_torch import OPTIONS, AsTorch
 from structmat.nn.recurrent.cells import Cell
 from structmat.nn.recurrent.frozen import FrozenRecurrent, as_returned
 from structmat.nn.recurrent.gates import GateLinear
-from structmat.nn.recurrent.options import OPTIONS, Options
+from structmat.nn.recurrent.options import Options
 from structmat.nn.recurrent.run import run_layers
 from structmat.nn.recurrent.sequences import Given
 from structmat.program.scaling import scaling_cut
@@ -24,7 +25,7 @@ from structmat.structure import Shape, Structure
 from structmat.structures.dense import Dense
 
 
-class Recurrent(nn.Module):
+class Recurrent(AsTorch):
     """What :class:`StructuredLSTM`, :class:`StructuredGRU` and :class:`StructuredRNN` share; not made by itself.
 
     The matrices are layers of their own: ``ih_l0`` for PyTorch's ``weight_ih_l0`` and ``bias_ih_l0``, and so on. With a
@@ -103,18 +104,14 @@ class Recurrent(nn.Module):
         """The structure of a matrix by its name here, such as ``"ih_l0"``, before fractions are resolved."""
         return {"ih": self.input_structure, "hh": self.structure, "hr": self.projection_structure}[name[:2]]
 
-    def __getattr__(self, name: str) -> Any:
-        if name in OPTIONS and "options" in self.__dict__:
-            return getattr(self.options, name)
-        return super().__getattr__(name)
-
     def forward(
         self, input: Tensor | PackedSequence, hx: Given = None
     ) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
         """Outputs and last states, as PyTorch's layer returns them.
 
         Args:
-            input: (time, batch, inputs), (batch, time, inputs) if ``batch_first``, (time, inputs), or packed sequences.
+            input: (time, batch, inputs), (batch, time, inputs) if ``batch_first``, (time, inputs), or packed
+                sequences.
             hx: initial states (layers * directions, batch, size), without the batch for two axes; zero if None.
 
         Raises:
@@ -123,9 +120,6 @@ class Recurrent(nn.Module):
         """
         y, state = run_layers(self, self.cell, self.options, input, hx)
         return y, as_returned(state)
-
-    def flatten_parameters(self) -> None:
-        """Nothing: that of PyTorch's layers lays weights out anew for one vendor's kernels."""
 
     # ------------------------------------------------------------------------------------------- PyTorch's layers
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from structmat.nn.linear import FrozenLinear
+from structmat.nn.recurrent.as_torch import AsTorch
 from structmat.nn.recurrent.cells import Cell, State
-from structmat.nn.recurrent.options import OPTIONS, Options
+from structmat.nn.recurrent.options import Options
 from structmat.nn.recurrent.run import run_layers
 from structmat.nn.recurrent.sequences import Given
 
 
-class FrozenRecurrent(nn.Module):
+class FrozenRecurrent(AsTorch):
     """A recurrent layer with fixed tensors: what ``freeze`` of a structured one returns. Called like that one.
 
     Args:
@@ -37,14 +37,6 @@ class FrozenRecurrent(nn.Module):
         """Outputs and last states, as PyTorch's layer returns them."""
         y, state = run_layers(self, self.cell, self.options, input, hx)
         return y, as_returned(state)
-
-    def flatten_parameters(self) -> None:
-        """Nothing, as of the layer that was frozen."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in OPTIONS and "options" in self.__dict__:
-            return getattr(self.options, name)
-        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return f"{type(self.cell).__name__}, {self.options}"

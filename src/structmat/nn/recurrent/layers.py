@@ -228,7 +228,6 @@ class StructuredRNN(Recurrent):
             dtype=dtype,
             generator=generator,
         )
-        self.nonlinearity = nonlinearity
 
     @classmethod
     def from_rnn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 from structmat.errors import ShapeError, StructureError
@@ -100,7 +100,3 @@ class Options:
             yield f"hh{suffix}", (gates * self.hidden_size, self.state_size), self.bias
             if self.proj_size:
                 yield f"hr{suffix}", (self.proj_size, self.hidden_size), False
-
-
-OPTIONS = tuple(option.name for option in fields(Options))
-"""Their names, in PyTorch's order."""
