@@ -75,6 +75,9 @@ class Reads(nn.Module):
         super().__init__()
         self.ls = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
         self.by_name = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+        self.looped = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.values = nn.ModuleDict({"a": nn.Linear(16, 16)})
+        self.held = nn.Linear(16, 16)
         self.stack = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
         self.rnn, self.other = nn.GRU(16, 16), nn.GRU(16, 16)
         self.attn, self.out = nn.MultiheadAttention(16, 2), nn.MultiheadAttention(16, 2)
@@ -87,6 +90,12 @@ class Reads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.ls[0].weight.dtype).to(self.by_name["a"].weight).to(self.dtype)
+        for _, own in enumerate(self.looped):
+            x = own(x.to(own.weight.dtype))
+        for own in self.values.values():
+            x = own(x.to(own.weight.dtype))
+        held = self.held
+        x = held(x.to(held.weight.dtype))
         for layer in (*self.ls, *self.by_name.values(), *self.stack):
             x = torch.tanh(layer(x))
         x = self.rnn(x, self.rnn.weight_hh_l0.new_zeros(1, x.shape[1], 16))[0]
@@ -102,7 +111,8 @@ def test_layers_whose_weights_a_model_reads_are_kept_with_the_reason() -> None:
     data = [torch.randn(5, 4, 16) for _ in range(2)]
     result = sm.compress(Reads(), budget=sm.Parameters(0.95), calibration=data, overrides={"*": sm.LowRank(rank=2)})
     reasons = {skipped["name"]: skipped["reason"] for skipped in result.report.skipped}
-    for name in ("ls.0", "by_name.a", "stack.0", "stack.1"):  # which of a stack -1 is, is not looked for
+    read = ["ls.0", "by_name.a", "looped.0", "looped.1", "values.a", "held", "stack.0", "stack.1"]
+    for name in read:  # which of a stack -1 is, is not looked for
         assert reasons[name] == "Reads reads its weight"
     assert reasons["rnn"] == "Reads reads its weight_hh_l0"
     assert reasons["attn"] == "Reads reads its in_proj_weight"

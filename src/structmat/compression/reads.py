@@ -15,7 +15,10 @@ from torch import nn
 Path = tuple[str, ...]
 """Names and indices after ``self``; ``"*"`` for an index that is not written as a constant."""
 
-_PATH = re.compile(r"\bself((?:\.\w+|\[[^\[\]]*\])+)")
+_CHAIN = r"((?:\.\w+|\[[^\[\]]*\])+)"
+_PATH = re.compile(rf"\bself{_CHAIN}")
+_ASSIGNED = re.compile(rf"\b(\w+)\s*=\s*self{_CHAIN}[ \t]*$", re.MULTILINE)
+_LOOP = re.compile(rf"\bfor\s+(?:\w+\s*,\s*)?(\w+)\s+in\s+(?:\w+\()?self{_CHAIN}")
 _PART = re.compile(r"\.(\w+)|\[([^\[\]]*)\]")
 _CONSTANT = re.compile(r"\d+|(['\"])\w+\1")
 
@@ -75,8 +78,18 @@ def _read_in(method: FunctionType) -> frozenset[Path]:
         source = textwrap.dedent(inspect.getsource(method))
     except (OSError, TypeError):
         return frozenset()  # without source: what it reads shows in calibration, where such layers are never called
-    found = (tuple(_part(*part) for part in _PART.findall(chain)) for chain in _PATH.findall(source))
+    found = [_path(chain) for chain in _PATH.findall(source)]
+    held = [(variable, _path(chain)) for variable, chain in _ASSIGNED.findall(source)]
+    for variable, chain in _LOOP.findall(source):
+        path = _path(chain)
+        held.append((variable, (*(path[:-1] if path[-1] in ("values", "items") else path), "*")))
+    for variable, start in held:
+        found += [start + _path(chain) for chain in re.findall(rf"(?<![\w.]){variable}{_CHAIN}", source)]
     return frozenset(path for path in found if len(path) > 1)
+
+
+def _path(chain: str) -> Path:
+    return tuple(_part(*part) for part in _PART.findall(chain))
 
 
 def _part(attribute: str, index: str) -> str:
