@@ -488,7 +488,7 @@ def test_the_example_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         ('model = "userland:make"\n[recover]\nzzz = 3', "no setting zzz. Known are anneal"),
         ('model = "userland:make"\n[recover]\noptimizer = "sgd"', "optimizer is one of adam, soap; got 'sgd'"),
         ('model = "userland:make"\n[recover]\nsteps = 0', "steps is an integer of at least 1"),
-        ('model = "userland:make"\n[recover]\nclip = "much"', "Its settings are those of structmat.Distill"),
+        ('model = "userland:make"\n[recover]\nclip = "much"', "Distill(clip='much'): clip is a number."),
         ('model = "userland:make"\n[recover]\ndata = "userland:none"', "recover: data userland:none: userland has no"),
         ('model = "userland:make"\nstep = [0.7]\nbudget = 0.5', "Say how with --recover"),
         ('model = "userland:make"\nstep = [0.7]\nloss = 0.5\nrecover = 2', "goes before one --budget"),

@@ -45,6 +45,26 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[StructmatError], str]] = {
             ("plan", {}, r"plan= is a structmat\.Plan, such as Plan\.read\('plan\.json'\); got dict"),
         )
     },
+    **{
+        f"Distill({name}={value!r})": (
+            lambda name=name, value=value: sm.Distill(**{name: value}),  # type: ignore[misc]
+            StructureError,
+            message,
+        )
+        for name, value, message in (
+            ("minutes", "5", r"minutes='5'\): minutes is a number"),
+            ("learning_rate", "1e-3", r"learning_rate='1e-3'\): learning_rate is a number"),
+            ("temperature", True, r"temperature=True\): temperature is a number"),
+            ("minutes", float("inf"), r"minutes is above 0 and finite, or None"),
+            ("blocks", 3, r"blocks=3\) is a sequence of patterns, such as"),
+            ("blocks", [1], r"blocks=\[1\]\) is a sequence of patterns, such as"),
+        )
+    },
+    "a recovery that is none": (
+        lambda: sm.compress(nn.Sequential(nn.Linear(8, 8)), budget=sm.Parameters(0.5), recover=300),
+        ModelError,
+        r"recover= is a structmat\.Distill, such as Distill\(steps=300\); got 300",
+    ),
     "a group of layers that there are not": (
         lambda: sm.compress(nn.Sequential(nn.Linear(8, 8)), budget={"*attn*": sm.Parameters(0.5)}),
         ModelError,

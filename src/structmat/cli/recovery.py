@@ -57,10 +57,7 @@ def distill(asked: int | Mapping[str, Any], folder: Path | None) -> Any:
         found[name] = value
     if "minutes" in found and "steps" not in found:
         found["steps"] = None
-    try:
-        return Distill(**found)
-    except TypeError as error:  # a value of another kind, compared with a number
-        raise fail(f"recover: {error}. Its settings are those of structmat.Distill.") from error
+    return Distill(**found)
 
 
 def _key(name: str) -> str:

@@ -132,10 +132,11 @@ class Distill:
             )
         if self.patience is not None and self.held_out is None:
             raise StructureError("Distill(patience=...) counts looks at held_out batches. Give held_out=....")
-        if not isinstance(self.blocks, str) and not all(isinstance(pattern, str) for pattern in self.blocks):
-            raise StructureError(f"Distill(blocks={self.blocks!r}) is a sequence of patterns, such as ['layers.*'].")
         if isinstance(self.blocks, str):
             raise StructureError(f"Distill(blocks={self.blocks!r}) is a sequence of patterns. Pass [{self.blocks!r}].")
+        patterns: object = self.blocks
+        if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise StructureError(f"Distill(blocks={self.blocks!r}) is a sequence of patterns, such as ['layers.*'].")
         positive, not_negative, share = "above 0 and finite", "at least 0 and finite", "at least 0 and below 1"
         count, some = "an integer of at least 0", "an integer of at least 1"
         rules = {
