@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,25 @@ from structmat.errors import ModelError, StructmatError, StructureError
 
 def structured() -> nn.Module:
     return nn.Sequential(sm.nn.StructuredLinear(8, 8, structure=sm.LowRank(2)))
+
+
+def dense() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8))
+
+
+def normed() -> nn.Module:
+    """With a weight that has been computed from others once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = nn.Sequential(nn.Linear(8, 8), torch.nn.utils.weight_norm(nn.Linear(8, 8)))
+    model(torch.zeros(1, 8))
+    return model
+
+
+def locked() -> nn.Module:
+    model = dense()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    return model
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[StructmatError], str]] = {
@@ -100,6 +121,21 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[StructmatError], str]] = {
         lambda: sm.Distill(anneal=1.5),
         StructureError,
         r"Distill\(anneal=1\.5\): anneal is at least 0 and below 1",
+    ),
+    "weights that are computed": (
+        lambda: sm.compress(normed(), budget=sm.Parameters(0.5)),
+        ModelError,
+        r"can't be copied: .*remove_weight_norm on .*parametrizations\.weight_norm",
+    ),
+    "an attribute that can't be copied": (
+        lambda: sm.compress(locked(), budget=sm.Parameters(0.5)),
+        ModelError,
+        r"can't be copied: cannot pickle '_thread\.lock' object\. .* compress_ with original=",
+    ),
+    "the same in place": (
+        lambda: sm.compress_(locked(), budget=sm.Parameters(0.5), calibration=[torch.zeros(4, 8)]),
+        ModelError,
+        r"can't be copied: cannot pickle '_thread\.lock' object",
     ),
     "rates by a word": (
         lambda: sm.Distill(rates="layer"),  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from structmat.compression.evaluate import Evaluate, name_of, quality_of
 from structmat.compression.make import Maker
 from structmat.compression.plan import Plan
 from structmat.compression.split import Splits
+from structmat.compression.untouched import copied
 from structmat.compression.workfolder import digest
 
 
@@ -50,7 +51,7 @@ class Builder:
 
     def model(self, plan: Plan) -> nn.Module:
         """The model of a plan, without recovery."""
-        found = copy.deepcopy(self._model)
+        found = copied(self._model)
         self.maker.fit_(found, plan, copy.deepcopy(self._splits))
         return found
 

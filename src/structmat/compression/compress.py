@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +44,7 @@ from structmat.compression.scan import Site, adapter_of
 from structmat.compression.score import Measurement, score
 from structmat.compression.screen import screen
 from structmat.compression.split import split_, split_apart, whole_again_
-from structmat.compression.untouched import left_as_it_was
+from structmat.compression.untouched import copied, left_as_it_was
 from structmat.compression.watched import as_called, calibrated, called
 from structmat.compression.workfolder import WorkFolder, digest, fingerprint
 from structmat.projection.project import DEFAULT_SWEEPS
@@ -71,7 +70,7 @@ class Result(Generic[Model]):
 
 def compress(model: Model, *, budget: Goal | None = None, **options: Any) -> Result[Model]:
     """:func:`compress_` on a copy: the model that is given is not modified."""
-    return compress_(copy.deepcopy(model), budget=budget, original=model, **options)
+    return compress_(copied(model) if isinstance(model, nn.Module) else model, budget=budget, original=model, **options)
 
 
 def compress_(
@@ -147,7 +146,7 @@ def compress_(
     Raises:
         BudgetError: the budget can't be met; the message names the smallest feasible one.
         DataError: weights, activations or gradients are NaN or infinite, or there is no calibration data in the loader.
-        ModelError: there is nothing to compress, or a pattern matches nothing.
+        ModelError: there is nothing to compress, a pattern matches nothing, or the model can't be copied.
     """
     from structmat import __version__
 
@@ -177,7 +176,7 @@ def compress_(
             found, goals = asked.found, asked.goals
             base = digest(__version__, fingerprint(model), [dataclasses.astuple(s) for s in found.sites], seed)
         if original is None and (recover is not None or calibration is not None):
-            original = copy.deepcopy(model)
+            original = copied(model)
         kept.twin = original
         before = _Before(stored_numbers(model), bytes_of(model))
         with clock("evaluate"):

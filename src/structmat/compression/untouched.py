@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from structmat.errors import ModelError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _TABLES = (
     "_parameters",
@@ -68,6 +76,31 @@ class Kept:
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
+
+
+def copied(model: Model) -> Model:
+    """A copy of a model.
+
+    Raises:
+        ModelError: it holds something that can't be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+        old = next((type(hook).__name__ for hook in hooks if isinstance(hook, WeightNorm | SpectralNorm)), None)
+        if old is not None:
+            words = "weight_norm" if old == "WeightNorm" else "spectral_norm"
+            raise ModelError(
+                f"The model can't be copied: torch.nn.utils.{words} leaves weights that are computed. Call "
+                f"torch.nn.utils.remove_{words} on its layers, or use torch.nn.utils.parametrizations.{words}."
+            ) from error
+        raise ModelError(
+            f"The model can't be copied: {error}. Take what can't be out of its attributes, or call compress_ with "
+            f"original=..., the same model as another object."
+        ) from error
 
 
 @contextmanager
