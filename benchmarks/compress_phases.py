@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import compress_cells, compress_measure
 from benchmarks.compress_cells import Cell
-from benchmarks.compress_methods import PRUNED, SMALL, as_sparse, make, processor_seconds, rates, skeleton
+from benchmarks.compress_methods import OURS, PRUNED, SMALL, as_sparse, make, processor_seconds, rates, skeleton
 from benchmarks.files import environment
 from benchmarks.real_models import MODELS, RealModel
 
@@ -175,17 +175,20 @@ def step_seconds(cell: Cell) -> dict[str, Any]:
 
 
 def recovery_settings(cell: Cell, steps: int, rate: float) -> Any:
-    """The same for every method of a model, but that batch normalisation of fresh networks always learns."""
+    """The same for every method of a model, but that batch normalisation of fresh networks always learns, and that our
+    sparse layers may choose their entries in place of a closed form before the first step."""
     import structmat as sm
 
     real = MODELS[cell.model]
+    thin = real.thins if cell.method == OURS else 0.0
     return sm.Distill(
         steps=steps,
         data=real.training(cell.seed),
         held_out=real.held_out(),
         learning_rate=rate,
         optimizer=real.optimizer,
-        closed_form=True,
+        closed_form=not thin,
+        thin=thin,
         own_loss=real.own_loss,
         temperature=real.temperature,
         normalise=real.normalise or cell.method == SMALL,

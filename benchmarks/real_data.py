@@ -48,6 +48,7 @@ class RealModel:
         normalise: whether batch normalisation learns its statistics in recovery.
         rates: the learning rates that every method is tried with.
         optimizer: of the recovery.
+        thins: share of the recovery of our models in which their sparse layers choose their entries.
         own_loss: weight of the task's own loss beside the distance from the original.
         loss: ``loss(output, batch)``, where the batch's labels are none of the usual.
     """
@@ -73,6 +74,7 @@ class RealModel:
     normalise: bool = False
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     optimizer: Optimizer = Optimizer.ADAM
+    thins: float = 0.0
     own_loss: float = 0.0
     loss: Callable[[Any, Any], Tensor] | None = None
 

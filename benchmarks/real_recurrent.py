@@ -156,6 +156,7 @@ CHAR_LSTM = RealModel(
     forward=_said,
     rates=(1e-3, 3e-3, 1e-2),
     optimizer=Optimizer.SOAP,
+    thins=0.5,
 )
 
 # ------------------------------------------------------------------------------------------------- the spelling GRU

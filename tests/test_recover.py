@@ -257,6 +257,21 @@ def test_bad_data(original: Classifier, student: Classifier) -> None:
     bad = [(torch.full((16, 10), float("nan")), torch.arange(16) % 4)]
     with pytest.raises(DataError, match="nan at step 0"):
         recover(student, original, bad, show=False)
+    with pytest.raises(DataError, match="held-out batches is NaN"):
+        recover(student, original, batches(), Distill(held_out=bad), show=False)
+
+
+def test_an_end_that_is_worse_than_the_start_is_said(
+    original: Classifier, student: Classifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    recover(copy.deepcopy(student), original, batches(), Distill(steps=3), show=False)
+    assert not caplog.records
+    recover(copy.deepcopy(student), original, batches(), Distill(steps=4, learning_rate=1e2), show=False)
+    assert "ends farther from the original than it began" in caplog.text
+    assert "Lower learning_rate=100" in caplog.text
+    data = [(x.half(), labels) for x, labels in batches()]
+    with pytest.raises(DataError, match=r"Recovery made .* NaN or infinite: lower learning_rate=1000000\.0"):
+        recover(student.half(), original.half(), data, Distill(steps=1, learning_rate=1e6, warmup=0), show=False)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Result(Generic[Model]):
 
 def compress(model: Model, *, budget: Goal | None = None, **options: Any) -> Result[Model]:
     """:func:`compress_` on a copy: the model that is given is not modified."""
-    return compress_(copied(model) if isinstance(model, nn.Module) else model, budget=budget, original=model, **options)
+    return compress_(copied(model), budget=budget, original=model, **options)
 
 
 def compress_(

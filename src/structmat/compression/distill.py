@@ -61,6 +61,11 @@ class Distill:
             :func:`structmat.compression.reconstruct.reconstruct`; kept if the ``held_out`` batches say so.
         anneal: share of the distillation in which what the structures lost is added back, from all of it down to
             nothing: the model begins as the original and becomes the compressed one.
+        thin: share of the distillation in which sparse layers choose their entries: each begins with the original's
+            matrix and loses the entries that are missed least until it has the number that it shall have (see
+            :class:`structmat.compression.thinning.Thinning`). A step costs what it would with dense layers in their
+            places. Worth its time where recovery is long and sparse layers feed back, as those of recurrent nets do.
+            Neither with ``closed_form`` nor with steps before distillation.
         normalise: batch normalisation uses and learns the statistics of the batches, as in training, rather than those
             that it has.
         statistics: estimate the statistics of batch normalisations again at the end, where that brings the outputs
@@ -95,6 +100,7 @@ class Distill:
     hidden: float = 0.0
     closed_form: bool = False
     anneal: float = 0.0
+    thin: float = 0.0
     normalise: bool = False
     statistics: bool = True
     warmup: float = 0.05
@@ -130,6 +136,11 @@ class Distill:
                 "Distill(anneal=..., closed_form=True): what annealing adds back belongs to the factors as they were "
                 "fitted. Choose one."
             )
+        if self.thin and (self.closed_form or self.before):
+            raise StructureError(
+                "Distill(thin=...) begins with the original's matrices: leave out closed_form, layerwise and "
+                "blockwise, which would change sparse layers before."
+            )
         if self.patience is not None and self.held_out is None:
             raise StructureError("Distill(patience=...) counts looks at held_out batches. Give held_out=....")
         if isinstance(self.blocks, str):
@@ -149,6 +160,7 @@ class Distill:
             "blockwise": (_is_whole(self.blockwise, 0), count),
             "hidden": (0 <= self.hidden < math.inf, not_negative),
             "anneal": (0 <= self.anneal < 1, share),
+            "thin": (0 <= self.thin < 1, share),
             "rates": (isinstance(self.rates, Rates), f"one of {', '.join(f'Rates.{rates.name}' for rates in Rates)}"),
             "optimizer": (
                 isinstance(self.optimizer, Optimizer),
@@ -186,6 +198,7 @@ _NUMBERS = (
     "blockwise",
     "hidden",
     "anneal",
+    "thin",
     "warmup",
     "clip",
     "weight_decay",

@@ -26,6 +26,7 @@ from structmat.compression.running import Forward, Loss, check_loader, device_of
 from structmat.compression.split import split_apart
 from structmat.compression.statistics import reestimate, tensors_of
 from structmat.compression.teaching import Teaching
+from structmat.compression.thinning import LOOK_EVERY, Thinning
 from structmat.compression.workfolder import digest, fingerprint
 from structmat.errors import DataError
 from structmat.learn.groups import parameter_groups, recovery_groups
@@ -83,28 +84,35 @@ def recover(
         show: a progress bar on stderr.
 
     Raises:
-        DataError: no batch, a batch that the model can't be called with, or a loss that is NaN or infinite.
+        DataError: no batch, a batch that the model can't be called with, or a loss, a distance on ``held_out`` or, in
+            the end, a weight that is NaN or infinite.
         FormatError: the folder holds a checkpoint of another run.
     """
     settings = settings or Distill()
     check_loader(data if settings.data is None else settings.data)
-    moving = None
-    if settings.windows:
-        assert settings.steps is not None
-        moving = MovingWindows(model, settings.steps, seed)
-    run = _Run(model, original, data if settings.data is None else settings.data, settings, forward, loss, seed, moving)
     # Where parts are compared, the original's matrices must be layers of their own too.
     layers = [name for name, _ in model.named_modules()]
-    compares = settings.layerwise or settings.blockwise or settings.hidden or settings.anneal
-    apart = split_apart(original, layers) if compares else contextlib.nullcontext()
-    with (
-        apart,
-        evaluating(model),
-        evaluating(original),
-        torch.random.fork_rng(devices=[]),
-        Progress(show) as progress,
-    ):
-        done = run.go(Path(folder) if folder is not None else None, progress)
+    compares = settings.layerwise or settings.blockwise or settings.hidden or settings.anneal or settings.thin
+    moving, thinning = None, None
+    with split_apart(original, layers) if compares else contextlib.nullcontext():
+        if settings.windows:
+            assert settings.steps is not None
+            moving = MovingWindows(model, settings.steps, seed)
+        if settings.thin:
+            thinning = Thinning(model, original, settings.thin)
+        try:
+            data = data if settings.data is None else settings.data
+            run = _Run(model, original, data, settings, forward, loss, seed, moving, thinning)
+            with (
+                evaluating(model),
+                evaluating(original),
+                torch.random.fork_rng(devices=[]),
+                Progress(show) as progress,
+            ):
+                done = run.go(Path(folder) if folder is not None else None, progress)
+        finally:
+            if thinning is not None:  # what is interrupted has its structures too
+                thinning.harden()
     if moving is not None:
         moving.harden()
         done = replace(done, windows=moving.films())
@@ -124,8 +132,9 @@ class _Run:
         loss: Loss | None,
         seed: int,
         moving: MovingWindows | None,
+        thinning: Thinning | None,
     ) -> None:
-        self.moving = moving
+        self.moving, self.thinning = moving, thinning
         self.model, self.original, self.data, self.settings = model, original, data, settings
         self.forward, self.seed = forward, seed
         self.start = digest(fingerprint(model), fingerprint(original))
@@ -149,10 +158,12 @@ class _Run:
         self.seconds = 0.0
         self.losses: list[tuple[int, float]] = []
         self.recent: list[float] = []
+        self.first: float | None = None  # loss of distillation, at its first step
         self.checks: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] | None = None
         self.caution = 1.0  # factor of all learning rates
         self.judged = 0  # how often it was asked whether that shall be lower
+        self.looks = tuple(at for at in _JUDGED if at > settings.thin)
         self.done = False
         self.closed_form: dict[str, Any] | None = None
         self.statistics: dict[str, Any] | None = None
@@ -179,12 +190,17 @@ class _Run:
                 self._check()
             if settings.closed_form and self.closed_form is None:
                 self._solve()
+            if self.thinning is not None and self.step == 0:
+                self.thinning.begin()
+                self._read()
             for _ in progress.track(self._steps(started), "recover", total=self._total()):
                 if folder is not None and time.monotonic() - saved >= settings.save_every:
                     self._save(folder)
                     saved = time.monotonic()
             self._note()
-            if settings.held_out is not None and self.checks[-1][0] != self.step:
+            if settings.held_out is None:
+                self._look_back()
+            elif self.checks[-1][0] != self.step:
                 self._check()
             if self.best is not None:
                 self._write(self.best)
@@ -214,6 +230,26 @@ class _Run:
             self.statistics,
         )
 
+    def _look_back(self) -> None:
+        """Without held-out batches the last state stays: refuse one that is none, and say where it is farther off than
+        the first. Annealing and thinning begin near the original, so that their first loss says nothing."""
+        for name, parameter in self.names.items():
+            if not bool(torch.isfinite(parameter.detach()).all()):
+                raise DataError(
+                    f"Recovery made {name} NaN or infinite: lower learning_rate={self.settings.learning_rate}, or give "
+                    f"held_out=..., so that the best state is kept."
+                )
+        first, last = self.first, self.losses[-1][1] if self.losses else 0.0
+        near = self.settings.anneal or self.settings.thin
+        if first is not None and not near and last > _FAR * first:
+            logger.warning(
+                "recovery ends farther from the original than it began: the training loss was %.4g at the first step "
+                "and is %.4g at the end. Lower learning_rate=%g, or give held_out=..., so that the best state is kept.",
+                first,
+                last,
+                self.settings.learning_rate,
+            )
+
     def _solve(self) -> None:
         """Last factors by least squares, unless the held-out batches are farther off then."""
         held = self._state()
@@ -237,9 +273,16 @@ class _Run:
             share = self._share()
             if share >= 1.0:
                 return
-            self._learn(to_device(batch, self.device), share)
+            batch = to_device(batch, self.device)
+            if self.thinning is not None and not self.thinning.is_over and self.step % LOOK_EVERY == 0:
+                draw = (self.seed + self.step * 1_000_003) % 2**63  # the same where a run goes on
+                self.thinning.look(self.teaching.sensitivities(batch, self.thinning.weights, draw))
+            self._learn(batch, share)
             self.step += 1
             self.seconds = time.monotonic() - started
+            if self.thinning is not None:
+                self.thinning.step(self._thinned(), self._share())
+                self._publish()
             if self.step % self.settings.check_every == 0:
                 self._note()
                 if self.settings.held_out is not None and not self._fades():
@@ -250,8 +293,16 @@ class _Run:
             yield self.step
 
     def _fades(self) -> bool:
-        """Whether something is still added back, so that the model itself says little yet."""
+        """Whether something is still added back or not yet dropped, so that the model itself says little yet."""
+        if self.thinning is not None and not self.thinning.is_over:
+            return True
         return self.step > self.settings.before and self.teaching.rest(self._share()) > 0
+
+    def _thinned(self) -> list[Tensor]:
+        """What loses entries, in the precision in which it learns."""
+        assert self.thinning is not None
+        names = {id(parameter): name for name, parameter in self.names.items()}
+        return [self.masters[names[id(weight)]] for weight in self.thinning.weights]
 
     def _has_stalled(self) -> bool:
         patience = self.settings.patience
@@ -265,7 +316,7 @@ class _Run:
         one."""
         if self.step <= self.settings.before:
             return
-        due = sum(share >= at for at in _JUDGED)
+        due = sum(share >= at for at in self.looks)
         most = (_FAR if due > self.judged else _WILD) * self.checks[0][1]
         self.judged = due
         if self.checks[-1][1] <= most:
@@ -313,6 +364,8 @@ class _Run:
         if self.moving is not None and moves:
             self.moving.step()
         self.recent.append(float(value.detach()))
+        if self.step == self.settings.before:
+            self.first = self.recent[-1]
 
     def _publish(self) -> None:
         """Round the float32 masters to the parameters in half precision."""
@@ -352,6 +405,8 @@ class _Run:
                 tensor.copy_(state[name])
         if self.moving is not None:
             self.moving.place(state)
+        if self.thinning is not None and self.thinning.is_over:
+            self.thinning.follow(self._thinned())
         self._publish()
 
     def _read(self) -> None:
@@ -381,6 +436,8 @@ class _Run:
             tensors |= {f"best.{name}": value for name, value in self.best.items()}
         if self.moving is not None:
             tensors |= {f"moving.{name}": value for name, value in self.moving.tensors().items()}
+        if self.thinning is not None:
+            tensors |= {f"thinning.{name}": value for name, value in self.thinning.tensors().items()}
         tensors["random"] = torch.random.get_rng_state()
         facts = {
             "step": self.step,
@@ -388,6 +445,7 @@ class _Run:
             "objective": self.teaching.objective,
             "losses": self.losses,
             "recent": self.recent,
+            "first": self.first,
             "checks": self.checks,
             "caution": self.caution,
             "judged": self.judged,
@@ -395,6 +453,7 @@ class _Run:
             "statistics": self.statistics,
             "done": self.done,
             "moving": None if self.moving is None else self.moving.facts(),
+            "dropped": None if self.thinning is None else self.thinning.dropped,
         }
         write_checkpoint(folder, Checkpoint(self._identity(), facts, tensors))
 
@@ -419,9 +478,12 @@ class _Run:
         self.recent, self.done = [float(v) for v in facts["recent"]], bool(facts["done"])
         self.caution, self.judged = float(facts["caution"]), int(facts.get("judged", 0))  # older ones lack it
         self.closed_form, self.statistics = facts["closed_form"], facts["statistics"]
+        self.first = facts.get("first")  # older ones lack it
         if self.moving is not None:
             self.moving.load(facts["moving"], _of(tensors, "moving."))
             self.moving.slow_down(self.caution)
+        if self.thinning is not None:
+            self.thinning.load(facts["dropped"], _of(tensors, "thinning."))
         logger.info("recovery goes on from step %d", self.step)
 
 

@@ -180,7 +180,7 @@ def _replaced(
                 facts = {k: v for k, v in done[name].__dict__.items() if k not in ("name", "structure")}
                 tensors = {f"{copy}.{n}": t for copy, m in enumerate(matrices) for n, t in m.tensors.items()}
                 folder.store(piece, own, facts, tensors)
-            layer = _structured(module, matrices)
+            layer = structured(module, matrices)
             put(model, site, layer)
             for head in site.tied:
                 parent, child = parent_and_child(model, head)
@@ -228,8 +228,9 @@ def _site(model: nn.Module, name: str, plan: Plan) -> Site:
     return site
 
 
-def _structured(module: nn.Module, matrices: Sequence[StructuredMatrix]) -> nn.Module:
-    """The layer that takes a module's place: its bias, dtype, device, mode and ``requires_grad``."""
+def structured(module: nn.Module, matrices: Sequence[StructuredMatrix]) -> nn.Module:
+    """The layer of other matrices that takes a dense module's place: its bias, dtype, device, mode and
+    ``requires_grad``."""
     weight, bias = cast(Tensor, module.weight), cast(Tensor | None, getattr(module, "bias", None))
     moved = [matrix.to(dtype=weight.dtype, device=weight.device) for matrix in matrices]
     layer = adapter_of(module).build(module, moved)

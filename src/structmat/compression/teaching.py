@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structmat.compression.distill import Distill
@@ -99,6 +101,34 @@ class Teaching:
                 "learning_rate."
             )
         return total / count
+
+    def sensitivities(self, batch: Any, weights: Sequence[Tensor], seed: int) -> list[Tensor]:
+        """How much each number of some weights matters to the outputs: the squared gradient of these along a direction
+        that is drawn.
+
+        For logits the direction is that of classes drawn by the model itself: the mean over draws is, but for a factor,
+        the diagonal of the Fisher information, half of which times the square of a small change is the distance that it
+        causes (Martens 2020, New insights and perspectives on the natural gradient method, sections 5 and 9). For other
+        outputs it is normal, which gives the same for squared errors. One forward and one backward pass.
+
+        Args:
+            batch: on the device of the model.
+            weights: parameters of the model.
+            seed: of the draw.
+        """
+        found = outcome(call(self._model, batch, self._forward), batch)
+        values = found.values.float()
+        random = torch.Generator(values.device).manual_seed(seed)
+        if found.classes:
+            log_p = F.log_softmax(values / self._settings.temperature, -1)
+            drawn = torch.multinomial(log_p.detach().exp(), 1, generator=random)
+            terms = log_p.gather(-1, drawn)[:, 0]
+            mask = padding(batch, found)
+            direction = (terms if mask is None else terms * mask).mean()
+        else:
+            normal = torch.randn(values.shape, generator=random, device=values.device)
+            direction = (values * normal).mean()
+        return [gradient.float().square() for gradient in torch.autograd.grad(direction, list(weights))]
 
     @cached_property
     def _layers(self) -> Parts:
