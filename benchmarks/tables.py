@@ -170,7 +170,7 @@ def _preface(results: Iterable[dict[str, Any]]) -> list[str]:
         f'*Excess removed* is the share of the loss of quality of "{REFERENCE}" (before recovery, same budget) that is '
         "gone. Where there are several seeds: mean ± standard deviation (number of seeds). "
         "Recovery is distillation from the original, for the recurrent nets by SOAP, for g2p-gru with the task's own "
-        "loss beside it, with the same settings for every method of a model, but that sparse layers of ours choose their "
+        "loss beside it, with the same settings for every method of a model, but that our sparse layers choose their "
         "entries meanwhile for char-lstm (`Distill(thin=0.5)`), for as many steps as fit into the same minutes of the "
         "processor, which are said: cells with fewer than others are of an earlier study. "
         "*Time* is that of the frozen compressed model by that of the original, at several batch sizes; *tuned* after "
