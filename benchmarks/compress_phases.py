@@ -22,6 +22,9 @@ from benchmarks.real_models import MODELS, RealModel
 CLOCKED_STEPS = 24
 """Steps of recovery whose median says how many fit."""
 
+WARM_STEPS = 4
+"""Before these."""
+
 
 def compressed(cell: Cell, real: RealModel) -> tuple[nn.Module, dict[str, Any]]:
     """The compressed model of a cell, before recovery, with what is known about its making."""
@@ -144,7 +147,8 @@ def run_tune(cell: Cell) -> dict[str, Any]:
 
 
 def step_seconds(cell: Cell) -> dict[str, Any]:
-    """The processor's median time from one training batch to the next, after a few that warm up."""
+    """The processor's median time from one training batch to the next, after a few that warm up; the mean of both parts
+    where sparse layers are dense at first."""
     from structmat.compression.recover import recover
 
     real = MODELS[cell.model]
@@ -157,7 +161,7 @@ def step_seconds(cell: Cell) -> dict[str, Any]:
                 yield batch
 
     settings = dataclasses.replace(
-        recovery_settings(cell, CLOCKED_STEPS + 4, rates(cell.method, real)[0]),
+        recovery_settings(cell, CLOCKED_STEPS + WARM_STEPS, rates(cell.method, real)[0]),
         data=Batches(),
         held_out=None,
         closed_form=False,
@@ -165,10 +169,14 @@ def step_seconds(cell: Cell) -> dict[str, Any]:
     )
     model = started(cell)
     recover(model, real.load(), (), settings, forward=real.forward, loss=real.loss, seed=cell.seed)
-    steps = [after - before for before, after in itertools.pairwise(times[-CLOCKED_STEPS:])]
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    dense, later = steps[WARM_STEPS : (split := round(settings.thin * len(times)))], steps[max(split, WARM_STEPS) :]
+    seconds = statistics.median(later)
+    if dense:
+        seconds = settings.thin * statistics.fmean(dense) + (1 - settings.thin) * seconds
     return {
         "cell": dataclasses.asdict(cell),
-        "seconds": statistics.median(steps),
+        "seconds": seconds,
         "threads": torch.get_num_threads(),
         "environment": environment(),
     }
