@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 import structmat as sm
 from structmat.compression.allocate import allocate, water_filling
 from structmat.compression.candidates import Candidate, LayerScreen
+from structmat.compression.quiet import without_lines
 from structmat.errors import BudgetError
 
 
@@ -171,3 +174,22 @@ def test_learned_C19_A1_is_optimal_by_brute_force_when_the_budget_is_spent() -> 
             if 24 * sum(choice) <= most
         )
         assert tail(ranks, values) == pytest.approx(best)
+
+
+def test_the_solver_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for seed in range(20):
+        allocate(random_screening(seed, 20, 15), sm.Parameters(0.31))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lines_of_compiled_code_are_left_out_and_others_come(capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        os.write(1, b"Solver::step run();\nanother\n")
+        sys.__stdout__.write("mine\n")  # type: ignore[union-attr]
+        raise ValueError("inside")
+
+    os.write(1, b"before\n")
+    with pytest.raises(ValueError, match="inside"), without_lines(b"Solver::"):
+        work()
+    os.write(1, b"after\n")
+    assert capfd.readouterr().out == "before\nanother\nmine\nafter\n"

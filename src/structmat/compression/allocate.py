@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from structmat.compression.budget import Budget, Memory, Parameters, limit
 from structmat.compression.candidates import Candidate, LayerScreen, Screening
+from structmat.compression.quiet import without_lines
 from structmat.errors import BudgetError
 from structmat.structure import Shape, Structure, resolve
 from structmat.structures.dense import Dense
@@ -246,7 +248,7 @@ def _within_reach(menus: _Menus, most: np.ndarray, limits: Sequence[Limit]) -> l
     costs = np.array([item.costs for item in items]).T / most[:, None]
     rows = scipy.sparse.hstack([one_each, scipy.sparse.csr_array((len(menus), 1))])
     within = np.hstack([costs, -np.ones((len(most), 1))])
-    result = milp(
+    result = _solved(
         np.append(np.zeros(len(items)), 1.0),
         constraints=[LinearConstraint(rows, 1, 1), LinearConstraint(within, -np.inf, 0.0)],
         integrality=np.append(np.ones(len(items)), 0),
@@ -263,6 +265,13 @@ def _within_reach(menus: _Menus, most: np.ndarray, limits: Sequence[Limit]) -> l
         f"No choice was found that keeps all budgets at once ({names}), though each alone can be met. {remedy}, or "
         f"allow more structures."
     )
+
+
+def _solved(*given: Any, **options: Any) -> Any:
+    """``scipy.optimize.milp`` without a line that HiGHS writes, even where it is told to be silent (jump-dev/HiGHS.jl,
+    issue 312)."""
+    with without_lines(b"HighsMipSolverData::"):
+        return milp(*given, **options)
 
 
 def _columns(menus: _Menus) -> tuple[list[_Item], scipy.sparse.csr_array]:
@@ -289,7 +298,7 @@ def _milp(
     costs = np.array([item.costs for item in items]).T / most[:, None]
     room = 1.0
     while True:
-        result = milp(
+        result = _solved(
             losses,
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(costs, -np.inf, room)],
             integrality=np.ones(len(items)),

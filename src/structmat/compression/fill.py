@@ -1,7 +1,9 @@
-"""Spending what an allocation leaves: the candidates of the screening lie on a grid, the budget does not."""
+"""Between the sizes of the screening, which lie on a coarse grid, and beyond: the budget does not."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -26,6 +28,9 @@ ENOUGH = 0.005
 ROUNDS = 3
 """How often at most."""
 
+NEAR = 1.1
+"""Two sizes of a family whose costs differ by less than this factor have none between them."""
+
 
 def fill(
     model: nn.Module,
@@ -44,11 +49,14 @@ def fill(
     floor: float = 0.0,
     seed: int = 0,
 ) -> tuple[Screening, Allocation]:
-    """Try larger members of the chosen families that fit into what is left, and allocate again.
+    """Try members of the chosen families that are a little larger or smaller, and allocate again.
 
-    For each layer that is not kept or fixed, the chosen family is asked what it would do with the layer's share and
-    all, half or a quarter of what is left. The new candidates get losses as all others (corrected by the layer's
-    measurements), so the allocation can only get better. Cost: three fits a layer and round.
+    For each layer that is not kept or fixed, the chosen family is asked what it would do half way to its next smaller
+    and its next larger size that was tried (of iterative fits those are a tenth of the dense numbers apart, and what
+    several layers would rather have lies between), and with the layer's share and all, half or a quarter of what is
+    left. Losses between two sizes are interpolated, powers of the cost; of larger members they are predicted and
+    corrected as all others. So the allocation can only get better. Cost: at most five fits without sweeps a layer and
+    round.
 
     Args:
         model, sites, screening, allocation, calibration: from the steps before.
@@ -67,8 +75,6 @@ def fill(
     workers: dict[str, LayerWorker] = {}  # a layer's decompositions serve all rounds
     for _ in range(ROUNDS):
         spent = sum(c.cost for c in allocation.chosen.values())
-        if all(allocation.left(site.name) <= ENOUGH * spent for site in sites):
-            break
         grown = dict(screening)
         for site in sites:
             chosen, left = allocation.chosen[site.name], allocation.left(site.name)
@@ -83,7 +89,10 @@ def fill(
             layer, factor = screening[site.name], (factors or {}).get(site.name, 1.0)
             if site.name not in workers:
                 workers[site.name] = layer_worker(model, site, budget, calibration, sweeps=SWEEPS, seed=seed)
-            found = _larger(workers[site.name], site, chosen, kind, left, layer, pairs, gain, factor)
+            worker = workers[site.name]
+            found = [] if kind is None else _between(worker, site, chosen, kind, layer)
+            if left > ENOUGH * spent:
+                found += _larger(worker, site, chosen, kind, left, layer, pairs, gain, factor)
             ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
             grown[site.name] = replace(layer, candidates=tuple(ordered))
         if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
@@ -91,6 +100,31 @@ def fill(
         screening = grown
         allocation = allocate(screening, limits or budget, fixed=fixed, floor=floor)
     return screening, allocation
+
+
+def _between(worker: LayerWorker, site: Site, chosen: Candidate, kind: Kind, layer: LayerScreen) -> list[Candidate]:
+    """New candidates of the chosen family between the chosen one and its neighbours in size."""
+    worker.seen |= {c.structure for c in layer.candidates}
+    best: dict[float, Candidate] = {}
+    for candidate in layer.candidates:
+        if candidate.variant == chosen.variant and candidate.loss <= best.get(candidate.cost, candidate).loss:
+            best[candidate.cost] = candidate
+    like = sorted((c for c in best.values() if c.cost > 0), key=lambda c: c.cost)
+    places = [place for place, candidate in enumerate(like) if candidate.cost == chosen.cost]
+    found: list[Candidate] = []
+    for place in places:
+        for small, large in itertools.pairwise(like[max(0, place - 1) : place + 2]):
+            if large.cost <= NEAR * small.cost or not small.loss >= large.loss > 0:
+                continue
+            share = math.sqrt(small.parameters * large.parameters) / site.numbers
+            for candidate in worker.try_share(kind, share, {chosen.variant}):
+                if not small.cost < candidate.cost < large.cost:
+                    continue
+                part = math.log(candidate.cost / small.cost) / math.log(large.cost / small.cost)
+                loss = small.loss ** (1 - part) * large.loss**part
+                error = small.error ** (1 - part) * large.error**part
+                found.append(replace(candidate, error=error, loss=loss))
+    return found
 
 
 def _larger(
