@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from recovery_models import Classifier, classifier, student_of
+from recovery_models import Classifier, batches, classifier, state, student_of
+from torch import nn
 
 import structmat as sm
 from structmat.compression.distill import Rates
-from structmat.compression.recover import Distill, _Run
+from structmat.compression.recover import Distill, recover
 from structmat.learn import learning_rate_multipliers, parameter_groups, recovery_groups
 
 
@@ -80,16 +82,21 @@ def test_fitted_factors_of_a_layer_learn_at_one_rate(student: Classifier) -> Non
     assert rates[id(student.second.weight)] == rates[id(student.head.weight)] == 0.1
 
 
-def test_rates_follow_the_structure(student: Classifier) -> None:
-    wanted = {
-        Rates.LAYER: recovery_groups(student, lr=0.1),
-        Rates.STAGE: parameter_groups(student, lr=0.1),
+def test_rates_follow_the_structure(original: Classifier) -> None:
+    """Adam's first step moves the entries of a tensor by its rate, whatever the gradient."""
+    wanted: dict[Rates, Callable[[nn.Module], list[dict[str, Any]]]] = {
+        Rates.LAYER: lambda model: recovery_groups(model, lr=1.0),
+        Rates.STAGE: lambda model: parameter_groups(model, lr=1.0),
+        Rates.EQUAL: lambda model: [{"params": list(model.parameters()), "lr": 1.0}],
     }
-    for rates in Rates:
-        run = _Run(student, student, [], Distill(rates=rates, learning_rate=0.1), None, None, 0, None)
-        found = {id(p): group["top"] for group in run.optimizer.param_groups for p in group["params"]}
-        if rates is Rates.EQUAL:
-            assert set(found.values()) == {0.1}
-        else:
-            assert found == {id(p): group["lr"] for group in wanted[rates] for p in group["params"]}
-    assert len({tuple(g["lr"] for g in groups) for groups in wanted.values()}) == 2
+    assert set(wanted) == set(Rates)
+    for rates, groups in wanted.items():
+        student = student_of(original)
+        expected = {id(p): group["lr"] for group in groups(student) for p in group["params"]}
+        before = state(student)
+        recover(student, original, batches(1), Distill(rates=rates, learning_rate=1e-4, steps=1), show=False)
+        moves = {name: float((p.detach() - before[name]).abs().max()) for name, p in student.named_parameters()}
+        of_one = {name: moves[name] / expected[id(p)] for name, p in student.named_parameters()}
+        assert min(of_one.values()) > 0
+        assert max(of_one.values()) / min(of_one.values()) < 1.05, (rates, of_one)
+    assert len({tuple(g["lr"] for g in groups(student)) for groups in wanted.values()}) == 3
