@@ -73,7 +73,7 @@ class Stream(IterableDataset[Tensor]):
 
 def test_a_loader_without_a_length_is_enough(tmp_path: Path) -> None:
     loader: DataLoader[Tensor] = DataLoader(Stream(), batch_size=32)
-    result = compressed(perceptron(), loader, recover=sm.Distill(steps=3), folder=tmp_path)
+    result = compressed(perceptron(), loader, recover=sm.Distill(steps=3), folder=tmp_path, progress=True)
     assert result.report.recovery["steps"] == 3
 
 

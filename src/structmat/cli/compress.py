@@ -70,6 +70,10 @@ def compress(
     task_loss: Annotated[
         str | None, typer.Option(help="package:function, from the output and a batch to the task's own loss.")
     ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="That logits are divided by before their effect counts; one that fits the data by default."),
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Follow this plan.json instead of choosing.")] = None,
     recover: Annotated[
         int, typer.Option(min=0, help="Steps of recovery by distillation; in a config file a table of all settings.")
@@ -124,6 +128,7 @@ OPTIONS: dict[str, config.Read] = {
     "evaluate": config.text,
     "forward": config.text,
     "task-loss": config.text,
+    "temperature": config.number,
     "plan": config.path,
     "recover": recovery.recovery,
     "step": config.numbers,
@@ -161,6 +166,7 @@ class Settings:
     evaluate: str | None
     forward: str | None
     task_loss: str | None
+    temperature: float | None
     plan: Path | None
     recover: int | Mapping[str, Any]
     step: list[float] | None
@@ -208,6 +214,7 @@ def _compress(given: Settings, folder: Path | None) -> None:
             "split": splits.asked(given.split or ()),
             "forward": _function(given.forward, "--forward", folder),
             "loss": _function(given.task_loss, "--task-loss", folder),
+            "temperature": given.temperature,
             "evaluate": _function(given.evaluate, "--evaluate", folder),
             "frontier": tuple(given.frontier or ()),
             "rounds": given.rounds,

@@ -65,7 +65,7 @@ def choose_again(
     Returns:
         The best choice that was built, and how each of them did.
     """
-    probe = Probe(original, loader, forward, loss)
+    probe = Probe(original, loader, forward, loss, 1.0 if chooser.seen is None else chooser.seen.temperature)
     model = build(allocation)
     distance = probe.distance(model)
     found = [Round(distance, True)]

@@ -32,6 +32,7 @@ from structmat.compression.running import (
     to_device,
 )
 from structmat.compression.scan import Site, adapter_of, site_of
+from structmat.compression.softening import peeked
 from structmat.compression.split import split_apart
 from structmat.compression.tables import LARGE_TABLE, looked_up, multiplied, together
 from structmat.errors import DataError
@@ -86,6 +87,7 @@ class Calibration:
         samples: first axes of the batches, summed.
         terms: independent terms of the loss, such as predicted tokens, summed.
         kind: which loss the gradients are of.
+        temperature: that logits were divided by for it; gradients are those of ``temperature`` times that loss.
     """
 
     moments: Mapping[str, Moments]
@@ -94,6 +96,7 @@ class Calibration:
     samples: int
     terms: int
     kind: str
+    temperature: float = 1.0
 
     def rows_per_sample(self, name: str) -> float:
         """Input rows that a layer sees for one sample; 1 for a layer that was never called."""
@@ -115,24 +118,30 @@ def calibrate(
     forward: Forward | None = None,
     loss: Loss | None = None,
     gradients: bool = True,
+    temperature: float | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Calibration:
     """Run a model over calibration data and keep second moments.
 
     The loss whose gradients are kept is the user's if given; otherwise, for logits, the cross-entropy to labels drawn
-    from the model's own softmax, and for any other output the squared error (see :func:`running.sampled_loss`), so that
-    no labels are needed. Memory: the moments (float64) plus one batch with its activations. Time: a forward and a
-    backward pass, and ``in**2 + out**2`` multiply-adds a row for every layer; layers that read the same input share
-    that work.
+    from the model's own softmax at a temperature, and for any other output the squared error (see
+    :func:`running.sampled_loss`), so that no labels are needed. Memory: the moments (float64) plus one batch with its
+    activations. Time: a forward and a backward pass, and ``in**2 + out**2`` multiply-adds a row for every layer; layers
+    that read the same input share that work. Where the temperature is to be found, the first few batches are read and
+    run twice.
 
     Args:
         model: run in evaluation mode and without gradients for its parameters; both are restored.
         sites: the layers to watch, from :func:`structmat.compression.scan.scan`.
-        loader: batches: tensors, tuples ``(inputs, labels)``, or dicts of arguments. Read once.
+        loader: batches: tensors, tuples ``(inputs, labels)``, or dicts of arguments. Read once, but for
+            its beginning; a generator will do.
         forward: ``forward(model, batch)``, if a batch is none of these.
         loss: ``loss(output, batch)``, a scalar.
         gradients: False leaves out the backward pass.
+        temperature: of that softmax; None for the least at which at least half of the data count, which is 1 for most
+            language models and above for classifiers that are certain of what they were trained on, see
+            :mod:`structmat.compression.softening`. Without effect where a loss is given.
         seed: of the sampled labels.
         progress: show a progress bar on stderr.
 
@@ -140,7 +149,7 @@ def calibrate(
         DataError: no batch came, a batch can't be run, or activations or gradients are NaN or infinite.
     """
     with split_apart(model, [site.name for site in sites]):
-        return _calibrated(model, sites, loader, forward, loss, gradients, seed, progress)
+        return _calibrated(model, sites, loader, forward, loss, gradients, temperature, seed, progress)
 
 
 def _calibrated(
@@ -150,9 +159,14 @@ def _calibrated(
     forward: Forward | None,
     loss: Loss | None,
     gradients: bool,
+    temperature: float | None,
     seed: int,
     progress: bool,
 ) -> Calibration:
+    if loss is not None or not gradients:
+        temperature = 1.0
+    elif temperature is None:
+        temperature, loader = peeked(model, loader, forward)
     watch = _Watch(sites, model)
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
@@ -174,7 +188,7 @@ def _calibrated(
                 # The mean of a user's loss over its terms is undone, so that gradients are those of a sum.
                 objective = own * count if result is None and own is not None else None
                 if result is not None:
-                    objective = sampled_loss(result, generator)
+                    objective = temperature * sampled_loss(result.softened(temperature), generator)
                 if objective is not None and objective.requires_grad:
                     objective.backward()
             watch.finish()
@@ -189,7 +203,7 @@ def _calibrated(
     if gradients and not any(r.gradient is not None or r.has_gradient for r in watch.records.values()):
         logger.warning("No gradient reached any layer: the model's output does not depend on them differentiably.")
     mean_loss = sum(losses) / len(losses) if losses else None
-    return Calibration(watch.moments(), mean_loss, batches, samples, terms, kind)
+    return Calibration(watch.moments(), mean_loss, batches, samples, terms, kind, temperature)
 
 
 @dataclass
@@ -368,9 +382,12 @@ def _check_finite(product: Tensor, name: str, what: str) -> None:
 # ---------------------------------------------------------------------------------------------------------- disk
 
 
+_FACTS = ("loss", "batches", "samples", "terms", "kind", "temperature")
+
+
 def facts(seen: Calibration) -> dict[str, Any]:
     """What there is besides moments, as JSON values."""
-    return {n: getattr(seen, n) for n in ("loss", "batches", "samples", "terms", "kind")}
+    return {n: getattr(seen, n) for n in _FACTS}
 
 
 def to_tensors(seen: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -409,7 +426,7 @@ def from_tensors(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cali
         )
         for i, layer in enumerate(data["layers"])
     }
-    known = {n: data[n] for n in ("loss", "batches", "samples", "terms", "kind")}
+    known = {n: data[n] for n in _FACTS}
     return Calibration(moments, **known)
 
 

@@ -87,6 +87,7 @@ def compress_(
     split: Mapping[str, Split] | None = None,
     forward: Forward | None = None,
     loss: Loss | None = None,
+    temperature: float | None = None,
     recover: Distill | None = None,
     evaluate: Evaluate | None = None,
     seed: int = 0,
@@ -126,6 +127,9 @@ def compress_(
             keys and values; a list of the outputs of each; ``"gates"`` of a recurrent net; see :func:`parts_of`.
         forward: ``forward(model, batch)`` returns the output, if a batch is none of the usual.
         loss: ``loss(output, batch)`` returns a scalar; without it the effect on the output itself counts.
+        temperature: that logits are divided by before their effect is measured; None for the least at which at least
+            half of the calibration data count: above 1 for classifiers that are certain of what they were trained on,
+            of which few would count otherwise. See :func:`structmat.compression.softening.temperature_for`.
         recover: how to train afterwards, from the original; None for not at all.
         evaluate: ``evaluate(model)`` returns the quality, a number or several by name. The model comes in evaluation
             mode.
@@ -161,6 +165,7 @@ def compress_(
         functions={"evaluate": evaluate, "forward": forward, "loss": loss},
         counts={"seed": seed, "sweeps": sweeps, "rounds": rounds},
         floor=floor,
+        temperature=temperature,
         frontier=frontier,
         folder=folder,
     )
@@ -192,6 +197,7 @@ def compress_(
                 calibration,
                 forward=forward,
                 loss=loss,
+                temperature=temperature,
                 seed=seed,
                 work=work,
                 base=base,

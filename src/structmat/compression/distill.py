@@ -46,7 +46,9 @@ class Distill:
         learning_rate: for a dense layer; structured tensors get multiples.
         rates: which multiples.
         optimizer: of the steps.
-        temperature: of the softmax of both models (Hinton, Vinyals, Dean 2015); only for outputs that are logits.
+        temperature: of the softmax of both models (Hinton, Vinyals, Dean 2015); only for outputs that are logits. None
+            for the least at which the original says something of at least half of the data, see
+            :func:`structmat.compression.softening.temperature_for`.
         own_loss: weight of the task's own loss (the user's, the output's ``.loss``, or cross-entropy to the labels of a
             batch) that is added to the distance from the original.
         layerwise: steps before, in which each structured layer learns to put out what the original layer does, on
@@ -92,7 +94,7 @@ class Distill:
     learning_rate: float = 1e-3
     rates: Rates = Rates.LAYER
     optimizer: Optimizer = Optimizer.ADAM
-    temperature: float = 1.0
+    temperature: float | None = None
     own_loss: float = 0.0
     layerwise: int = 0
     blockwise: int = 0
@@ -116,7 +118,7 @@ class Distill:
     def __post_init__(self) -> None:
         for name in _NUMBERS:
             value: object = getattr(self, name)
-            if value is None and name in ("steps", "minutes", "patience"):
+            if value is None and name in ("steps", "minutes", "patience", "temperature"):
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise StructureError(f"Distill({name}={value!r}): {name} is a number.")
@@ -154,7 +156,7 @@ class Distill:
             "steps": (self.steps is None or _is_whole(self.steps, 1), f"{some}, or None with minutes"),
             "minutes": (self.minutes is None or 0 < self.minutes < math.inf, f"{positive}, or None"),
             "learning_rate": (0 < self.learning_rate < math.inf, positive),
-            "temperature": (0 < self.temperature < math.inf, positive),
+            "temperature": (self.temperature is None or 0 < self.temperature < math.inf, f"{positive}, or None"),
             "own_loss": (0 <= self.own_loss < math.inf, not_negative),
             "layerwise": (_is_whole(self.layerwise, 0), count),
             "blockwise": (_is_whole(self.blockwise, 0), count),

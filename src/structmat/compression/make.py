@@ -99,7 +99,8 @@ class Maker:
         if kept is not None:
             statistics.write_(model, kept[1])
             return kept[0]
-        found = statistics.reestimate(model, self.original, self.loader, forward=self.forward)
+        temperature = 1.0 if self.seen is None else self.seen.temperature
+        found = statistics.reestimate(model, self.original, self.loader, forward=self.forward, temperature=temperature)
         if found is None:
             return None
         self.work.store(piece, key, dataclasses.asdict(found), statistics.tensors_of(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -31,6 +32,7 @@ def check_options(
     functions: Mapping[str, Any],
     counts: Mapping[str, Any],
     floor: float,
+    temperature: float | None,
     frontier: Sequence[float],
     folder: str | os.PathLike[str] | None,
 ) -> None:
@@ -39,7 +41,8 @@ def check_options(
     Args:
         functions: what is called, by the option's name; None where it is not given.
         counts: numbers of something, by the option's name.
-        plan, overrides, structures, include, exclude, split, recover, floor, frontier, folder: as they are there.
+        plan, overrides, structures, include, exclude, split, recover, floor, temperature, frontier, folder: as they are
+            there.
 
     Raises:
         BudgetError: a number is none, or is out of its range.
@@ -55,6 +58,9 @@ def check_options(
             raise BudgetError(f"{name}={value!r} is an integer, 0 or more.")
     if isinstance(floor, bool) or not isinstance(floor, Real) or not 0.0 <= floor < 1.0:
         raise BudgetError(f"floor={floor!r} is a share of each layer's dense cost, at least 0 and below 1.")
+    soft: object = temperature
+    if soft is not None and (isinstance(soft, bool) or not isinstance(soft, Real) or not 0 < float(soft) < math.inf):
+        raise BudgetError(f"temperature={temperature!r} is a number above 0, or None for one that fits the data.")
     if isinstance(frontier, str) or not isinstance(frontier, Sequence):
         raise BudgetError(f"frontier={frontier!r} is a list of shares, such as (0.2, 0.4).")
     if plan is not None and not isinstance(plan, Plan):

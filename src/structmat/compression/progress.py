@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+
+from structmat.compression.running import length_of
 
 T = TypeVar("T")
 
@@ -53,7 +55,7 @@ class Progress:
         if self._bar is None:
             yield from items
             return
-        size = total if total is not None else len(items) if isinstance(items, Sized) else None
+        size = total if total is not None else length_of(items)
         task = self._bar.add_task(description, total=size)
         for item in items:
             yield item

@@ -23,6 +23,7 @@ from structmat.compression.passes import endless
 from structmat.compression.progress import Progress
 from structmat.compression.reconstruct import first_batches, reconstruct
 from structmat.compression.running import Forward, Loss, check_loader, device_of, evaluating, to_device
+from structmat.compression.softening import peeked
 from structmat.compression.split import split_apart
 from structmat.compression.statistics import reestimate, tensors_of
 from structmat.compression.teaching import Teaching
@@ -50,6 +51,9 @@ CLOSED_FORM_BATCHES = 24
 
 STATISTICS_BATCHES = 16
 """Likewise to estimate batch statistics again."""
+
+PEEKED_BATCHES = 16
+"""Likewise to find a temperature."""
 
 __all__ = ["DIVERGENCE", "SQUARES", "Distill", "Optimizer", "Rates", "Recovery", "distance", "recover"]
 
@@ -152,7 +156,8 @@ class _Run:
             group["params"] = [by_parameter[id(p)] for p in group["params"]]
             group["top"] = group["lr"]
         self.optimizer = self._optimizer(groups)
-        self.teaching = Teaching(model, original, settings, forward, loss)
+        temperature = settings.temperature or peeked(original, first_batches(data, PEEKED_BATCHES, seed), forward)[0]
+        self.teaching = Teaching(model, original, settings, forward, loss, temperature)
         self.buffers = tensors_of(model)  # of these
         self.step = 0  # of all phases together
         self.seconds = 0.0
@@ -206,7 +211,13 @@ class _Run:
                 self._write(self.best)
             if settings.statistics and not settings.normalise and self.teaching.normalisations:
                 batches = first_batches(self.data, STATISTICS_BATCHES, self.seed)
-                found = reestimate(self.model, self.original, batches, forward=self.forward)
+                found = reestimate(
+                    self.model,
+                    self.original,
+                    batches,
+                    forward=self.forward,
+                    temperature=self.teaching.temperature,
+                )
                 self.statistics = None if found is None else asdict(found)
             self.done, self.best = True, None
             if folder is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +205,14 @@ def check_loader(loader: Iterable[Any], what: str = "The calibration data") -> N
         )
 
 
+def length_of(data: object) -> int | None:
+    """If it has one: a loader of a dataset that is read as it comes says so only when it is asked."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
+
+
 @torch.no_grad()
 def can_run(model: nn.Module, batch: Any, forward: Forward | None) -> bool:
     """Whether a model takes a batch that was cut from one it takes: not if what was cut are no samples, as the steps of
@@ -231,6 +239,10 @@ class Outcome:
 
     values: Tensor
     classes: bool
+
+    def softened(self, temperature: float) -> Outcome:
+        """Logits divided by a temperature; other outputs as they are."""
+        return Outcome(self.values / temperature, True) if self.classes and temperature != 1.0 else self
 
 
 def outcome(output: Any, batch: Any) -> Outcome:

@@ -86,10 +86,10 @@ def score(
 
     The quadratic prediction is right for small changes and falls short of large ones, by a factor that differs from
     layer to layer. So each layer alone is replaced by its best candidates at a few costs, and the effect on the output
-    is measured: the divergence of the predicted distribution from the original's for logits, half the squared error for
-    other outputs, or the rise of a loss that was given. Measured over predicted is interpolated in the logarithms,
-    monotonically, and applied to all candidates of the layer. Cost: ``len(shares)`` passes over a part of the
-    calibration data for each layer.
+    is measured: for logits ``T^2`` times the divergence of the predicted distribution from the original's at the
+    temperature ``T`` of the calibration, half the squared error for other outputs, or the rise of a loss that was
+    given. Measured over predicted is interpolated in the logarithms, monotonically, and applied to all candidates of
+    the layer. Cost: ``len(shares)`` passes over a part of the calibration data for each layer.
 
     Args:
         model: its weights are exchanged one at a time and restored.
@@ -123,7 +123,7 @@ def score(
                 )
                 continue
             if probe is None:
-                probe = Probe(model, loader, forward, loss)
+                probe = Probe(model, loader, forward, loss, calibration.temperature)
             moments = calibration.moments.get(site.name)
             module = model.get_submodule(site.name)
             held = adapter_of(module).matrices(module)
@@ -219,10 +219,24 @@ class Correction:
 
 
 class Probe:
-    """The outputs of a model on the beginning of its calibration data, to compare changed models with."""
+    """The outputs of a model on the beginning of its calibration data, to compare changed models with.
 
-    def __init__(self, model: nn.Module, loader: Iterable[Any], forward: Forward | None, loss: Loss | None) -> None:
-        self.model, self.forward, self.loss = model, forward, loss
+    Args:
+        model: the original.
+        loader: calibration data.
+        forward, loss: as in :func:`structmat.compression.calibrate.calibrate`.
+        temperature: at which distributions are compared.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        forward: Forward | None,
+        loss: Loss | None,
+        temperature: float = 1.0,
+    ) -> None:
+        self.model, self.forward, self.loss, self.temperature = model, forward, loss, temperature
         self.batches: list[Any] = []
         self.references: list[Tensor] = []
         self.scale = 0.0
@@ -267,7 +281,7 @@ class Probe:
             output = call(model, batch, self.forward)
         if self.loss is not None:
             return torch.tensor(detached(own_loss(output, batch, self.loss)), dtype=torch.float64)
-        result = outcome(output, batch)
+        result = outcome(output, batch).softened(self.temperature)
         self.classes = result.classes
         values = result.values.float()
         return torch.log_softmax(values, -1) if result.classes else values
@@ -294,7 +308,7 @@ class Probe:
                 total += float(changed - reference) * count
             elif self.classes:
                 count = reference.shape[0]
-                total += float((reference.exp() * (reference - changed)).sum(dtype=torch.float64))
+                total += float((reference.exp() * (reference - changed)).sum(dtype=torch.float64)) * self.temperature**2
             else:
                 count = reference.shape[0]
                 total += 0.5 * float((reference - changed).square().sum(dtype=torch.float64))

@@ -40,7 +40,12 @@ class Statistics:
 
 
 def reestimate(
-    model: nn.Module, original: nn.Module, loader: Iterable[Any], *, forward: Forward | None = None
+    model: nn.Module,
+    original: nn.Module,
+    loader: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    temperature: float = 1.0,
 ) -> Statistics | None:
     """Estimate the statistics of batch normalisations anew, in place, if that brings the outputs nearer.
 
@@ -48,6 +53,7 @@ def reestimate(
         model: compressed.
         original: whose outputs count.
         loader, forward: as for :func:`structmat.compression.calibrate.calibrate`. Every other batch judges.
+        temperature: at which logits are compared.
 
     Returns:
         What was measured; None if the model has no batch normalisation with statistics.
@@ -57,9 +63,9 @@ def reestimate(
         return None
     held = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
     half = 1 if sum(1 for _ in islice(iter(loader), 2)) < 2 else 2
-    before = _distance(model, original, islice(iter(loader), 0, None, half), forward)
+    before = _distance(model, original, islice(iter(loader), 0, None, half), forward, temperature)
     _estimate(model, islice(iter(loader), half - 1, None, half), forward)
-    after = _distance(model, original, islice(iter(loader), 0, None, half), forward)
+    after = _distance(model, original, islice(iter(loader), 0, None, half), forward, temperature)
     kept = after < before
     if kept and half > 1:
         _estimate(model, loader, forward)
@@ -92,13 +98,15 @@ def normalisations(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def _distance(model: nn.Module, original: nn.Module, batches: Iterator[Any], forward: Forward | None) -> float:
+def _distance(
+    model: nn.Module, original: nn.Module, batches: Iterator[Any], forward: Forward | None, temperature: float
+) -> float:
     total, count = 0.0, 0
     with evaluating(model), evaluating(original):
         for batch in batches:
             wanted = outcome(call(original, to_device(batch, device_of(original)), forward), batch)
             reached = outcome(call(model, to_device(batch, device_of(model)), forward), batch)
-            total, count = total + float(distance(reached, wanted, 1.0, None)), count + 1
+            total, count = total + float(distance(reached, wanted, temperature, None)), count + 1
     return total / max(1, count)
 
 

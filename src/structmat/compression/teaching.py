@@ -36,17 +36,26 @@ class Teaching:
         original: with its modules taken apart as the model's are, where parts are compared.
         settings: of the recovery.
         forward, loss: the user's, see :func:`structmat.compression.recover.recover`.
+        temperature: of the softmax of both, where the settings name none.
 
     Attributes:
         normalisations: the model's batch normalisations by name.
         objective: the name of the distance; empty before the first batch.
+        temperature: of the softmax.
     """
 
     def __init__(
-        self, model: nn.Module, original: nn.Module, settings: Distill, forward: Forward | None, loss: Loss | None
+        self,
+        model: nn.Module,
+        original: nn.Module,
+        settings: Distill,
+        forward: Forward | None,
+        loss: Loss | None,
+        temperature: float = 1.0,
     ) -> None:
         self._model, self._original, self._settings = model, original, settings
         self._forward, self._loss = forward, loss
+        self.temperature = temperature if settings.temperature is None else settings.temperature
         self._fading: Fading | None = None
         self.normalisations = normalisations(model)
         self.objective = ""
@@ -120,7 +129,7 @@ class Teaching:
         values = found.values.float()
         random = torch.Generator(values.device).manual_seed(seed)
         if found.classes:
-            log_p = F.log_softmax(values / self._settings.temperature, -1)
+            log_p = F.log_softmax(values / self.temperature, -1)
             drawn = torch.multinomial(log_p.detach().exp(), 1, generator=random)
             terms = log_p.gather(-1, drawn)[:, 0]
             mask = padding(batch, found)
@@ -178,4 +187,4 @@ class Teaching:
             output = call(self._model, batch, self._forward)
         self.objective = DIVERGENCE if teacher.classes else SQUARES
         weights = padding(batch, teacher)
-        return distance(outcome(output, batch), teacher, self._settings.temperature, weights), output
+        return distance(outcome(output, batch), teacher, self.temperature, weights), output

@@ -26,6 +26,7 @@ def calibrated(
     *,
     forward: Forward | None,
     loss: Loss | None,
+    temperature: float | None,
     seed: int,
     work: WorkFolder,
     base: str,
@@ -37,13 +38,13 @@ def calibrated(
         model: as for :func:`structmat.compression.calibrate.calibrate`.
         found: whose sites are watched.
         loader: None for no calibration.
-        forward, loss, seed, progress: as for that function.
+        forward, loss, temperature, seed, progress: as for that function.
         work: where moments are kept.
         base: the digest of the model and of the settings so far.
     """
     if loader is None:
         return None, base
-    key, start = digest(base, name_of(forward), name_of(loss)), ""
+    key, start = digest(base, name_of(forward), name_of(loss), temperature), ""
     if work.path is not None:
         form, start = form_and_start(loader)
         key = digest(key, form)
@@ -56,7 +57,16 @@ def calibrated(
                 work.path,
             )
         return from_tensors(kept[0]["seen"], kept[1]), digest(key, kept[0]["start"])
-    seen = calibrate(model, found.sites, loader, forward=forward, loss=loss, seed=seed, progress=progress)
+    seen = calibrate(
+        model,
+        found.sites,
+        loader,
+        forward=forward,
+        loss=loss,
+        temperature=temperature,
+        seed=seed,
+        progress=progress,
+    )
     numbers, tensors = to_tensors(seen)
     work.store("calibration", key, {"seen": numbers, "start": start}, tensors)
     return seen, digest(key, start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from structmat.compression.running import length_of
 from structmat.errors import FormatError
 from structmat.files import write_atomically, write_text
 
@@ -107,20 +108,12 @@ def fingerprint(model: nn.Module) -> str:
 def form_and_start(loader: Iterable[Any]) -> tuple[list[Any], str]:
     """What tells data apart whatever its order (numbers of batches and samples, shapes and types in the first batch),
     and a digest of the values in the first batch."""
-    lengths = [_length(d) for d in (loader, getattr(loader, "dataset", None))]
+    lengths = [length_of(d) for d in (loader, getattr(loader, "dataset", None))]
     tensors = list(_tensors(next(iter(loader), None)))
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(_raw(tensor))
     return [*lengths, [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]], total.hexdigest()[:24]
-
-
-def _length(data: object) -> int | None:
-    """If it has one: a loader of a dataset that is read as it comes says so only when it is asked."""
-    try:
-        return len(data) if isinstance(data, Sized) else None
-    except TypeError:
-        return None
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
