@@ -98,9 +98,9 @@ class TimeFirst(nn.Module):
 @pytest.mark.parametrize("kind", ["graph", "time first", "fixed size", "one picture"])
 def test_batches_that_cannot_be_cut_are_used_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where measuring would take fewer samples than a batch holds."""
-    from structmat.compression import score
+    from structmat.compression import effects
 
-    monkeypatch.setattr(score, "MOST_SAMPLES", 6)
+    monkeypatch.setattr(effects, "MOST_SAMPLES", 6)
     model: nn.Module
     if kind == "graph":
         model, batch = Graph(), {"x": torch.randn(20, 8), "edges": torch.rand(20, 20)}

@@ -98,7 +98,7 @@ def test_what_calibration_did_not_show_is_not_free() -> None:
 
 def test_predicted_losses_are_second_order_effects() -> None:
     """A small change of the last layer changes the divergence as predicted, up to the factoring of the two moments."""
-    from structmat.compression.score import Probe
+    from structmat.compression.effects import Probe
 
     model, data = mlp(), labelled(count=8, size=64)
     sites = scan(model).sites

@@ -16,9 +16,9 @@ from torch.nn import functional
 
 import structmat as sm
 from structmat.compression.calibrate import calibrate
+from structmat.compression.effects import Probe
 from structmat.compression.recover import Distill, recover
 from structmat.compression.scan import scan
-from structmat.compression.score import Probe
 from structmat.compression.softening import SHARE, TEMPERATURES, TERMS, effective_share, peeked, temperature_for
 from structmat.errors import BudgetError
 

@@ -20,6 +20,7 @@ from structmat.compression.calibrate import facts
 from structmat.compression.candidates import Choice, Screening, kinds_of
 from structmat.compression.choose import Chooser
 from structmat.compression.decide import Decision, budget_facts, decide, frontier_of, plan_of, with_result
+from structmat.compression.effects import Effects
 from structmat.compression.evaluate import Evaluate, kept_quality, quality_of
 from structmat.compression.figures import (
     Clock,
@@ -103,7 +104,7 @@ def compress_(
     """Compress a trained model in place, choosing a structure for each layer under one global budget.
 
     If it fails or is interrupted, the model is left as it was. The steps, each callable alone: scan, calibrate, screen,
-    score, allocate, contest, replace, recover, evaluate, report.
+    score, allocate, contest, confirm, replace, recover, evaluate, report.
 
     Args:
         model: any module with ``nn.Linear`` layers, convolutions, recurrent nets or attention.
@@ -329,6 +330,7 @@ def _chooser(
             progress=progress,
         )
     measured: Mapping[str, tuple[Measurement, ...]] = {}
+    effects: Effects | None = None
     if seen is not None and maker.loader is not None and measure:
         with clock("score"):
             _, measured = score(
@@ -344,9 +346,24 @@ def _chooser(
                 key=key,
                 progress=progress,
             )
+        effects = Effects(model, seen, maker.loader, maker.forward, maker.loss, sweeps=maker.sweeps, seed=seed)
     kinds = {site.name: kinds_of(structures, site) for site in sites}
     return Chooser(
-        model, sites, screening, measured, unit, seen, kinds, fixed, floor, maker.sweeps, seed, work, key, progress
+        model,
+        sites,
+        screening,
+        measured,
+        unit,
+        seen,
+        kinds,
+        fixed,
+        floor,
+        maker.sweeps,
+        seed,
+        work,
+        key,
+        progress,
+        effects=effects,
     )
 
 

@@ -13,6 +13,7 @@ from structmat.compression.budget import Quality
 from structmat.compression.build import Builder, Built
 from structmat.compression.candidates import Candidate, Screening, with_losses
 from structmat.compression.choose import Chooser
+from structmat.compression.confirm import confirm
 from structmat.compression.figures import Clock
 from structmat.compression.frontier import ANCHORS, Point, merged, point_of, predicted
 from structmat.compression.goals import Goals
@@ -73,8 +74,9 @@ def decide(chooser: Chooser, goals: Goals, builder: Builder, before: Mapping[str
         allocation = chooser.allocated(limits)
     with clock("contest"):
         chooser = chooser.contested(allocation)
-    with clock("allocate"):
-        return Decision(chooser, limits, *chooser.filled(limits))
+    with clock("confirm"):
+        chooser, screening, allocation = confirm(chooser, limits)
+    return Decision(chooser, limits, screening, allocation)
 
 
 def _smallest(
@@ -90,6 +92,8 @@ def _smallest(
     judge = judge_of(quality, before)
     with clock("contest"):
         chooser = _contested(chooser, ANCHORS)
+    with clock("confirm"):
+        chooser = _confirmed(chooser, ANCHORS)
     losses, sites = chooser.losses(), chooser.sites
     full = whole(losses, quality.spends)
     along = curve(losses, fixed=chooser.fixed, floor=chooser.floor)
@@ -159,6 +163,17 @@ def _contested(chooser: Chooser, shares: Sequence[float]) -> Chooser:
         except BudgetError:  # what is fixed, or a floor, takes more
             continue
         chooser = chooser.contested(allocation)
+    return chooser
+
+
+def _confirmed(chooser: Chooser, shares: Sequence[float]) -> Chooser:
+    """After measuring what is chosen at several shares of the dense cost."""
+    for share in shares:
+        one = whole(chooser.losses(), chooser.unit)
+        try:
+            chooser, _, _ = confirm(chooser, (dataclasses.replace(one, most=share * one.dense),))
+        except BudgetError:  # as above
+            continue
     return chooser
 
 

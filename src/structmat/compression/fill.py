@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -44,7 +45,7 @@ def fill(
     calibration: Calibration | None = None,
     measured: Mapping[str, Sequence[Measurement]] | None = None,
     outcomes: Outcomes | None = None,
-    factors: Mapping[str, float] | None = None,
+    factor: Callable[[str, Candidate], float] | None = None,
     fixed: Mapping[str, Structure] | None = None,
     floor: float = 0.0,
     seed: int = 0,
@@ -65,7 +66,7 @@ def fill(
         limits: that the allocation keeps; none for the budget alone.
         measured: what :func:`structmat.compression.score.score` measured.
         outcomes: what :func:`structmat.compression.contest.contest` fitted: the same gains are expected here.
-        factors: by which the losses of each layer's candidates were multiplied; 1 by default.
+        factor: by which the predicted loss of a layer's candidate is to be multiplied besides; 1 by default.
         fixed, floor: as for :func:`structmat.compression.allocate.allocate`.
         seed: of fits with random starts.
 
@@ -86,13 +87,15 @@ def fill(
             pairs = [(m.predicted, m.measured) for m in (measured or {}).get(site.name, ())]
             gains = [o.gain for o in (outcomes or {}).get(site.name, ()) if o.after.variant == chosen.variant]
             gain = gains[0] if gains else 1.0
-            layer, factor = screening[site.name], (factors or {}).get(site.name, 1.0)
+            layer = screening[site.name]
             if site.name not in workers:
                 workers[site.name] = layer_worker(model, site, budget, calibration, sweeps=SWEEPS, seed=seed)
             worker = workers[site.name]
             found = [] if kind is None else _between(worker, site, chosen, kind, layer)
             if left > ENOUGH * spent:
-                found += _larger(worker, site, chosen, kind, left, layer, pairs, gain, factor)
+                found += _larger(
+                    worker, site, chosen, kind, left, layer, pairs, gain, partial(factor or _one, site.name)
+                )
             ordered = sorted((*layer.candidates, *found), key=lambda c: (c.cost, c.loss))
             grown[site.name] = replace(layer, candidates=tuple(ordered))
         if all(len(grown[s.name].candidates) == len(screening[s.name].candidates) for s in sites):
@@ -136,7 +139,7 @@ def _larger(
     layer: LayerScreen,
     pairs: Sequence[tuple[float, float]],
     gain: float,
-    factor: float,
+    factor: Callable[[Candidate], float],
 ) -> list[Candidate]:
     """New candidates of the chosen family whose cost is at most the chosen one's and what is left; None for stacks of
     what the layer's parts could be."""
@@ -154,6 +157,10 @@ def _larger(
             tried = worker.try_share(kind, share, {chosen.variant})
         for candidate in tried:
             if chosen.cost < candidate.cost <= chosen.cost + left:
-                loss = factor * curve(candidate.loss * gain)
+                loss = factor(candidate) * curve(candidate.loss * gain)
                 found.append(replace(candidate, error=candidate.error * gain**0.5, loss=loss))
     return found
+
+
+def _one(_name: str, _candidate: Candidate) -> float:
+    return 1.0

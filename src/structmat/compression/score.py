@@ -5,34 +5,19 @@ from __future__ import annotations
 import bisect
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from structmat.compression.calibrate import Calibration
 from structmat.compression.candidates import Candidate, LayerScreen, Screening, with_losses
-from structmat.compression.norms import layer_targets
+from structmat.compression.effects import Effects
 from structmat.compression.progress import Progress
-from structmat.compression.running import (
-    Forward,
-    Loss,
-    call,
-    can_run,
-    detached,
-    device_of,
-    evaluating,
-    first_samples,
-    outcome,
-    own_loss,
-    samples_in,
-    to_device,
-)
-from structmat.compression.scan import Site, adapter_of
+from structmat.compression.running import Forward, Loss
+from structmat.compression.scan import Site
 from structmat.compression.workfolder import WorkFolder, digest
-from structmat.projection.project import project_target
 from structmat.structure import Structure
 from structmat.structure import to_json as structure_to_json
 from structmat.structures import from_json as structure_from_json
@@ -49,12 +34,6 @@ matrix does that reads few directions (an embedding of few characters) shows onl
 
 FAINT = 1e-3
 """What is nothing, as a share of the loss of the smallest candidate."""
-
-TERMS, FEWEST_SAMPLES, MOST_SAMPLES = 6144, 24, 512
-"""Measurements read calibration data up to this many terms of the loss, within these numbers of samples."""
-
-_NOISE = 1e-7
-"""Measured effects below this share of the scale of the output are rounding."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +85,7 @@ def score(
     """
     folder = folder or WorkFolder(None)
     measured: dict[str, tuple[Measurement, ...]] = {}
-    probe: Probe | None = None
+    effects = Effects(model, calibration, loader, forward, loss, sweeps=sweeps, seed=seed)
     with Progress(progress) as bar:
         for number, site in enumerate(bar.track(sites, "score")):
             layer = screening[site.name]
@@ -122,20 +101,8 @@ def score(
                     for m in kept[0]["measurements"]
                 )
                 continue
-            if probe is None:
-                probe = Probe(model, loader, forward, loss, calibration.temperature)
-            moments = calibration.moments.get(site.name)
-            module = model.get_submodule(site.name)
-            held = adapter_of(module).matrices(module)
-            targets = layer_targets(site, held, moments, sweeps=sweeps, seed=seed)
-            outcomes = []
-            for candidate in chosen:
-                made = [
-                    project_target(target, candidate.structure, dtype=torch.float64, device=torch.device("cpu"))
-                    for target in targets
-                ]
-                effect = probe.effect(module, torch.stack([found.matrix.to_dense() for found in made]))
-                outcomes.append(Measurement(candidate.structure, candidate.loss, effect))
+            found = effects.of(site, [candidate.structure for candidate in chosen])
+            outcomes = [Measurement(c.structure, c.loss, effect) for c, effect in zip(chosen, found, strict=True)]
             measured[site.name] = tuple(outcomes)
             folder.store(
                 piece,
@@ -216,103 +183,3 @@ class Correction:
         i = bisect.bisect_right(self._x, x)
         share = (x - self._x[i - 1]) / (self._x[i] - self._x[i - 1])
         return math.exp(self._y[i - 1] + share * (self._y[i] - self._y[i - 1]))
-
-
-class Probe:
-    """The outputs of a model on the beginning of its calibration data, to compare changed models with.
-
-    Args:
-        model: the original.
-        loader: calibration data.
-        forward, loss: as in :func:`structmat.compression.calibrate.calibrate`.
-        temperature: at which distributions are compared.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loader: Iterable[Any],
-        forward: Forward | None,
-        loss: Loss | None,
-        temperature: float = 1.0,
-    ) -> None:
-        self.model, self.forward, self.loss, self.temperature = model, forward, loss, temperature
-        self.batches: list[Any] = []
-        self.references: list[Tensor] = []
-        self.scale = 0.0
-        for batch, reference in self._read(loader):
-            self.batches.append(batch)
-            self.references.append(reference)
-            size = 1.0 if reference.dim() == 0 else float(reference.square().sum(-1).mean())
-            self.scale = max(self.scale, abs(float(reference)) if reference.dim() == 0 else size)
-
-    def _read(self, loader: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
-        samples = terms = 0
-        device = device_of(self.model)
-        for batch in loader:
-            batch, most = to_device(batch, device), MOST_SAMPLES - samples
-            if terms and samples_in(batch):
-                each = terms / samples
-                needed = max(FEWEST_SAMPLES - samples, math.ceil((TERMS - terms) / each))
-                most = min(most, max(needed, 1))
-            batch, reference = self._run_part(batch, most)
-            count = reference.shape[0] if reference.dim() else samples_in(batch)
-            if not samples and count > TERMS and samples_in(batch) > FEWEST_SAMPLES:
-                keep = max(FEWEST_SAMPLES, math.ceil(TERMS * samples_in(batch) / count))
-                batch, reference = self._run_part(batch, keep)
-                count = reference.shape[0] if reference.dim() else samples_in(batch)
-            samples, terms = samples + samples_in(batch), terms + count
-            yield batch, reference
-            if samples >= MOST_SAMPLES or (terms >= TERMS and samples >= FEWEST_SAMPLES):
-                return
-
-    def _run_part(self, batch: Any, most: int) -> tuple[Any, Tensor]:
-        """The first samples of a batch and what the model says of them; of the whole if it takes no part of it."""
-        part = first_samples(batch, most)
-        if part is not batch and can_run(self.model, part, self.forward):
-            batch = part
-        return batch, self._run(batch)
-
-    @torch.no_grad()
-    def _run(self, batch: Any, model: nn.Module | None = None) -> Tensor:
-        """Log-probabilities or values (terms, features); or the loss, if the user gave one."""
-        model = self.model if model is None else model
-        with evaluating(model):
-            output = call(model, batch, self.forward)
-        if self.loss is not None:
-            return torch.tensor(detached(own_loss(output, batch, self.loss)), dtype=torch.float64)
-        result = outcome(output, batch).softened(self.temperature)
-        self.classes = result.classes
-        values = result.values.float()
-        return torch.log_softmax(values, -1) if result.classes else values
-
-    @torch.no_grad()
-    def effect(self, module: nn.Module, weights: Tensor) -> float:
-        """The mean rise a term when a module's matrices are replaced by others (copies, out, in)."""
-        adapter = adapter_of(module)
-        original = adapter.matrices(module).clone()
-        try:
-            adapter.assign(module, weights)
-            return self.distance(self.model)
-        finally:
-            adapter.assign(module, original)
-
-    @torch.no_grad()
-    def distance(self, model: nn.Module) -> float:
-        """The mean rise a term in another model, which is called in the same way."""
-        total, terms = 0.0, 0
-        for batch, reference in zip(self.batches, self.references, strict=True):
-            changed = self._run(batch, model)
-            if reference.dim() == 0:
-                count = samples_in(batch)
-                total += float(changed - reference) * count
-            elif self.classes:
-                count = reference.shape[0]
-                total += float((reference.exp() * (reference - changed)).sum(dtype=torch.float64)) * self.temperature**2
-            else:
-                count = reference.shape[0]
-                total += 0.5 * float((reference - changed).square().sum(dtype=torch.float64))
-            terms += count
-        effect = total / max(terms, 1)
-        floor = _NOISE * (1.0 if self.loss is None and self.classes else self.scale)
-        return max(effect, floor)
