@@ -25,6 +25,9 @@ NEAR = 1.15
 LEAST = 1e-6
 """By what a loss is multiplied at least: an effect may be nothing at all."""
 
+_CLEAR = 10.0
+"""How many times what rounding can do an effect is at least to say that a prediction was too low."""
+
 
 def confirm(chooser: Chooser, limits: Sequence[Limit]) -> tuple[Chooser, Screening, Allocation]:
     """Choose, measure each chosen layer alone, correct the predictions of its family by that, and choose again, until
@@ -83,10 +86,12 @@ def _measured(chooser: Chooser, allocation: Allocation, bar: Progress) -> tuple[
         kept = chooser.work.load(piece, own)
         if kept is None:
             assert chooser.effects is not None, "nothing measures"
-            effect = chooser.effects.of(site, [candidate.structure])[0]
-            chooser.work.store(piece, own, {"effect": effect})
+            effect, noise = chooser.effects.of(site, [candidate.structure])[0], chooser.effects.noise
+            chooser.work.store(piece, own, {"effect": effect, "noise": noise})
         else:
-            effect = float(kept[0]["effect"])
+            effect, noise = float(kept[0]["effect"]), float(kept[0]["noise"])
+        if effect <= _CLEAR * noise:  # what was predicted to be less may be so
+            effect = min(effect, candidate.loss)
         total += effect
         key = site.name, candidate.variant
         # What it is corrected by already is part of what was predicted.

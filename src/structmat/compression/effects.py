@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -131,9 +132,12 @@ class Probe:
                 count = reference.shape[0]
                 total += 0.5 * float((reference - changed).square().sum(dtype=torch.float64))
             terms += count
-        effect = total / max(terms, 1)
-        floor = _NOISE * (1.0 if self.loss is None and self.classes else self.scale)
-        return max(effect, floor)
+        return max(total / max(terms, 1), self.noise)
+
+    @property
+    def noise(self) -> float:
+        """What rounding alone can do; no distance is less."""
+        return _NOISE * (1.0 if self.loss is None and self.classes else self.scale)
 
 
 class Effects:
@@ -160,13 +164,19 @@ class Effects:
     ) -> None:
         self._model, self._calibration, self._loader = model, calibration, loader
         self._forward, self._loss, self._sweeps, self._seed = forward, loss, sweeps, seed
-        self._probe: Probe | None = None
+
+    @cached_property
+    def _probe(self) -> Probe:
+        temperature = self._calibration.temperature
+        return Probe(self._model, self._loader, self._forward, self._loss, temperature)
+
+    @property
+    def noise(self) -> float:
+        """What rounding alone can do; no effect is less."""
+        return self._probe.noise
 
     def of(self, site: Site, structures: Sequence[Structure]) -> list[float]:
         """The mean rise a term for each of some structures in the place of a layer. Cost: a fit and a pass each."""
-        if self._probe is None:
-            temperature = self._calibration.temperature
-            self._probe = Probe(self._model, self._loader, self._forward, self._loss, temperature)
         module = self._model.get_submodule(site.name)
         held, moments = adapter_of(module).matrices(module), self._calibration.moments.get(site.name)
         targets = layer_targets(site, held, moments, sweeps=self._sweeps, seed=self._seed)
