@@ -43,8 +43,7 @@ class RealModel:
         includes_fitting: whether the minutes are for compressing and recovery together.
         convolutional: whether it has convolutions.
         forward: ``forward(model, batch)``, where a batch is none of the usual.
-        temperature: of the distillation; above 1 where what counts is which class is largest, and the original is sure
-            of nearly all that it was trained on.
+        temperature: of the distillation; None for what recovery finds.
         normalise: whether batch normalisation learns its statistics in recovery.
         rates: the learning rates that every method is tried with.
         optimizer: of the recovery.
@@ -70,7 +69,7 @@ class RealModel:
     includes_fitting: bool = False
     convolutional: bool = False
     forward: Callable[[nn.Module, Any], Any] | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     normalise: bool = False
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     optimizer: Optimizer = Optimizer.ADAM
