@@ -192,6 +192,12 @@ def test_the_report_says_the_temperature(tmp_path: Path) -> None:
     assert "calibration temperature" in (tmp_path / "report.html").read_text()
     again = sm.compress(Net(60.0), budget=sm.Parameters(0.5), calibration=batches(), folder=tmp_path)
     assert again.report.calibration == result.report.calibration
+    recovered = sm.compress(
+        Net(60.0), budget=sm.Parameters(0.5), calibration=batches(), recover=Distill(steps=3), folder=tmp_path / "third"
+    )
+    assert recovered.report.recovery is not None
+    assert recovered.report.recovery["temperature"] == found
+    assert f"of the logits at temperature {found:g}." in (tmp_path / "third/report.html").read_text()
     given_one = sm.compress(
         Net(60.0), budget=sm.Parameters(0.5), calibration=batches(), temperature=found, folder=tmp_path / "other"
     )
@@ -228,7 +234,8 @@ def test_recovery_finds_its_temperature() -> None:
         for temperature in (None, expected):
             model = copy.deepcopy(net)
             model.second = sm.nn.StructuredLinear.from_linear(model.second, sm.LowRank(rank=4))
-            recover(model, net, batches(), Distill(steps=5, temperature=temperature), show=False)
+            done = recover(model, net, batches(), Distill(steps=5, temperature=temperature), show=False)
+            assert done.temperature == expected
             found.append(model.second.left.detach())
         assert torch.equal(*found)
         assert (expected > 1) == (factor > 1)

@@ -231,6 +231,7 @@ class Recovery:
         statistics: what estimating batch statistics again did, if anything was to estimate.
         windows: windows that moved, over recovery, of the layers where they moved farthest: JSON values with ``layer``,
             ``shape``, ``moved`` (a share of the side, on average) and ``frames``.
+        temperature: that logits were divided by in both models.
     """
 
     objective: str
@@ -244,3 +245,4 @@ class Recovery:
     closed_form: Mapping[str, Any] | None = None
     statistics: Mapping[str, Any] | None = None
     windows: tuple[Mapping[str, Any], ...] = ()
+    temperature: float = 1.0

@@ -239,6 +239,7 @@ class _Run:
             blockwise,
             self.closed_form,
             self.statistics,
+            temperature=self.teaching.temperature,
         )
 
     def _look_back(self) -> None:

@@ -359,11 +359,13 @@ def _quality(data: Mapping[str, Any]) -> str:
         )
     lead = "No recovery was asked for."
     if recovery is not None:
+        softness = float(recovery.get("temperature", 1.0))  # reports of earlier versions have none
         lead = (
             f"Recovery: {int(recovery['steps'])} steps of distillation from the original"
             + (f" after {int(recovery['layerwise_steps'])} layer by layer" if recovery["layerwise_steps"] else "")
-            + f", {float(recovery['seconds']):.0f} seconds, objective: {escape(str(recovery['objective']))}. "
-            f"The state of step {int(recovery['kept_step'])} is kept."
+            + f", {float(recovery['seconds']):.0f} seconds, objective: {escape(str(recovery['objective']))}"
+            + (f" at temperature {softness:g}" if softness != 1.0 else "")
+            + f". The state of step {int(recovery['kept_step'])} is kept."
         )
         series = {
             "training": [(float(x), float(y)) for x, y in recovery["losses"]],
