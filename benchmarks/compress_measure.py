@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.compress_methods import PRUNED, SMALL, as_sparse, numbers
+from benchmarks.compress_methods import PRUNED, PRUNINGS, SMALL, as_sparse, numbers
 from benchmarks.real_data import RealModel
 
 
 def deployed(method: str, model: nn.Module) -> nn.Module:
     """The model in the form in which it is stored and run."""
-    return as_sparse(model) if method == PRUNED else model
+    return as_sparse(model) if method in PRUNINGS else model
 
 
 def sizes(method: str, real: RealModel, original: nn.Module, model: nn.Module) -> dict[str, Any]:

@@ -22,6 +22,8 @@ OURS, LOW_RANK, PRUNED, SMALL, DENSE = (
     "dense",
 )
 TUCKER = "Tucker-2, uniform"
+COUNTED = "magnitude pruning, places counted"
+PRUNINGS = (PRUNED, COUNTED)
 
 METHODS = {
     OURS: "compress, every family, our allocation",
@@ -31,7 +33,8 @@ METHODS = {
     "Monarch, uniform": "Monarch with 4 blocks, one ratio for all layers",
     "BLAST, uniform": "BLAST with 4 blocks, one ratio for all layers",
     TUCKER: "Tucker-2 of the kernels, low rank of linear layers, one ratio for all layers",
-    PRUNED: "the smallest weights of all layers together are zero; their places are not counted",
+    PRUNED: "the smallest weights of all layers together are zero; the places of the others are not counted",
+    COUNTED: "the same with as many numbers less as say where the others are (a bit for each place), as ours counts",
     SMALL: "a narrower network of the same kind, distilled from the original from fresh weights",
     DENSE: "the original under the same recovery",
 }
@@ -42,7 +45,7 @@ FRESH_RATES = (1e-3, 3e-3, 1e-2)
 
 def applies(method: str, real: RealModel) -> bool:
     """Whether a method is for a model of this kind."""
-    return method != TUCKER or real.convolutional
+    return method not in (TUCKER, COUNTED) or real.convolutional
 
 
 def rates(method: str, real: RealModel) -> tuple[float, ...]:
@@ -73,8 +76,8 @@ def make(method: str, budget: float, seed: int, real: RealModel, folder: Path) -
         return Made(real.load(), {"seconds": {"all": 0.0}, "layers": {}})
     if method in (OURS, LOW_RANK):
         made = _compressed(method, budget, seed, real, folder)
-    elif method == PRUNED:
-        made = _pruned(budget, real)
+    elif method in PRUNINGS:
+        made = _pruned(budget, real, counted=method == COUNTED)
     elif method == SMALL:
         torch.manual_seed(seed)
         width = narrow_width(real, budget)
@@ -179,12 +182,17 @@ def uniform_structure(method: str, budget: float, site: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------- pruning
 
 
-def _pruned(budget: float, real: RealModel) -> Made:
-    """The largest weights of all compressible layers together; all others are zero."""
+def _pruned(budget: float, real: RealModel, *, counted: bool) -> Made:
+    """The largest weights of all compressible layers together; all others are zero.
+
+    Args:
+        counted: whether what a sparse layer holds besides its nonzeros is part of the budget.
+    """
     model = real.load()
+    places = _places(model) if counted else 0
     with compressible(model) as weights:
         sizes = torch.cat([w.detach().abs().flatten() for w in weights.values()])
-        count = int(budget * sizes.numel())
+        count = int(budget * sizes.numel()) - places
         threshold = float(sizes.kthvalue(sizes.numel() - count).values) if count < sizes.numel() else -1.0
         layers = {}
         with torch.no_grad():
@@ -192,6 +200,19 @@ def _pruned(budget: float, real: RealModel) -> Made:
                 weight.mul_(weight.abs() > threshold)
                 layers[name] = f"{int((weight != 0).sum())} of {weight.numel()} weights"
     return Made(model, {"layers": layers})
+
+
+def _places(model: nn.Module) -> int:
+    """What sparse layers in the places of all compressible ones hold besides their nonzeros."""
+    import structmat as sm
+    from structmat.compression.scan import scan
+    from structmat.structure import count_stored
+
+    total = 0
+    for site in scan(model).sites:
+        some = site.shape[0] * site.shape[1] // 4  # a bit for each place is less than a number for each of these
+        total += site.copies * (count_stored(sm.Sparse(nonzeros=some), site.shape) - some)
+    return total
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import compress_cells, compress_measure
 from benchmarks.compress_cells import Cell
-from benchmarks.compress_methods import OURS, PRUNED, SMALL, as_sparse, make, processor_seconds, rates, skeleton
+from benchmarks.compress_methods import OURS, PRUNINGS, SMALL, as_sparse, make, processor_seconds, rates, skeleton
 from benchmarks.files import environment
 from benchmarks.real_models import MODELS, RealModel
 
@@ -82,7 +82,7 @@ def started(cell: Cell) -> nn.Module:
     import structmat as sm
 
     model = sm.load(cell.folder / "before", skeleton(cell.method, cell.budget, MODELS[cell.model]))
-    return as_sparse(model) if cell.method == PRUNED else model
+    return as_sparse(model) if cell.method in PRUNINGS else model
 
 
 def run_recovery(cell: Cell, rate: float, steps: int, minutes: float) -> dict[str, Any]:
