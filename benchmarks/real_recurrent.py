@@ -236,6 +236,5 @@ G2P_GRU = RealModel(
     rates=(2e-4, 6e-4, 2e-3),
     optimizer=Optimizer.SOAP,
     own_loss=1.0,
-    temperature=1.0,
     loss=_word_loss,
 )
