@@ -15,7 +15,8 @@ from structmat.compression.replace import structured
 from structmat.compression.scan import parent_and_child
 from structmat.errors import StructureError
 from structmat.matrix import StructuredMatrix
-from structmat.projection.sparse import entries, largest
+from structmat.projection.sparse import entries
+from structmat.projection.supports import largest
 from structmat.structure import Shape
 from structmat.structures.dense import Dense
 from structmat.structures.sparse import Sparse

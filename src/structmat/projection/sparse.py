@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from structmat.projection.supports import Correlation, Fact, alternating, correlation, largest
 from structmat.projection.target import Target
 
 _ROW_ENTRIES = 1 << 22
@@ -19,27 +19,14 @@ _RIDGE = 1e-10
 _GRADIENT_STEPS = 3
 """Conjugate gradient steps each time that a support changes."""
 
-_LAST_STEPS = 40
-"""At most so many of them on the last support; half of them where a single round may be spent."""
+_LAST_STEPS = 10
+"""At most so many of them on the last support."""
+
+_ITERATIONS = 2
+"""Of the search for a support, in each round."""
 
 _SOLVED = 1e-10
 """Enough of these: the squared gradient, in the norm of the preconditioner, has fallen by this factor."""
-
-_PATIENCE = 1e-3
-"""A round that lowers the squared error by less than this share is the last."""
-
-_PATH = 0.75
-"""Gradual pruning keeps this share of the entries at each step."""
-
-_DAMPING = 1e-4
-"""Share of its mean eigenvalue that is added to a moment before it is inverted."""
-
-
-def largest(scores: Tensor, count: int) -> Tensor:
-    """A boolean mask of the ``count`` largest entries."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[torch.topk(scores.reshape(-1), count, sorted=False).indices] = True
-    return mask.reshape(scores.shape)
 
 
 def entries(dense: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -53,10 +40,9 @@ def sparsify(target: Target, nonzeros: int, rounds: int) -> tuple[Tensor, Tensor
 
     Without moments the largest entries are kept, which is optimal. With a moment ``C`` of the inputs or ``B`` of the
     outputs the support is that of the largest ``|W_ij|^2 B_ii C_jj``, the cost of leaving out that entry alone. If
-    ``rounds`` may be spent, a second start prunes step by step, each time those entries whose loss the others can make
-    up for best (``|S_ij|^2 / ([B^-1]_ii [C^-1]_jj)``: Hassibi and Stork 1993) with a few conjugate gradient steps
-    between, and the better one goes on: each round is a monotone step of :func:`improve`. At the end the values are the
-    least squares solution on the support. With 0 rounds they are left approximate.
+    ``rounds`` may be spent, :func:`structmat.projection.supports.alternating` looks for a better one in twice as many
+    iterations. At the end the values are the least squares solution on the support, or with outputs weighed a few
+    conjugate gradient steps away from it.
     """
     weight, norm = target.weight, Norm.of(target)
     if norm.is_plain:
@@ -67,19 +53,15 @@ def sparsify(target: Target, nonzeros: int, rounds: int) -> tuple[Tensor, Tensor
     if not rounds:
         return dense, mask
     error = target.squared(weight - dense)
-    other = _pruned(target, norm, nonzeros)
-    if (reached := target.squared(weight - other[0])) < error:
-        (dense, mask), error = other, reached
-    for _ in range(rounds):
-        dense, mask = improve(target, dense, mask)
-        before, error = error, target.squared(weight - dense)
-        if before - error <= _PATIENCE * error:
-            break
+    values, other = alternating(target, nonzeros, _ITERATIONS * rounds)
+    values = _descend(values, other, weight, norm, _LAST_STEPS)
+    if (reached := target.squared(weight - values)) < error:
+        dense, mask, error = values, other, reached
     if target.output_moment is None and target.second_moment is not None:
         exact = least_squares_on(mask, weight, target.second_moment, weight @ target.second_moment)
         if target.squared(weight - exact) <= error:
             return exact, mask
-    return _descend(dense, mask, weight, norm, min(_LAST_STEPS, rounds * _LAST_STEPS // 2)), mask
+    return dense, mask
 
 
 def improve(target: Target, dense: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,35 +115,6 @@ class Norm:
         """``B D C``."""
         image = difference if self.inputs is None else difference @ self.inputs
         return image if self.outputs is None else self.outputs @ image
-
-
-def _pruned(target: Target, norm: Norm, nonzeros: int) -> tuple[Tensor, Tensor]:
-    """Entries are dropped step by step, those first that are missed least once the others have made up for them.
-
-    The steps do not depend on ``nonzeros``, but for the last: fits of several sizes share them.
-    """
-    outputs, inputs = target.output_moment, target.second_moment
-    rows = 1.0 if outputs is None else target.output_fact("inverse diagonal", lambda: _inverse_diagonal(outputs))
-    columns = 1.0 if inputs is None else target.input_fact("inverse diagonal", lambda: _inverse_diagonal(inputs))
-    compensated = 1.0 / (torch.as_tensor(rows)[..., None] * torch.as_tensor(columns))
-
-    def without_least(dense: Tensor, mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-        mask = largest(torch.where(mask, dense.abs().square() * compensated, -1.0), kept)
-        return _descend(torch.where(mask, dense, torch.zeros_like(dense)), mask, target.weight, norm), mask
-
-    dense, mask = target.weight, torch.ones(target.native, dtype=torch.bool)
-    kept = dense.numel()
-    while (less := int(_PATH * kept)) > nonzeros:
-        kept = less
-        dense, mask = target.weight_fact(("pruned", kept), partial(without_least, dense, mask, kept))
-    return without_least(dense, mask, nonzeros) if nonzeros < kept else (dense, mask)
-
-
-def _inverse_diagonal(moment: Tensor) -> Tensor:
-    damping = _DAMPING * moment.diagonal().real.mean().clamp(min=1e-300)
-    regular = moment + damping * torch.eye(len(moment), dtype=moment.dtype)
-    inverse: Tensor = torch.linalg.inv(regular)
-    return inverse.diagonal().real
 
 
 def _descend(dense: Tensor, mask: Tensor, weight: Tensor, norm: Norm, steps: int = _GRADIENT_STEPS) -> Tensor:
@@ -233,19 +186,18 @@ def lower_bound(target: Target, nonzeros: int) -> float:
     """
     alpha = 1.0
     if (inputs := target.second_moment) is not None:
-        alpha *= target.input_fact("smallest correlation", lambda: _smallest_correlation(inputs))
+        alpha *= _smallest(inputs, target.input_fact)
     if (outputs := target.output_moment) is not None:
-        alpha *= target.output_fact("smallest correlation", lambda: _smallest_correlation(outputs))
+        alpha *= _smallest(outputs, target.output_fact)
     costs = (target.weight.abs().square() * Norm.of(target).diagonal).reshape(-1)
     left_out = costs.numel() - nonzeros
     tail = float(torch.topk(costs, left_out, largest=False, sorted=False).values.sum()) if left_out else 0.0
     return float((alpha * tail) ** 0.5)
 
 
-def _smallest_correlation(moment: Tensor) -> float:
-    diagonal = moment.diagonal().real
-    if not bool((diagonal > 0).all()):
+def _smallest(moment: Tensor, fact: Fact[Correlation]) -> float:
+    """The smallest eigenvalue of its correlation."""
+    if not bool((moment.diagonal().real > 0).all()):
         return 0.0
-    scale = diagonal.rsqrt()
     # Rounding may make the smallest eigenvalue of a singular matrix look positive.
-    return max(0.0, float(torch.linalg.eigvalsh(moment * scale * scale[:, None])[0]) - 1e-13 * len(diagonal))
+    return max(0.0, float(correlation(moment, fact).values[0]) - 1e-13 * len(moment))

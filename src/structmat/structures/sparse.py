@@ -54,8 +54,8 @@ class Sparse(Structure):
     ``nonzeros`` parameters and multiply-adds. A file holds the support as one bit for each entry of the matrix, or as a
     list of places where that is shorter; both count as stored numbers (32 bits to a number). The support stays where it
     was put by initialisation or projection. Projection: the largest entries, optimal in the Frobenius norm; in a
-    weighted norm (where the problem is NP-hard in general) gradual pruning, monotone rounds of iterative hard
-    thresholding and least squares on the support, with a lower bound.
+    weighted norm (where the problem is NP-hard in general) the support that alternating directions find, and least
+    squares on it, with a lower bound (:mod:`structmat.projection.supports`).
 
     Args:
         density: a fraction of the entries, strictly between 0 and 1.
@@ -119,7 +119,7 @@ class Sparse(Structure):
             return Fit(entries(dense, mask), Certificate.OPTIMAL, target.error(dense), "largest entries")
         bound = lower_bound(target, count)
         certificate = Certificate.BOUND if bound > 0 else Certificate.NONE
-        return Fit(entries(dense, mask), certificate, bound, "gradual pruning, iterative hard thresholding")
+        return Fit(entries(dense, mask), certificate, bound, "alternating directions")
 
     @classmethod
     def configurations(cls, shape: Shape, budget: int) -> Iterator[Self]:
