@@ -204,18 +204,6 @@ def test_the_report_says_the_temperature(tmp_path: Path) -> None:
     assert given_one.report.predicted_loss == pytest.approx(result.report.predicted_loss)
 
 
-def test_a_softened_choice_keeps_more_of_what_a_certain_classifier_says() -> None:
-    """At temperature 1 a few doubtful samples decide; on new data the distance between all logits is larger then."""
-    net = Net(60.0)
-    new = torch.randn(2000, 12, generator=torch.Generator().manual_seed(8))
-    errors = {}
-    for temperature in (1.0, None):
-        model = sm.compress(net, budget=sm.Parameters(0.4), calibration=batches(4), temperature=temperature).model
-        with torch.no_grad():
-            errors[temperature] = float((model(new) - net(new)).square().mean() / net(new).square().mean())
-    assert errors[None] < 0.8 * errors[1.0]
-
-
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan, math.inf, True, "4"])
 def test_a_temperature_that_is_none_is_named(temperature: Any) -> None:
     with pytest.raises(BudgetError, match=r"temperature=.* is a number above 0, or None"):
