@@ -23,7 +23,7 @@ from structmat.compression.progress import Progress
 from structmat.compression.running import Forward
 from structmat.compression.scan import Site, adapter_of, parent_and_child, site_of, tied_heads
 from structmat.compression.screen import weakest
-from structmat.compression.sequential import Prefix, corrected, prefix_moments
+from structmat.compression.sequential import Prefix, Prefixes, corrected
 from structmat.compression.split import split_, split_apart, whole_again_
 from structmat.compression.workfolder import WorkFolder, digest
 from structmat.errors import ModelError
@@ -75,8 +75,8 @@ def replace_layers(
         original: the same model as another object, which stays as it is. Then each layer, but matrices of recurrent
             states, is fitted behind the layers that are replaced before it (in the order of calls): on the inputs that
             it will see, for the outputs that it used to have (see :mod:`structmat.compression.sequential`). Both models
-            run over a part of the data for every group of layers that read the same input. Needs ``calibration`` and
-            ``loader``.
+            run once over a part of the data, and once more where a layer is called several times. Needs
+            ``calibration`` and ``loader``.
         loader, forward: as for :func:`structmat.compression.calibrate.calibrate`.
         sweeps: that an iterative fit may spend.
         seed: of fits with random starts.
@@ -126,9 +126,13 @@ def _replaced(
     order = [n for n in moments if n in sites] + [n for n in sites if n not in moments]
     numbers = {name: i for i, name in enumerate(plan.layers)}
     done: dict[str, Replaced] = {}
-    prefixes: dict[int, Prefix | None] = {}  # by the identity of the moment that layers of one input share
+    found: dict[int, Prefix | None] = {}  # by the identity of the moment that layers of one input share
     behind: dict[int, list[Any]] = {}  # likewise: what was replaced before, on which the fits then depend
-    with Progress(progress) as bar:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(Progress(progress))
+        prefixes = None
+        if original is not None and loader is not None:
+            prefixes = stack.enter_context(Prefixes(original, model, order, loader, forward=forward))
         for name in bar.track(order, "replace"):
             site, structure = sites[name], plan.layers[name]
             seen = moments.get(name)
@@ -149,13 +153,12 @@ def _replaced(
                 ]
             else:
                 weights, norm = adapter_of(module).matrices(module), ""
-                if follows and original is not None and calibration is not None and seen is not None and done:
-                    assert loader is not None, "a fit behind the layers before needs the calibration data"
+                if follows and calibration is not None and seen is not None and done:
+                    assert prefixes is not None, "a fit behind the layers before needs the calibration data"
                     shared = id(seen.second_moment)
-                    if shared not in prefixes:
-                        calls = max(1, seen.calls // calibration.batches)
-                        prefixes[shared] = prefix_moments(original, model, name, loader, forward=forward, calls=calls)
-                    prefix = prefixes[shared]
+                    if shared not in found:
+                        found[shared] = prefixes.moments(name, max(1, seen.calls // calibration.batches))
+                    prefix = found[shared]
                     if prefix is not None:
                         seen = replace(seen, second_moment=prefix.second_moment)
                         weights, norm = corrected(weights, prefix), ", behind the layers before"
@@ -164,16 +167,16 @@ def _replaced(
                     project_target(target, structure, dtype=torch.float64, device=torch.device("cpu"))
                     for target in targets
                 ]
-                matrices = [found.matrix for found in fits]
+                matrices = [fit.matrix for fit in fits]
                 sizes = [target.norm() for target in targets]
                 done[name] = Replaced(
                     name=name,
                     structure=structure,
                     parameters=site.copies * count_stored(structure, site.shape),
                     flops=site.copies * flops(structure, site.shape),
-                    error=_together([found.error for found in fits], sizes),
-                    lower_bound=_together([found.lower_bound for found in fits], sizes),
-                    certificate=weakest([found.certificate for found in fits]).value,
+                    error=_together([fit.error for fit in fits], sizes),
+                    lower_bound=_together([fit.lower_bound for fit in fits], sizes),
+                    certificate=weakest([fit.certificate for fit in fits]).value,
                     method=fits[0].method,
                     norm=norm_name(targets[0]) + norm,
                 )
@@ -182,6 +185,8 @@ def _replaced(
                 folder.store(piece, own, facts, tensors)
             layer = structured(module, matrices)
             put(model, site, layer)
+            if prefixes is not None:
+                prefixes.replaced(name)
             for head in site.tied:
                 parent, child = parent_and_child(model, head)
                 setattr(parent, child, _tied(layer, model.get_submodule(head), site))
